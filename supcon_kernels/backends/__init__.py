@@ -1,0 +1,37 @@
+"""The backends, best first, and the choice among them, made on metadata alone.
+
+Each backend answers in one sentence why it cannot run here (``unavailable``) or cannot take a
+call (``why_not``); the first that has nothing to say takes it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from supcon_kernels.backends import reference, tiled
+from supcon_kernels.problem import Problem
+
+BACKENDS: dict[str, ModuleType] = {"tiled": tiled, "reference": reference}
+
+
+def available_backends() -> dict[str, str | None]:
+    """The backends, best first: None where ready, else one sentence that says why it cannot run here."""
+    return {name: backend.unavailable() for name, backend in BACKENDS.items()}
+
+
+def choose(problem: Problem, name: str | None) -> str:
+    """The name of the backend that takes ``problem``: the first that can, or ``name``.
+
+    Raises:
+        ValueError: ``name`` is unknown, or that backend cannot take the call.
+    """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {list(BACKENDS)}, got {name!r}")
+    refusals = []
+    for candidate in BACKENDS if name is None else (name,):
+        backend = BACKENDS[candidate]
+        refusal = backend.unavailable() or backend.why_not(problem)
+        if refusal is None:
+            return candidate
+        refusals.append(f"backend {candidate!r} cannot take this call: {refusal}")
+    raise ValueError("; ".join(refusals))

@@ -1,0 +1,299 @@
+"""The same mathematics in chunks of rows, plain PyTorch: any device, memory O(N·(D + chunk)).
+
+The forward keeps O(N) statistics; the backward recomputes the similarities of each chunk and
+accumulates G·cols into the rows' gradient and Gᵀ·rows into the columns'. With the default loss
+and integer labels the positives cost O(N·D), by sums over each class, and the tile loop is a
+softmax over everything but the anchor itself, without a look at the labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from supcon_kernels.backends.reference import masked_logsumexp
+from supcon_kernels.problem import Problem, accumulation_dtype, normalize_backward
+
+# Similarities in flight: 2 MiB of float32, which stays in a core's cache.
+TILE_PAIRS = 1 << 19
+MIN_CHUNK, MAX_CHUNK = 32, 2048
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run on this machine, in one sentence; None: it can."""
+    return None
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why this backend cannot take ``problem``, in one sentence; None: it can."""
+    return None
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (N,), whether each anchor contributes (N,) bool, and the statistics (3, N) for ``backward``.
+
+    The statistics of a row are the log-sum-exp of its denominator, the normaliser of its
+    positives (their total weight, or the log-sum-exp over them), and the weight of the softmax
+    part of its gradient.
+    """
+    rows, cols = problem.embeddings()
+    if rows.shape[0] == 0:
+        empty = rows.new_zeros(0)
+        return empty, empty.bool(), rows.new_zeros(3, 0)
+    by_class = _positives_by_class(problem)
+    statistics = _class_statistics if by_class else _pair_statistics
+    loss, contributes, stats = statistics(problem, rows, cols)
+    loss = torch.where(problem.row_ignored(), 0.0, loss + problem.poison())
+    return loss, contributes, stats
+
+
+def backward(
+    problem: Problem,
+    grad_loss: Tensor,
+    stats: Tensor,
+    needs_rows: bool,
+    needs_cols: bool,
+    needs_temperature: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows (N, D), cols (M, D) and the temperature (0-dim); (0,) where not needed.
+
+    Args:
+        problem: what ``forward`` was given.
+        grad_loss: (N,) gradient of each anchor's loss, zero where it does not contribute.
+        stats: (3, N) from ``forward``.
+        needs_rows, needs_cols, needs_temperature: which gradients are wanted. Where the rows
+            are the columns, there is one gradient, of the rows.
+    """
+    rows, cols = problem.embeddings()
+    wants_cols = needs_cols or (needs_rows and problem.square)
+    gradient = _class_gradient if _positives_by_class(problem) else _pair_gradient
+    grad_rows, grad_cols = gradient(problem, rows, cols, grad_loss, stats, wants_cols)
+
+    grad_tau = rows.new_zeros(0)
+    if needs_temperature:
+        exact = accumulation_dtype(rows)
+        grad_tau = -(rows.to(exact) * grad_rows.to(exact)).sum().to(rows.dtype) / problem.tau
+    if problem.square and needs_rows:
+        grad_rows += grad_cols
+    out_rows = _to_input(problem, problem.rows, grad_rows) if needs_rows else rows.new_zeros(0)
+    out_cols = rows.new_zeros(0)
+    if needs_cols:
+        assert problem.cols is not None
+        out_cols = _to_input(problem, problem.cols, grad_cols)
+    return out_rows, out_cols, grad_tau
+
+
+def _to_input(problem: Problem, x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the input ``x``, given that of its embedding."""
+    ignored = problem.row_ignored() if x is problem.rows else problem.col_ignored()
+    if problem.normalize:
+        grad = normalize_backward(x.to(grad.dtype), grad)
+    return grad.masked_fill(ignored[:, None], 0.0).to(x.dtype)
+
+
+def _chunks(problem: Problem) -> Iterator[tuple[int, int]]:
+    n = problem.rows.shape[0]
+    size = min(max(TILE_PAIRS // max(problem.num_cols, 1), MIN_CHUNK), MAX_CHUNK)
+    for start in range(0, n, size):
+        yield start, min(start + size, n)
+
+
+# --- any variant, any labels: the weight of every pair of a chunk is looked at
+
+
+def _pair_statistics(problem: Problem, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    loss = rows.new_empty(rows.shape[0])
+    contributes = torch.empty(rows.shape[0], dtype=torch.bool, device=rows.device)
+    stats = rows.new_empty(3, rows.shape[0])
+    for start, stop in _chunks(problem):
+        chunk = slice(start, stop)
+        s = rows[chunk] @ cols.T / problem.tau
+        w = problem.pair_weights(start, stop)
+        loss[chunk], contributes[chunk], stats[:, chunk] = _chunk_statistics(problem, s, w)
+    return loss, contributes, stats
+
+
+def _chunk_statistics(problem: Problem, s: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    positive = w > 0
+    total = w.clamp(min=0.0).sum(dim=1)
+    contributes = total > 0
+    lse = masked_logsumexp(s, w >= 0 if problem.denominator == "all" else w == 0)
+    if problem.denominator == "only_negatives":
+        contributes &= (w == 0).any(dim=1)
+    logit = s
+    if problem.denominator == "one_positive":
+        logit = F.logsigmoid(s - lse[:, None])
+    if problem.summation == "out":
+        normaliser = torch.where(contributes, total, 1.0)
+        loss = -torch.where(positive, w * logit, 0.0).sum(dim=1) / normaliser
+    else:
+        normaliser = masked_logsumexp(logit + torch.where(positive, w, 1.0).log(), positive)
+        loss = torch.where(contributes, total, 1.0).log() - normaliser
+    if problem.denominator == "one_positive":
+        softmax_weight = _attraction(problem, s, w, lse, normaliser).sum(dim=1)
+    else:
+        softmax_weight = torch.ones_like(lse)
+        loss = loss + lse
+    loss = torch.where(contributes, loss, 0.0).to(s.dtype)
+    return loss, contributes, _stack(contributes, lse, normaliser, softmax_weight)
+
+
+def _stack(contributes: Tensor, lse: Tensor, normaliser: Tensor, softmax_weight: Tensor) -> Tensor:
+    """The statistics (3, n); infinite normalisers make every probability of an idle anchor zero."""
+    lse = torch.where(contributes, lse, torch.inf)
+    normaliser = torch.where(contributes, normaliser, torch.inf)
+    return torch.stack((lse, normaliser.to(lse.dtype), softmax_weight.to(lse.dtype)))
+
+
+def _attraction(problem: Problem, s: Tensor, w: Tensor, lse: Tensor, normaliser: Tensor) -> Tensor:
+    """(n, M) pull of each positive, minus the derivative of the loss by s without the softmax part."""
+    one_positive = problem.denominator == "one_positive"
+    if problem.summation == "out":
+        pull = w / normaliser[:, None]
+    else:
+        logit = F.logsigmoid(s - lse[:, None]) if one_positive else s
+        pull = w * (logit - normaliser[:, None]).exp()
+    if one_positive:
+        pull = pull * (lse[:, None] - s).sigmoid()
+    return torch.where(w > 0, pull, 0.0)
+
+
+def _pair_gradient(
+    problem: Problem, rows: Tensor, cols: Tensor, grad_loss: Tensor, stats: Tensor, wants_cols: bool
+) -> tuple[Tensor, Tensor]:
+    grad_rows = torch.empty_like(rows)
+    grad_cols = torch.zeros_like(cols) if wants_cols else rows.new_zeros(0)
+    for start, stop in _chunks(problem):
+        chunk = slice(start, stop)
+        lse, normaliser, softmax_weight = stats[:, chunk]
+        s = rows[chunk] @ cols.T / problem.tau
+        w = problem.pair_weights(start, stop)
+        softmax = softmax_weight[:, None] * (s - lse[:, None]).exp()
+        softmax = torch.where(w >= 0 if problem.denominator == "all" else w == 0, softmax, 0.0)
+        g = softmax - _attraction(problem, s, w, lse, normaliser)
+        g = (g * (grad_loss[chunk, None] / problem.tau)).to(rows.dtype)
+        grad_rows[chunk] = g @ cols
+        if wants_cols:
+            grad_cols.addmm_(g.T, rows[chunk])
+    return grad_rows, grad_cols
+
+
+# --- out/all with integer labels: positives by class sums, no label in the tile loop
+
+
+def _positives_by_class(problem: Problem) -> bool:
+    """Soft labels are left to the pairs: their class sums cancel where labels are nearly one-hot."""
+    default = problem.summation == "out" and problem.denominator == "all"
+    return default and problem.has_integer_labels
+
+
+@dataclasses.dataclass(frozen=True)
+class _Classes:
+    """Labels as consecutive class numbers; ignored rows and columns carry weight zero."""
+
+    of_row: Tensor  # (N,)
+    of_col: Tensor  # (M,)
+    row_counts: Tensor  # (N,) 1, or 0 where ignored
+    col_counts: Tensor  # (M,) 1, or 0 where ignored
+    num_classes: int
+
+    @staticmethod
+    def of(problem: Problem) -> _Classes:
+        row_labels = problem.row_labels
+        assert row_labels is not None
+        col_labels = row_labels if problem.cols is None else problem.col_labels
+        assert col_labels is not None
+        names, inverse = torch.unique(torch.cat((row_labels, col_labels)), return_inverse=True)
+        exact = accumulation_dtype(problem.rows)
+        return _Classes(
+            inverse[: len(row_labels)],
+            inverse[len(row_labels) :],
+            (~problem.row_ignored()).to(exact),
+            (~problem.col_ignored()).to(exact),
+            len(names),
+        )
+
+    def row_sums(self, x: Tensor) -> Tensor:
+        """(num_classes, …) sums over the rows of each class of ``x`` (N, …)."""
+        return x.new_zeros(self.num_classes, *x.shape[1:]).index_add_(0, self.of_row, x)
+
+    def col_sums(self, x: Tensor) -> Tensor:
+        """(num_classes, …) sums over the columns of each class of ``x`` (M, …)."""
+        return x.new_zeros(self.num_classes, *x.shape[1:]).index_add_(0, self.of_col, x)
+
+
+def _self_cols(problem: Problem) -> slice | None:
+    """The columns that are the anchors themselves."""
+    if problem.self_offset is None:
+        return None
+    return slice(problem.self_offset, problem.self_offset + problem.rows.shape[0])
+
+
+def _softmax_chunks(problem: Problem, rows: Tensor, cols: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Similarities (n, M) of each chunk of rows; minus infinity where the column takes no part."""
+    bias = cols.new_zeros(cols.shape[0]).masked_fill_(problem.col_ignored(), float("-inf"))
+    scaled = rows / problem.tau
+    for start, stop in _chunks(problem):
+        s = torch.addmm(bias, scaled[start:stop], cols.T)
+        if problem.self_offset is not None:
+            s.diagonal(problem.self_offset + start).fill_(float("-inf"))
+        yield slice(start, stop), s
+
+
+def _class_statistics(
+    problem: Problem, rows: Tensor, cols: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    classes = _Classes.of(problem)
+    exact = accumulation_dtype(rows)
+    counts = classes.col_sums(classes.col_counts)[classes.of_row]
+    sums = classes.col_sums(cols.to(exact))[classes.of_row]
+    own = _self_cols(problem)
+    if own is not None:
+        counts -= classes.col_counts[own]
+        sums -= cols[own].to(exact)
+    mean = (rows.to(exact) * sums).sum(dim=1) / problem.tau / counts.clamp(min=1.0)
+    contributes = (counts * classes.row_counts) > 0
+
+    lse = torch.empty_like(mean, dtype=rows.dtype)
+    for chunk, s in _softmax_chunks(problem, rows, cols):
+        lse[chunk] = s.logsumexp(dim=1)
+    loss = torch.where(contributes, lse - mean, 0.0).to(rows.dtype)
+    return loss, contributes, _stack(contributes, lse, counts, torch.ones_like(lse))
+
+
+def _class_gradient(
+    problem: Problem, rows: Tensor, cols: Tensor, grad_loss: Tensor, stats: Tensor, wants_cols: bool
+) -> tuple[Tensor, Tensor]:
+    lse, counts, _ = stats
+    exact = accumulation_dtype(rows)
+    classes = _Classes.of(problem)
+    own = _self_cols(problem)
+    pull = (grad_loss / counts).to(exact)[:, None]
+
+    grad_rows = classes.col_sums(cols.to(exact))[classes.of_row]
+    if own is not None:
+        grad_rows -= cols[own].to(exact)
+    grad_rows = (grad_rows * -pull).to(rows.dtype)
+    grad_cols = rows.new_zeros(0)
+    if wants_cols:
+        pulled = pull * rows.to(exact)
+        grad_exact = -classes.row_sums(pulled)[classes.of_col]
+        if own is not None:
+            grad_exact[own] += pulled
+        grad_cols = grad_exact.to(rows.dtype)
+
+    weighted = grad_loss[:, None] * rows
+    for chunk, s in _softmax_chunks(problem, rows, cols):
+        p = s.sub_(lse[chunk, None]).exp_()
+        grad_rows[chunk] += grad_loss[chunk, None] * (p @ cols)
+        if wants_cols:
+            grad_cols.addmm_(p.T, weighted[chunk])
+    grad_rows /= problem.tau
+    if wants_cols:
+        grad_cols /= problem.tau
+        grad_cols.masked_fill_(problem.col_ignored()[:, None], 0.0)
+    return grad_rows, grad_cols

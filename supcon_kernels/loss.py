@@ -1,0 +1,251 @@
+"""The public loss: validates a call, turns views into rows, picks the backend and reduces."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from supcon_kernels import backends, op, validation
+from supcon_kernels.problem import Problem
+
+# Labels made here (one class a sample) never match it, whatever the caller's ignore_index is.
+_NOTHING_IGNORED = -1
+
+
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    contrast_features: Tensor | None = None,
+    contrast_labels: Tensor | None = None,
+    self_offset: int | None = None,
+    temperature: float | Tensor = 0.07,
+    base_temperature: float | None = None,
+    contrast_mode: str = "all",
+    summation: str = "out",
+    denominator: str = "all",
+    normalize: bool = True,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Supervised contrastive loss, computed without a matrix of all pairs.
+
+    With unit rows z and P(i) the other rows of anchor i's class, the default is
+
+        L_i = -1/|P(i)| * sum over p in P(i) of log( exp(z_i·z_p/τ) / sum over a ≠ i of exp(z_i·z_a/τ) )
+
+    averaged over the anchors. In plain PyTorch, for features (N, D) and integer labels (N,)::
+
+        z = F.normalize(features, dim=1)
+        s = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+        positive = (labels[:, None] == labels).fill_diagonal_(False)
+        log_p = s.log_softmax(dim=1).masked_fill(~positive, 0.0)
+        loss = -(log_p.sum(dim=1) / positive.sum(dim=1).clamp(min=1)).mean()
+
+    Args:
+        features: (N, D), or (B, V, D) for V views of each of B samples, which become N = V·B
+            rows ordered view by view. float16, bfloat16, float32 or float64.
+        labels: (N,) or (B,) integers; or (N, C) or (B, C) floats >= 0, soft or multi-hot, the
+            dot product of two rows being the weight of the pair; or None: the views of a
+            sample are each other's positives (SimCLR's NT-Xent).
+        mask: (B, B), (N, N), or (N, M) with ``contrast_features``, any real dtype: > 0 positive
+            with that weight, 0 negative, < 0 ignored. Instead of labels.
+        contrast_features: (M, D), dtype and device of ``features``: contrast the anchors with
+            these rows instead of with each other. Only first views are anchors then. Without
+            labels row i is the positive of anchor i.
+        contrast_labels: (M,) or (M, C), as ``labels``.
+        self_offset: with ``contrast_features``: its row ``self_offset + i`` is anchor i itself
+            and is left out of every sum.
+        temperature: τ > 0, a number or a 0-dim tensor, which may require grad.
+        base_temperature: multiply the loss by temperature / base_temperature; None: do not.
+        contrast_mode: "all" views are anchors, or only the first: "one".
+        summation: "out" averages log-probabilities over the positives (equation 2), "in"
+            takes the logarithm of the averaged probability (equation 3).
+        denominator: what stands under a positive beside it: "all" other rows (the paper),
+            "one_positive": itself and the negatives (SINCERE), "only_negatives" (DCL).
+        normalize: L2-normalise ``features`` and ``contrast_features``; a zero row stays zero.
+        reduction: "mean" over all anchors, "positive_mean" over those with a positive (and,
+            under "only_negatives", a negative), "sum", or "none".
+        ignore_index: a sample with this integer label is neither anchor nor contrast, and what
+            its row holds never touches a result.
+        backend: None: the best that takes the call; or one of ``available_backends()``.
+
+    Returns:
+        0-dim loss, or with ``reduction="none"`` one per anchor: (N,), (V·B,) in the order of the
+        rows, (B,) for ``contrast_mode="one"``. float32, float64 for float64 features. An anchor
+        without positives has loss 0; a non-finite element in a row that takes part makes it NaN.
+
+    Raises:
+        TypeError: features that are no floating-point tensor.
+        ValueError: any other argument that is not as described, named in the message.
+
+    Example:
+        >>> features = encoder(images)                       # (N, D), not normalised
+        >>> supcon_loss(features, labels, temperature=0.1).backward()
+
+    Source:
+        Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, arXiv 2004.11362.
+    """
+    validation.check_options(
+        contrast_mode=contrast_mode,
+        summation=summation,
+        denominator=denominator,
+        reduction=reduction,
+    )
+    validation.check_features(features, contrast_features)
+    validation.check_temperature(features, temperature, base_temperature)
+    validation.check_targets(
+        features, labels, mask, contrast_features, contrast_labels, self_offset
+    )
+
+    rows, cols = _rows_and_cols(features, contrast_features, contrast_mode)
+    if contrast_features is None:
+        self_offset = 0  # the anchors are the contrasts, or the first of them
+    if labels is None and mask is None:
+        ignore_index = _NOTHING_IGNORED
+        labels = torch.arange(features.shape[0], device=features.device)
+        if contrast_features is not None:
+            contrast_labels = torch.arange(contrast_features.shape[0], device=features.device)
+    num_views = features.shape[1] if features.ndim == 3 else 1
+    row_labels = _repeated(labels, num_views if cols is None else 1)
+    if contrast_features is not None:
+        col_labels = _repeated(contrast_labels, 1)
+    else:
+        col_labels = None if cols is None else _repeated(labels, num_views)
+
+    temperature_tensor = temperature if isinstance(temperature, Tensor) else None
+    problem = Problem(
+        rows=rows,
+        cols=cols,
+        row_labels=row_labels,
+        col_labels=col_labels,
+        weights=mask,
+        temperature_tensor=temperature_tensor,
+        temperature=math.nan if isinstance(temperature, Tensor) else float(temperature),
+        self_offset=self_offset,
+        summation=summation,
+        denominator=denominator,
+        normalize=normalize,
+        ignore_index=ignore_index,
+    )
+    chosen = backends.choose(problem, backend)
+    if chosen == "reference":
+        loss, contributes = backends.reference.rows_loss(problem)
+    else:
+        loss, contributes, _ = op.forward(*problem.operands(), chosen)
+    if base_temperature is not None:
+        loss = loss * (temperature / base_temperature)
+    return _reduce(loss, contributes, ~problem.row_ignored(), reduction)
+
+
+def _rows_and_cols(
+    features: Tensor, contrast_features: Tensor | None, contrast_mode: str
+) -> tuple[Tensor, Tensor | None]:
+    """Anchors (N, D), and contrasts (M, D) or None where they are the anchors themselves."""
+    first = features if features.ndim == 2 else features[:, 0]
+    if contrast_features is not None:
+        return first, contrast_features
+    if features.ndim == 2:
+        return features, None
+    all_views = features.transpose(0, 1).flatten(0, 1)
+    return (first, all_views) if contrast_mode == "one" else (all_views, None)
+
+
+def _repeated(labels: Tensor | None, num_views: int) -> Tensor | None:
+    """The labels of the samples once for each view, integers as int64."""
+    if labels is None:
+        return None
+    labels = labels if labels.is_floating_point() else labels.long()
+    return labels.repeat(num_views, *[1] * (labels.ndim - 1))
+
+
+def _reduce(loss: Tensor, contributes: Tensor, is_anchor: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    counted = is_anchor if reduction == "mean" else contributes
+    return total / counted.sum().clamp(min=1)
+
+
+class SupConLoss(nn.Module):
+    """``supcon_loss`` as a module: a drop-in for the class of that name in the SupContrast repository.
+
+    It keeps that class's positional order and its scale, the loss being multiplied by
+    temperature / base_temperature. A temperature that is an ``nn.Parameter`` is learned; it
+    needs ``base_temperature=None``.
+
+    Args:
+        temperature, contrast_mode, base_temperature, summation, denominator, normalize,
+            reduction, ignore_index, backend: as in ``supcon_loss``.
+
+    Example:
+        >>> criterion = SupConLoss(temperature=0.1)
+        >>> loss = criterion(features, labels)               # features (B, V, D), labels (B,)
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        contrast_mode: str = "all",
+        base_temperature: float | None = 0.07,
+        *,
+        summation: str = "out",
+        denominator: str = "all",
+        normalize: bool = True,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.contrast_mode = contrast_mode
+        self.base_temperature = base_temperature
+        self.summation = summation
+        self.denominator = denominator
+        self.normalize = normalize
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.backend = backend
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        contrast_features: Tensor | None = None,
+        contrast_labels: Tensor | None = None,
+        self_offset: int | None = None,
+    ) -> Tensor:
+        """The loss of ``features`` (B, V, …), trailing dimensions flattened, or (N, D)."""
+        return supcon_loss(
+            features.flatten(2) if features.ndim > 3 else features,
+            labels,
+            mask=mask,
+            contrast_features=contrast_features,
+            contrast_labels=contrast_labels,
+            self_offset=self_offset,
+            temperature=self.temperature,
+            base_temperature=self.base_temperature,
+            contrast_mode=self.contrast_mode,
+            summation=self.summation,
+            denominator=self.denominator,
+            normalize=self.normalize,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that most often differ, for ``print(model)``."""
+        return (
+            f"temperature={self.temperature}, contrast_mode={self.contrast_mode!r}, "
+            f"base_temperature={self.base_temperature}, summation={self.summation!r}, "
+            f"denominator={self.denominator!r}, reduction={self.reduction!r}"
+        )

@@ -1,0 +1,179 @@
+"""One frozen description of a call: which rows are contrasted with which, and the weight of each pair.
+
+Everything that the backends share about a call lives here: the working dtype, the
+normalisation and its backward, and which pairs are positive, negative or ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+SUMMATIONS = ("out", "in")
+DENOMINATORS = ("all", "one_positive", "only_negatives")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """N anchor rows against M contrast columns; the fields are the operator's operands, in order.
+
+    Attributes:
+        rows: (N, D) anchors, float16, bfloat16, float32 or float64.
+        cols: (M, D) contrasts; None where the rows are contrasted with each other (square, M = N).
+        row_labels: (N,) int64 or (N, C) float; None with ``weights``.
+        col_labels: (M,) int64 or (M, C) float; None where square or with ``weights``.
+        weights: (n, m) weight of each pair, repeated to (N, M) by index modulo (n, m):
+            > 0 positive, 0 negative, < 0 ignored.
+        temperature_tensor: 0-dim, overrides ``temperature`` where given.
+        temperature: > 0.
+        self_offset: column ``self_offset + i`` is anchor i itself and is left out; None: no such column.
+        summation: one of ``SUMMATIONS``.
+        denominator: one of ``DENOMINATORS``.
+        normalize: L2-normalise rows and columns.
+        ignore_index: the integer label of rows and columns that take no part.
+    """
+
+    rows: Tensor
+    cols: Tensor | None
+    row_labels: Tensor | None
+    col_labels: Tensor | None
+    weights: Tensor | None
+    temperature_tensor: Tensor | None
+    temperature: float
+    self_offset: int | None
+    summation: str
+    denominator: str
+    normalize: bool
+    ignore_index: int
+
+    def operands(self) -> tuple[object, ...]:
+        """The fields as a flat tuple: ``Problem(*problem.operands())`` is the same problem."""
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    @property
+    def square(self) -> bool:
+        """Whether the rows are contrasted with each other."""
+        return self.cols is None
+
+    @property
+    def num_cols(self) -> int:
+        """M."""
+        return self.rows.shape[0] if self.cols is None else self.cols.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The working dtype: float64 for float64 features, float32 for all others."""
+        return working_dtype(self.rows)
+
+    @property
+    def tau(self) -> Tensor | float:
+        """The temperature, as a tensor on the features' device where it was given as one."""
+        if self.temperature_tensor is None:
+            return self.temperature
+        return self.temperature_tensor.to(self.rows.device, self.dtype)
+
+    @property
+    def has_integer_labels(self) -> bool:
+        """Whether labels partition the samples into classes."""
+        return self.row_labels is not None and self.row_labels.ndim == 1
+
+    def row_ignored(self) -> Tensor:
+        """(N,) bool: the anchor's label is ``ignore_index``."""
+        return self._ignored(self.row_labels, self.rows)
+
+    def col_ignored(self) -> Tensor:
+        """(M,) bool: the contrast's label is ``ignore_index``."""
+        if self.cols is None:
+            return self.row_ignored()
+        return self._ignored(self.col_labels, self.cols)
+
+    def _ignored(self, labels: Tensor | None, embeddings: Tensor) -> Tensor:
+        if labels is None or labels.ndim != 1:
+            return torch.zeros(embeddings.shape[0], dtype=torch.bool, device=embeddings.device)
+        return labels == self.ignore_index
+
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """Rows (N, D) and columns (M, D) in the working dtype, normalised if asked, ignored ones zero."""
+        rows = self._embed(self.rows, self.row_ignored())
+        return rows, rows if self.cols is None else self._embed(self.cols, self.col_ignored())
+
+    def _embed(self, x: Tensor, ignored: Tensor) -> Tensor:
+        x = x.to(self.dtype).masked_fill(ignored[:, None], 0.0)
+        return normalize(x) if self.normalize else x
+
+    def poison(self) -> Tensor:
+        """0-dim: 0, or NaN where a row or column that takes part holds a non-finite element."""
+        poison = (self.rows.to(self.dtype).masked_fill(self.row_ignored()[:, None], 0.0) * 0).sum()
+        if self.cols is not None:
+            cols = self.cols.to(self.dtype).masked_fill(self.col_ignored()[:, None], 0.0)
+            poison = poison + (cols * 0).sum()
+        return poison.detach()
+
+    def pair_weights(self, start: int, stop: int) -> Tensor:
+        """(stop - start, M) weights of anchors start…stop-1: > 0 positive, 0 negative, < 0 ignored.
+
+        Soft labels weigh a pair by their dot product, in float64 where the device has it:
+        it underflows in float32 where labels are nearly one-hot.
+        """
+        if self.weights is not None:
+            w = self._repeated_weights(start, stop)
+        else:
+            assert self.row_labels is not None
+            of_row = self.row_labels[start:stop]
+            of_col = self.row_labels if self.cols is None else self.col_labels
+            assert of_col is not None
+            if of_row.ndim == 1:
+                w = (of_row[:, None] == of_col[None, :]).to(self.dtype)
+            else:
+                exact = accumulation_dtype(of_row)
+                w = of_row.to(exact) @ of_col.to(exact).T
+        w = w.masked_fill(self.col_ignored()[None, :], -1.0)
+        w = w.masked_fill(self.row_ignored()[start:stop, None], -1.0)
+        if self.self_offset is not None:
+            w.diagonal(self.self_offset + start).fill_(-1.0)
+        return w
+
+    def _repeated_weights(self, start: int, stop: int) -> Tensor:
+        assert self.weights is not None
+        n, m = self.weights.shape
+        row = torch.arange(start, stop, device=self.weights.device) % max(n, 1)
+        w = self.weights[row].to(self.dtype)
+        return w.repeat(1, self.num_cols // m) if m else w
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which ``x`` is computed with: float64 stays, everything else is float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float64, except on MPS, which has none."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _unit_scale(x: Tensor) -> Tensor:
+    """(N, 1) largest magnitude of each row, 1 for zero rows: divided by it, no norm over- or underflows."""
+    if x.shape[1] == 0:
+        return x.new_ones(x.shape[0], 1)
+    largest = x.detach().abs().amax(dim=1, keepdim=True)
+    return torch.where(largest == 0, torch.ones_like(largest), largest)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Each row of ``x`` (N, D) divided by its L2 norm; a zero row stays zero and has zero gradient."""
+    zero = (x.detach() == 0).all(dim=1, keepdim=True)
+    scaled = torch.where(zero, torch.zeros_like(x), x / _unit_scale(x))
+    square = scaled.square().sum(dim=1, keepdim=True)
+    return scaled / torch.where(zero, torch.ones_like(square), square).sqrt()
+
+
+def normalize_backward(x: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of ``x`` (N, D), given the gradient of ``normalize(x)``."""
+    scale = _unit_scale(x)
+    scaled = x / scale
+    norm = scaled.square().sum(dim=1, keepdim=True).sqrt()
+    unit = scaled / norm
+    tangent = grad - unit * (unit * grad).sum(dim=1, keepdim=True)
+    return torch.where(norm == 0, torch.zeros_like(x), tangent / norm / scale)

@@ -1,0 +1,73 @@
+"""A first-in-first-out memory of past embeddings and their labels, to contrast a batch with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LabelQueue(nn.Module):
+    """The last ``size`` embeddings and labels, oldest first, as buffers of the state_dict.
+
+    Empty slots hold zeros and carry ``ignore_index``, so that a queue that is not yet full is
+    contrasted with as it is. Enqueueing replaces the buffers instead of writing into them:
+    a loss computed before still differentiates afterwards.
+
+    Args:
+        size: number of slots, >= 1.
+        dim: width D of an embedding, >= 1.
+        ignore_index: the label of an empty slot; the one given to the loss.
+        dtype: of the stored embeddings; None: torch's default.
+        device: where the buffers live.
+
+    Raises:
+        ValueError: ``size`` or ``dim`` below 1.
+
+    Example:
+        >>> queue = LabelQueue(8192, 128)
+        >>> loss = supcon_loss(features, labels, contrast_features=queue.features,
+        ...                    contrast_labels=queue.labels)
+        >>> queue.enqueue(keys, labels)
+    """
+
+    features: Tensor
+    labels: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        ignore_index: int = -100,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("size", size), ("dim", dim)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        self.register_buffer("features", torch.zeros(size, dim, dtype=dtype, device=device))
+        empty = torch.full((size,), ignore_index, dtype=torch.int64, device=device)
+        self.register_buffer("labels", empty)
+
+    @torch.no_grad()
+    def enqueue(self, features: Tensor, labels: Tensor) -> None:
+        """Append a batch and drop the oldest entries; of a batch beyond ``size`` the last are kept.
+
+        Args:
+            features: (N, D), cast to the queue's dtype and detached.
+            labels: (N,) integers.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit.
+        """
+        size, dim = self.features.shape
+        if features.ndim != 2 or features.shape[1] != dim:
+            raise ValueError(f"features must have shape (N, {dim}), got {tuple(features.shape)}")
+        if labels.shape != features.shape[:1] or labels.is_floating_point():
+            raise ValueError(
+                f"labels must be ({features.shape[0]},) integers, "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        self.features = torch.cat((self.features, features.detach().to(self.features)))[-size:]
+        self.labels = torch.cat((self.labels, labels.to(self.labels)))[-size:]

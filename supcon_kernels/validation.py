@@ -1,0 +1,221 @@
+"""What a call may look like: every check of the public arguments, each with a message that names one.
+
+A message says which argument, what came and what is accepted. Values are read only where that
+does not stop a trace or a CUDA graph; on a GPU a tensor temperature is never read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from supcon_kernels.problem import DENOMINATORS, SUMMATIONS
+
+CONTRAST_MODES = ("all", "one")
+REDUCTIONS = ("mean", "positive_mean", "sum", "none")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_options(**options: Any) -> None:
+    """Each option is one of the values that it knows."""
+    accepted = {
+        "contrast_mode": CONTRAST_MODES,
+        "summation": SUMMATIONS,
+        "denominator": DENOMINATORS,
+        "reduction": REDUCTIONS,
+    }
+    for name, value in options.items():
+        if value not in accepted[name]:
+            raise ValueError(f"{name} must be one of {list(accepted[name])}, got {value!r}")
+
+
+def check_features(features: Any, contrast_features: Any) -> None:
+    """Features (N, D) or (B, V, D), contrast features (M, D) of the same width, dtype and device."""
+    for name, x in (("features", features), ("contrast_features", contrast_features)):
+        if x is None and name == "contrast_features":
+            return
+        if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} must be a float16, bfloat16, float32 or float64 tensor, "
+                f"got {_described(x)}"
+            )
+        if x.ndim != 2 and (name, x.ndim) != ("features", 3):
+            shapes = "(N, D) or (B, V, D)" if name == "features" else "(M, D)"
+            raise ValueError(f"{name} must have shape {shapes}, got {tuple(x.shape)}")
+    if contrast_features.shape[1] != features.shape[-1]:
+        raise ValueError(
+            "contrast_features must have as many columns as features have "
+            f"({features.shape[-1]}), got shape {tuple(contrast_features.shape)}"
+        )
+    if contrast_features.dtype != features.dtype:
+        raise ValueError(
+            f"contrast_features must have the dtype of features ({features.dtype}), "
+            f"got {contrast_features.dtype}"
+        )
+    _check_device("contrast_features", contrast_features, features)
+
+
+def check_temperature(features: Tensor, temperature: Any, base_temperature: Any) -> None:
+    """Positive temperatures; a learned one excludes the scale, under which it would fall to zero."""
+    for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
+        if value is None and name == "base_temperature":
+            continue
+        if isinstance(value, Tensor) and name == "temperature":
+            _check_temperature_tensor(features, value)
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name} must be a number > 0, got {value!r}")
+        elif not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be > 0 and finite, got {value}")
+    if (
+        isinstance(temperature, Tensor)
+        and temperature.requires_grad
+        and base_temperature is not None
+    ):
+        raise ValueError(
+            f"base_temperature must be None with a temperature that requires grad, got "
+            f"{base_temperature}: scaled by temperature / base_temperature, descent drives it to 0"
+        )
+
+
+def _check_temperature_tensor(features: Tensor, temperature: Tensor) -> None:
+    if temperature.ndim != 0 or temperature.dtype not in FLOATS:
+        raise ValueError(
+            "temperature must be a number or a 0-dim floating-point tensor, "
+            f"got {_described(temperature)}"
+        )
+    if temperature.device.type != "cpu":
+        _check_device("temperature", temperature, features)
+    elif not torch.compiler.is_compiling() and not 0 < float(temperature.detach()) < float("inf"):
+        raise ValueError(f"temperature must be > 0 and finite, got {float(temperature.detach())}")
+
+
+def check_targets(
+    features: Tensor,
+    labels: Any,
+    mask: Any,
+    contrast_features: Tensor | None,
+    contrast_labels: Any,
+    self_offset: Any,
+) -> None:
+    """What is positive: labels, a mask or neither, with or without other rows to contrast with."""
+    batch = features.shape[0]
+    views = features.shape[1] if features.ndim == 3 else 1
+    if labels is not None and mask is not None:
+        raise ValueError("mask must be None where labels are given, got both")
+    if labels is not None:
+        _check_labels("labels", labels, batch, features)
+    if contrast_features is None:
+        for name, value in (("contrast_labels", contrast_labels), ("self_offset", self_offset)):
+            if value is not None:
+                raise ValueError(f"{name} must be None without contrast_features, got {value!r}")
+        if labels is None and mask is None and views == 1:
+            raise ValueError(
+                "labels (or mask) must be given where features hold one view a sample, "
+                f"got features of shape {tuple(features.shape)} and neither: nothing is positive"
+            )
+        shapes = [(batch, batch), (views * batch, views * batch)][: 1 if views == 1 else 2]
+    else:
+        _check_contrast(features, labels, mask, contrast_features, contrast_labels, self_offset)
+        shapes = [(batch, contrast_features.shape[0])]
+    if mask is not None:
+        _check_mask(mask, shapes, features)
+
+
+def _check_contrast(
+    features: Tensor,
+    labels: Any,
+    mask: Any,
+    contrast_features: Tensor,
+    contrast_labels: Any,
+    self_offset: Any,
+) -> None:
+    n, m = features.shape[0], contrast_features.shape[0]
+    if mask is not None and contrast_labels is not None:
+        raise ValueError("mask must be None where contrast_labels are given, got both")
+    if mask is None and (labels is None) != (contrast_labels is None):
+        missing = "labels" if labels is None else "contrast_labels"
+        raise ValueError(f"{missing} must be given too: labels and contrast_labels come together")
+    if contrast_labels is not None:
+        _check_labels("contrast_labels", contrast_labels, m, features)
+        if contrast_labels.ndim != labels.ndim or contrast_labels.shape[1:] != labels.shape[1:]:
+            raise ValueError(
+                f"contrast_labels must be of the kind of labels {tuple(labels.shape)}, "
+                f"got {tuple(contrast_labels.shape)}"
+            )
+    unlabelled = labels is None and mask is None
+    if unlabelled and m < n:
+        raise ValueError(
+            f"contrast_features must have at least as many rows as there are anchors ({n}) where "
+            f"no labels are given, row i being the positive of anchor i, got {m}"
+        )
+    if self_offset is None:
+        return
+    if unlabelled:
+        raise ValueError(f"self_offset must be None without labels or mask, got {self_offset!r}")
+    if isinstance(self_offset, bool) or not isinstance(self_offset, int):
+        raise ValueError(f"self_offset must be an integer, got {self_offset!r}")
+    if not 0 <= self_offset <= m - n:
+        raise ValueError(
+            f"self_offset must lie in [0, {m - n}] for {n} anchors and {m} contrast_features, "
+            f"got {self_offset}"
+        )
+
+
+def _check_labels(name: str, labels: Any, length: int, features: Tensor) -> None:
+    dtypes = {1: INTEGERS, 2: FLOATS}
+    if (
+        not isinstance(labels, Tensor)
+        or labels.dtype not in dtypes.get(labels.ndim, ())
+        or labels.shape[0] != length
+    ):
+        raise ValueError(
+            f"{name} must be a tensor of ({length},) integers or ({length}, C) floats, "
+            f"got {_described(labels)}"
+        )
+    _check_no_grad(name, labels)
+    _check_device(name, labels, features)
+    if (
+        labels.ndim == 2
+        and _readable(labels)
+        and not bool(((labels >= 0) & labels.isfinite()).all())
+    ):
+        raise ValueError(f"{name} must be >= 0 and finite where they are soft, got others")
+
+
+def _check_mask(mask: Any, shapes: list[tuple[int, int]], features: Tensor) -> None:
+    if not isinstance(mask, Tensor) or tuple(mask.shape) not in shapes:
+        accepted = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"mask must be a tensor of shape {accepted}, got {_described(mask)}")
+    if mask.dtype not in (torch.bool, *INTEGERS, *FLOATS):
+        raise ValueError(f"mask must be boolean, integer or floating-point, got {mask.dtype}")
+    _check_no_grad("mask", mask)
+    _check_device("mask", mask, features)
+
+
+def _described(value: Any) -> str:
+    """What came, for a message. (Only then: a shape that is printed is fixed in a trace.)"""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def _check_no_grad(name: str, x: Tensor) -> None:
+    if x.requires_grad:
+        raise ValueError(f"{name} must not require grad, got a tensor that does: detach it")
+
+
+def _check_device(name: str, x: Tensor, features: Tensor) -> None:
+    if x.device != features.device:
+        raise ValueError(
+            f"{name} must be on the device of features ({features.device}), got {x.device}"
+        )
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether the host may look at the values: not in a trace, nor while a CUDA graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

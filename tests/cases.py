@@ -1,0 +1,337 @@
+"""The table of cases: what a backend is given, and why. Tests take it whole; none makes its own inputs.
+
+A case builds the arguments of ``supcon_loss`` in float64; the comparison rounds the features to
+the dtype under test and gives everything else as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+Arguments = dict[str, Any]
+VARIANTS = [
+    (summation, denominator)
+    for summation in ("out", "in")
+    for denominator in ("all", "one_positive", "only_negatives")
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NOWHERE = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Arguments under a name, and the reason that they are in the table."""
+
+    id: str
+    why: str
+    build: Callable[[torch.Generator], Arguments]
+
+    def arguments(self) -> Arguments:
+        """The same arguments at every call."""
+        return {"temperature": 0.1, **self.build(torch.Generator().manual_seed(2004))}
+
+
+CASES: list[Case] = []
+
+
+def case(why: str) -> Callable[[Callable[[torch.Generator], Arguments]], None]:
+    """Enter the function's arguments in the table under the function's name."""
+
+    def enter(build: Callable[[torch.Generator], Arguments]) -> None:
+        CASES.append(Case(build.__name__, why, build))
+
+    return enter
+
+
+def by_id(name: str) -> Case:
+    """The case of that name."""
+    return next(c for c in CASES if c.id == name)
+
+
+def parametrize() -> pytest.MarkDecorator:
+    """Run a test on every case of the table."""
+    return pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+
+
+def randn(g: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal float64."""
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+def classes(g: torch.Generator, n: int, num_classes: int) -> Tensor:
+    """(n,) integer labels."""
+    return torch.randint(num_classes, (n,), generator=g)
+
+
+# --- shapes
+
+
+@case("every size a multiple of every tile")
+def aligned(g):
+    return {"features": randn(g, 128, 64), "labels": classes(g, 128, 8)}
+
+
+@case("no size a multiple of anything")
+def ragged(g):
+    return {"features": randn(g, 127, 123), "labels": classes(g, 127, 7)}
+
+
+@case("more rows than one chunk or tile takes, and more than one row of tiles")
+def several_tiles(g):
+    return {"features": randn(g, 1031, 24), "labels": classes(g, 1031, 10)}
+
+
+@case("a single row has nothing to contrast with")
+def single_row(g):
+    return {"features": randn(g, 1, 5), "labels": torch.tensor([3])}
+
+
+@case("a final batch may be empty")
+def empty(g):
+    return {"features": randn(g, 0, 5), "labels": classes(g, 0, 2)}
+
+
+@case("an empty batch of views")
+def empty_views(g):
+    return {"features": randn(g, 0, 2, 5)}
+
+
+@case("one feature: normalised rows are +1 and -1")
+def one_feature(g):
+    return {"features": randn(g, 33, 1), "labels": classes(g, 33, 3)}
+
+
+@case("fewer features than any vector register holds")
+def three_features(g):
+    return {"features": randn(g, 50, 3), "labels": classes(g, 50, 4)}
+
+
+@case("wide rows")
+def wide(g):
+    return {"features": randn(g, 40, 515), "labels": classes(g, 40, 4)}
+
+
+# --- views
+
+
+@case("one view of each sample, in the shape with views")
+def one_view(g):
+    return {"features": randn(g, 40, 1, 16), "labels": classes(g, 40, 4)}
+
+
+@case("the usual call: two views and labels")
+def two_views(g):
+    return {"features": randn(g, 48, 2, 32), "labels": classes(g, 48, 6)}
+
+
+@case("no labels: SimCLR, with more than one positive")
+def unlabelled_views(g):
+    return {"features": randn(g, 21, 3, 16)}
+
+
+@case("only first views are anchors")
+def first_view_anchors(g):
+    args = {"features": randn(g, 30, 2, 16), "labels": classes(g, 30, 5)}
+    return {**args, "contrast_mode": "one", "base_temperature": 0.07}
+
+
+# --- labels
+
+
+@case("everything is positive: no anchor has a negative")
+def one_class(g):
+    return {"features": randn(g, 37, 16), "labels": torch.zeros(37, dtype=torch.int64)}
+
+
+@case("nothing is positive: no anchor contributes")
+def all_distinct(g):
+    return {"features": randn(g, 37, 16), "labels": torch.arange(37)}
+
+
+@case("one anchor without positives among others that have some")
+def singleton(g):
+    return {"features": randn(g, 20, 8), "labels": torch.tensor([7] + [1, 2] * 9 + [1])}
+
+
+@case("similarity 1 to a positive and to a negative")
+def duplicated_rows(g):
+    return {"features": randn(g, 25, 12).repeat(3, 1), "labels": classes(g, 75, 4)}
+
+
+@case("labels are names, not indices; no id is ignore_index")
+def negative_and_huge_labels(g):
+    names = torch.tensor([-1, -(2**62), 2**62, 0, 2**40])
+    return {"features": randn(g, 45, 16), "labels": names[classes(g, 45, 5)]}
+
+
+@case("labels in a narrow dtype")
+def byte_labels(g):
+    return {"features": randn(g, 30, 8), "labels": classes(g, 30, 3).to(torch.uint8)}
+
+
+@case("ignored rows hold garbage that must not reach anything")
+def ignored_garbage(g):
+    features, labels = randn(g, 60, 16), classes(g, 60, 4)
+    labels[::7] = NOWHERE
+    features[::14], features[7::14] = torch.nan, torch.inf
+    return {"features": features, "labels": labels}
+
+
+@case("every row ignored: no anchor at all")
+def all_ignored(g):
+    return {"features": randn(g, 9, 4), "labels": torch.full((9,), NOWHERE)}
+
+
+@case("soft labels: every pair is positive with some weight")
+def soft_labels(g):
+    return {"features": randn(g, 40, 16), "labels": randn(g, 40, 5).mul(2).softmax(dim=1)}
+
+
+@case("multi-hot labels, integers as floats, some samples without any")
+def multi_hot(g):
+    hot = (torch.rand(44, 6, generator=g) < 0.25).float()
+    return {"features": randn(g, 22, 2, 16), "labels": hot[:22]}
+
+
+@case("soft labels so sharp that a weight is 1e-12 of another")
+def saturated_soft_labels(g):
+    logits = torch.nn.functional.one_hot(classes(g, 36, 6), 6).double() * 28 + randn(g, 36, 6)
+    return {"features": randn(g, 36, 16), "labels": logits.softmax(dim=1)}
+
+
+# --- masks
+
+
+@case("a boolean mask of samples, over two views")
+def sample_mask(g):
+    mask = torch.rand(20, 20, generator=g) < 0.3
+    return {"features": randn(g, 20, 2, 16), "mask": mask}
+
+
+@case("an asymmetric weighted mask of rows with ignored pairs")
+def weighted_mask(g):
+    mask = torch.rand(40, 40, generator=g).sub(0.6).mul(5)
+    mask[mask.abs() < 1.5] = 0
+    return {"features": randn(g, 20, 2, 16), "mask": mask}
+
+
+@case("a mask with only first views as anchors")
+def first_view_mask(g):
+    mask = (torch.rand(20, 20, generator=g) < 0.3).int()
+    return {"features": randn(g, 20, 2, 16), "mask": mask, "contrast_mode": "one"}
+
+
+# --- other rows to contrast with
+
+
+@case("a labelled memory")
+def memory(g):
+    return {
+        "features": randn(g, 31, 16),
+        "labels": classes(g, 31, 5),
+        "contrast_features": randn(g, 77, 16),
+        "contrast_labels": classes(g, 77, 5),
+    }
+
+
+@case("a memory that is partly empty, the slots holding garbage, and ignored anchors")
+def half_empty_memory(g):
+    args = memory_arguments(g)
+    args["contrast_features"][:20] = torch.nan
+    args["contrast_labels"][:20] = NOWHERE
+    args["labels"][3] = NOWHERE
+    args["features"][3] = torch.inf
+    return args
+
+
+@case("a memory that holds the anchors themselves")
+def self_in_memory(g):
+    args = memory_arguments(g)
+    features, labels = args["features"], args["labels"]
+    memory, names = args["contrast_features"], args["contrast_labels"]
+    return {
+        **args,
+        "contrast_features": torch.cat((memory[:10], features, memory[10:])),
+        "contrast_labels": torch.cat((names[:10], labels, names[10:])),
+        "self_offset": 10,
+    }
+
+
+@case("an empty memory: no anchor contributes")
+def empty_memory(g):
+    args = memory_arguments(g)
+    args["contrast_features"] = args["contrast_features"][:0]
+    args["contrast_labels"] = args["contrast_labels"][:0]
+    return args
+
+
+@case("two towers without labels, and keys in front of a queue; first views only")
+def towers(g):
+    return {"features": randn(g, 20, 2, 16), "contrast_features": randn(g, 50, 16)}
+
+
+@case("soft labels against a memory's")
+def soft_memory(g):
+    return {
+        "features": randn(g, 18, 8),
+        "labels": torch.rand(18, 4, generator=g),
+        "contrast_features": randn(g, 27, 8),
+        "contrast_labels": torch.rand(27, 4, generator=g),
+    }
+
+
+@case("a mask against a memory, itself included")
+def masked_memory(g):
+    features, mask = randn(g, 15, 8), torch.rand(15, 40, generator=g).sub(0.5)
+    return {
+        "features": features,
+        "contrast_features": torch.cat((features, randn(g, 25, 8))),
+        "mask": mask,
+        "self_offset": 0,
+    }
+
+
+def memory_arguments(g: torch.Generator) -> Arguments:
+    """A labelled memory, for cases that change something about it."""
+    return by_id("memory").build(g)
+
+
+# --- numbers
+
+
+@case("exponents up to 200: beyond what one shift of float32 holds")
+def cold(g):
+    labels = classes(g, 64, 4)
+    return {"features": randn(g, 64, 8), "labels": labels, "temperature": 0.01}
+
+
+@case("close to uniform")
+def hot(g):
+    return {"features": randn(g, 64, 8), "labels": classes(g, 64, 4), "temperature": 5.0}
+
+
+@case("rows taken as they are, norms around 3, and one far out")
+def unnormalised(g):
+    features = randn(g, 50, 9)
+    features[4] *= 8
+    labels = classes(g, 50, 4)
+    return {"features": features, "labels": labels, "normalize": False, "temperature": 1.0}
+
+
+@case("norms over six decades, and rows of zeros")
+def uneven_norms(g):
+    features = randn(g, 48, 16) * torch.logspace(-3, 3, 48, dtype=torch.float64)[:, None]
+    features[5] = features[17] = 0.0
+    return {"features": features, "labels": classes(g, 48, 4)}
+
+
+@case("well separated classes late in training: the loss is small")
+def converged(g):
+    labels = classes(g, 60, 6)
+    return {"features": randn(g, 6, 16)[labels] * 3 + 0.2 * randn(g, 60, 16), "labels": labels}

@@ -1,0 +1,127 @@
+"""The one comparison: a result against the float64 truth, measured by the error of the dense formula.
+
+An error passes where it is at most twice that of the dense formula in the same dtype, plus a
+floor for the case that the dense formula was lucky. The truth is the dense formula in float64
+on the same rounded inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from supcon_kernels import supcon_loss
+from supcon_kernels.problem import normalize
+
+Loss = Callable[..., Tensor]
+LEAVES = ("features", "contrast_features", "temperature")
+# Roundings of the dtype by which a result may be off for no fault of its own.
+FLOOR_ROUNDINGS = 4
+
+
+def evaluate(
+    loss_function: Loss, arguments: dict[str, Any], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The loss and every gradient, in float64, of arguments rounded to ``dtype``."""
+    arguments = dict(arguments)
+    for name in LEAVES:
+        if arguments.get(name) is not None:
+            leaf = torch.as_tensor(arguments[name], dtype=torch.float64)
+            leaf = leaf.to(dtype) if name != "temperature" else leaf
+            arguments[name] = leaf.clone().requires_grad_()
+    if arguments.get("base_temperature") is not None:
+        arguments["temperature"] = float(arguments["temperature"].detach())
+    leaves = {name: x for name in LEAVES if isinstance(x := arguments.get(name), Tensor)}
+    loss = loss_function(**arguments)
+    weight = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    grads = torch.autograd.grad((loss * weight).sum(), list(leaves.values()), allow_unused=True)
+    result = {"loss": loss.detach().double()}
+    for (name, leaf), grad in zip(leaves.items(), grads):
+        result[name] = torch.zeros_like(leaf).double() if grad is None else grad.double()
+    return result
+
+
+def reference(**arguments: Any) -> Tensor:
+    """The dense formula in the working dtype of its inputs."""
+    return supcon_loss(**arguments, backend="reference")
+
+
+def dense_on_rounded_rows(**arguments: Any) -> Tensor:
+    """The dense formula, accumulating in float32, on rows rounded after their normalisation.
+
+    This is what 16-bit inputs may cost a kernel that multiplies in 16 bits.
+    """
+    for name in ("features", "contrast_features"):
+        if arguments.get(name) is not None:
+            x = arguments[name]
+            rows = x.float()
+            if arguments.get("normalize", True):
+                ignored = ~x.isfinite().all(dim=-1, keepdim=True)
+                rows = normalize(rows.masked_fill(ignored, 0.0).flatten(0, -2)).view_as(rows)
+                rows = torch.where(ignored, torch.nan, rows)
+            arguments[name] = rows + (rows.to(x.dtype).float() - rows).detach()
+    return reference(**{**arguments, "normalize": False})
+
+
+def assert_close(loss_function: Loss, arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    """Loss and gradients of ``loss_function`` are as near to the truth as the dense formula's.
+
+    Args:
+        loss_function: takes the arguments of ``supcon_loss``.
+        arguments: as a case gives them, features in float64.
+        dtype: what the features are rounded to.
+
+    Raises:
+        AssertionError: names the quantity, its error and the bound.
+    """
+    rounded = dict(arguments)
+    for name in ("features", "contrast_features"):
+        if arguments.get(name) is not None:
+            rounded[name] = arguments[name].to(dtype).double()
+    truth = evaluate(reference, rounded, torch.float64)
+    plain = dense_on_rounded_rows if dtype.itemsize == 2 else reference
+    dense = evaluate(plain, rounded, dtype)
+    result = evaluate(loss_function, rounded, dtype)
+
+    for name, exact in truth.items():
+        got = result[name]
+        assert got.shape == exact.shape, f"{name}: shape {got.shape}, expected {exact.shape}"
+        if exact.numel() == 0:
+            continue
+        scale = _row_scale(name, rounded)
+        error = ((got - exact) * scale).abs().max().item()
+        dense_error = ((dense[name] - exact) * scale).abs().max().item()
+        bound = 2 * dense_error + _floor(name, exact * scale, rounded, dtype)
+        assert bound < float("inf"), f"{name}: the bound is {bound}"
+        assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g} in {dtype}"
+
+
+def _row_scale(name: str, arguments: dict[str, Any]) -> Tensor | float:
+    """Gradients of rows count relative to 1 / norm: that is how they grow where rows are normalised."""
+    if name not in ("features", "contrast_features") or not arguments.get("normalize", True):
+        return 1.0
+    norm = arguments[name].double().norm(dim=-1, keepdim=True)
+    return norm.nan_to_num(1.0, 1.0, 1.0)
+
+
+def _floor(name: str, exact: Tensor, arguments: dict[str, Any], dtype: torch.dtype) -> float:
+    """What roundings alone may cost: of the similarities, and of outputs in 16 bits.
+
+    A quantity may be tiny because its terms cancel, so its size is at least that of one term: of
+    a similarity for the loss, of one anchor's share of the mean for a gradient.
+    """
+    tau = float(arguments["temperature"])
+    num_anchors = max(arguments["features"][..., 0].numel(), 1)
+    reach = 1.0 / tau  # the largest similarity
+    if not arguments.get("normalize", True):
+        reach *= arguments["features"].norm(dim=-1).max().item() ** 2
+    term = {"loss": 1.0, "temperature": 1.0 / tau}.get(name, 1.0 / num_anchors)
+    size = exact.abs().max().item()
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    floor = FLOOR_ROUNDINGS * torch.finfo(working).eps * (size + term) * max(1.0, reach)
+    if dtype != working and name in ("features", "contrast_features"):
+        floor += torch.finfo(dtype).eps * size
+    return floor

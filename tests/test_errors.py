@@ -1,0 +1,154 @@
+"""Bad input: the exception, and that its message names the argument and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from supcon_kernels import LabelQueue, SupConLoss, supcon_loss
+
+FEATURES = torch.randn(4, 3)
+VIEWS = torch.randn(4, 2, 3)
+LABELS = torch.tensor([0, 0, 1, 1])
+SOFT = torch.rand(4, 5)
+MEMORY = torch.randn(6, 3)
+MEMORY_LABELS = torch.tensor([0, 1, 0, 1, 0, 1])
+MASK = torch.ones(4, 4)
+
+CALLS = [
+    # features
+    ("features", "list", TypeError, {"features": [[1.0, 2.0]], "labels": LABELS}),
+    ("features", "int64", TypeError, {"features": FEATURES.long(), "labels": LABELS}),
+    ("features", r"\(4,\)", ValueError, {"features": FEATURES[:, 0], "labels": LABELS}),
+    ("features", r"\(2, 2, 2, 2\)", ValueError, {"features": torch.zeros(2, 2, 2, 2)}),
+    # what is positive
+    ("labels", "nothing is positive", ValueError, {"features": FEATURES}),
+    ("labels", "nothing is positive", ValueError, {"features": FEATURES[:, None]}),
+    ("labels", "list", ValueError, {"labels": [0, 0, 1, 1]}),
+    ("labels", r"\(3,\)", ValueError, {"labels": LABELS[:3]}),
+    ("labels", r"\(4, 1\)", ValueError, {"labels": LABELS[:, None]}),
+    ("labels", "float32", ValueError, {"labels": LABELS.float()}),
+    ("labels", "bool", ValueError, {"labels": LABELS.bool()}),
+    ("labels", ">= 0", ValueError, {"labels": -SOFT}),
+    ("labels", ">= 0 and finite", ValueError, {"labels": SOFT.log()[:, :1] * torch.nan}),
+    ("labels", "require grad", ValueError, {"labels": SOFT.clone().requires_grad_()}),
+    ("labels", "device", ValueError, {"labels": LABELS.to("meta")}),
+    ("mask", "both", ValueError, {"labels": LABELS, "mask": MASK}),
+    ("mask", "list", ValueError, {"mask": [[1]]}),
+    ("mask", r"\(4, 5\)", ValueError, {"mask": torch.ones(4, 5)}),
+    ("mask", "complex64", ValueError, {"mask": MASK.to(torch.complex64)}),
+    ("mask", "require grad", ValueError, {"mask": MASK.clone().requires_grad_()}),
+    ("mask", "device", ValueError, {"mask": MASK.to("meta")}),
+    # a memory
+    ("contrast_features", "int64", TypeError, {"contrast_features": MEMORY.long()}),
+    ("contrast_features", r"\(6, 2\)", ValueError, {"contrast_features": MEMORY[:, :2]}),
+    ("contrast_features", r"\(6,\)", ValueError, {"contrast_features": MEMORY[:, 0]}),
+    ("contrast_features", "float64", ValueError, {"contrast_features": MEMORY.double()}),
+    ("contrast_features", "device", ValueError, {"contrast_features": MEMORY.to("meta")}),
+    ("contrast_features", "at least", ValueError, {"contrast_features": MEMORY[:3]}),
+    ("contrast_labels", "without", ValueError, {"labels": LABELS, "contrast_labels": LABELS}),
+    ("self_offset", "without", ValueError, {"labels": LABELS, "self_offset": 0}),
+    (
+        "contrast_labels",
+        "come together",
+        ValueError,
+        {"labels": LABELS, "contrast_features": MEMORY},
+    ),
+    (
+        "labels",
+        "come together",
+        ValueError,
+        {"contrast_features": MEMORY, "contrast_labels": MEMORY_LABELS},
+    ),
+    (
+        "contrast_labels",
+        r"\(4,\)",
+        ValueError,
+        {"labels": LABELS, "contrast_features": MEMORY, "contrast_labels": LABELS},
+    ),
+    (
+        "contrast_labels",
+        r"\(6, 2\)",
+        ValueError,
+        {"labels": SOFT, "contrast_features": MEMORY, "contrast_labels": torch.ones(6, 2)},
+    ),
+    (
+        "mask",
+        "contrast_labels",
+        ValueError,
+        {
+            "mask": torch.ones(4, 6),
+            "contrast_features": MEMORY,
+            "contrast_labels": MEMORY_LABELS,
+        },
+    ),
+    ("mask", r"\(4, 4\)", ValueError, {"mask": MASK, "contrast_features": MEMORY}),
+    ("self_offset", "labels", ValueError, {"contrast_features": MEMORY, "self_offset": 0}),
+    *(
+        (
+            "self_offset",
+            str(offset),
+            ValueError,
+            {
+                "labels": LABELS,
+                "contrast_features": MEMORY,
+                "contrast_labels": MEMORY_LABELS,
+                "self_offset": offset,
+            },
+        )
+        for offset in (-1, 3, 0.5, True)
+    ),
+    # options
+    ("temperature", "0", ValueError, {"labels": LABELS, "temperature": 0}),
+    ("temperature", "-0.1", ValueError, {"labels": LABELS, "temperature": -0.1}),
+    ("temperature", "nan", ValueError, {"labels": LABELS, "temperature": float("nan")}),
+    ("temperature", "'hot'", ValueError, {"labels": LABELS, "temperature": "hot"}),
+    ("temperature", "-1", ValueError, {"labels": LABELS, "temperature": torch.tensor(-1.0)}),
+    ("temperature", r"\(1,\)", ValueError, {"labels": LABELS, "temperature": torch.ones(1)}),
+    ("temperature", "int64", ValueError, {"labels": LABELS, "temperature": torch.tensor(1)}),
+    ("base_temperature", "0", ValueError, {"labels": LABELS, "base_temperature": 0.0}),
+    (
+        "base_temperature",
+        "None",
+        ValueError,
+        {
+            "labels": LABELS,
+            "temperature": torch.tensor(0.1, requires_grad=True),
+            "base_temperature": 0.07,
+        },
+    ),
+    ("contrast_mode", "'two'", ValueError, {"labels": LABELS, "contrast_mode": "two"}),
+    ("summation", "'both'", ValueError, {"labels": LABELS, "summation": "both"}),
+    ("denominator", "'none'", ValueError, {"labels": LABELS, "denominator": "none"}),
+    ("reduction", "'max'", ValueError, {"labels": LABELS, "reduction": "max"}),
+    ("backend", "'cuda'", ValueError, {"labels": LABELS, "backend": "cuda"}),
+]
+
+
+@pytest.mark.parametrize(
+    "name, said, error, arguments", CALLS, ids=[f"{c[0]}-{k}" for k, c in enumerate(CALLS)]
+)
+def test_message_names_the_argument_and_what_came(name, said, error, arguments):
+    with pytest.raises(error, match=rf"^{name} (?s:.*){said}"):
+        supcon_loss(**{"features": FEATURES, **arguments})
+
+
+def test_learning_the_temperature_in_the_module_needs_no_base():
+    criterion = SupConLoss(torch.nn.Parameter(torch.tensor(0.1)))
+    with pytest.raises(ValueError, match=r"^base_temperature must be None"):
+        criterion(VIEWS, LABELS)
+
+
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("size", lambda: LabelQueue(0, 4)),
+        ("dim", lambda: LabelQueue(4, 0)),
+        ("features", lambda: LabelQueue(4, 3).enqueue(torch.zeros(2, 5), LABELS[:2])),
+        ("labels", lambda: LabelQueue(4, 3).enqueue(torch.zeros(2, 3), LABELS)),
+        ("labels", lambda: LabelQueue(4, 3).enqueue(torch.zeros(2, 3), torch.zeros(2))),
+    ],
+)
+def test_queue_names_the_argument(name, call):
+    with pytest.raises(ValueError, match=rf"^{name} must"):
+        call()

@@ -1,0 +1,248 @@
+"""The operator among PyTorch's machinery: registration, compilation, autocast, layouts, choice of backend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from cases import VARIANTS, by_id
+
+import supcon_kernels
+from supcon_kernels import available_backends, backends, op, supcon_loss
+from supcon_kernels.problem import Problem
+
+FUSED = [name for name, why_not in available_backends().items() if not why_not]
+FUSED.remove("reference")
+fused = pytest.mark.parametrize("backend", FUSED)
+
+
+def problem_of(name: str, dtype: torch.dtype = torch.float32, **options) -> Problem:
+    """The problem that ``supcon_loss`` builds of a case."""
+    built = []
+
+    def stop(problem, backend):
+        built.append(problem)
+        raise InterruptedError
+
+    arguments = by_id(name).arguments()
+    arguments["features"] = arguments["features"].to(dtype)
+    if "contrast_features" in arguments:
+        arguments["contrast_features"] = arguments["contrast_features"].to(dtype)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(backends, "choose", stop)
+        supcon_loss(**{**arguments, **options})
+    return built[0]
+
+
+def require_grad(problem: Problem) -> tuple[object, ...]:
+    """The operands, with gradients wanted of everything that can have one."""
+    tensors = {
+        name: x.detach().clone().requires_grad_()
+        for name in ("rows", "cols", "temperature_tensor")
+        if (x := getattr(problem, name)) is not None
+    }
+    return tuple(tensors.get(name, x) for name, x in vars(problem).items())
+
+
+@fused
+@pytest.mark.parametrize("variant", [("out", "all"), ("in", "one_positive")], ids="/".join)
+@pytest.mark.parametrize(
+    "name", ["ragged", "self_in_memory", "weighted_mask", "soft_memory", "half_empty_memory"]
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own doing
+def test_opcheck(backend, name, variant):
+    options = {"summation": variant[0], "denominator": variant[1]}
+    if name in ("ragged", "self_in_memory"):
+        options["temperature"] = torch.tensor(0.1)
+    problem = problem_of(name, **options)
+    operands = (*require_grad(problem), backend)
+    torch.library.opcheck(op.forward, operands)
+    loss, _, stats = op.forward(*problem.operands(), backend)
+    needs = (True, problem.cols is not None, problem.temperature_tensor is not None)
+    fixed = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in operands)
+    torch.library.opcheck(
+        op.backward,
+        (torch.ones_like(loss), stats, *needs, *fixed),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_training_step_with_dynamic_batch(backend):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    encoder = torch.nn.Linear(12, 8)
+
+    def step(x, labels, temperature):
+        return supcon_loss(encoder(x), labels, temperature=temperature, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (16, 23, 40):
+        x, labels = torch.randn(n, 2, 12), torch.randint(0, 4, (n,))
+        results = []
+        for run in (step, compiled):
+            temperature = torch.tensor(0.1, requires_grad=True)
+            loss = run(x, labels, temperature)
+            grads = torch.autograd.grad(loss, [*encoder.parameters(), temperature])
+            results.append((loss, *grads))
+        for eager, traced in zip(*results):
+            torch.testing.assert_close(eager, traced)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@fused
+def test_inductor_compiles_a_training_step(backend):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    encoder = torch.nn.Linear(12, 8)
+    x, labels = torch.randn(30, 12), torch.randint(0, 4, (30,))
+
+    @torch.compile(fullgraph=True)
+    def loss_of(x):
+        return supcon_loss(encoder(x), labels, temperature=0.1, backend=backend)
+
+    loss = loss_of(x)
+    compiled = torch.autograd.grad(loss, encoder.weight)[0]
+    expected = supcon_loss(encoder(x), labels, temperature=0.1, backend=backend)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(compiled, torch.autograd.grad(expected, encoder.weight)[0])
+
+
+@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("variant", [("out", "all"), ("in", "one_positive")], ids="/".join)
+def test_autocast_changes_nothing(backend, variant):
+    arguments = by_id("two_views").arguments()
+    features = arguments.pop("features").float().requires_grad_()
+    options = {"summation": variant[0], "denominator": variant[1], "backend": backend}
+    expected = supcon_loss(features, **arguments, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = supcon_loss(features, **arguments, **options)
+        if backend != "reference":  # a dense graph's backward belongs outside, as PyTorch says
+            (grad,) = torch.autograd.grad(loss, features)
+            assert torch.equal(grad, torch.autograd.grad(expected, features)[0])
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_dtypes_of_results(backend, dtype):
+    features = torch.randn(8, 4, dtype=dtype, requires_grad=True)
+    temperature = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(8) % 2
+    loss = supcon_loss(features, labels, temperature=temperature, backend=backend)
+    loss.backward()
+    assert (loss.dtype, features.grad.dtype) == (torch.float32, dtype)
+    assert temperature.grad.dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", available_backends())
+def test_any_strides(backend):
+    torch.manual_seed(0)
+    labels = torch.arange(12) % 3
+    layouts = {
+        "transposed": torch.randn(5, 12).T,
+        "sliced": torch.randn(24, 9)[::2, 1:6],
+        "expanded": torch.randn(4, 1, 5).expand(4, 3, 5).flatten(0, 1),
+        "expanded_row": torch.randn(1, 5).expand(12, 5),
+        "offset": torch.randn(61)[1:].view(12, 5),
+    }
+    for x in layouts.values():
+        leaf = x.detach().requires_grad_()
+        packed = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+        loss = supcon_loss(leaf, labels, backend=backend)
+        expected = supcon_loss(packed, labels, backend=backend)
+        assert torch.equal(loss, expected)
+        # An expanded gradient, as the reduction hands it to the operator.
+        got, want = torch.autograd.grad(loss, leaf)[0], torch.autograd.grad(expected, packed)[0]
+        assert torch.equal(got, want)
+
+
+@fused
+@pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
+def test_differentiating_twice_names_the_backend_that_can(backend, variant):
+    features = torch.randn(8, 4, requires_grad=True)
+    options = {"summation": variant[0], "denominator": variant[1], "backend": backend}
+    loss = supcon_loss(features, torch.arange(8) % 2, **options)
+    (grad,) = torch.autograd.grad(loss, features, create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        grad.sum().backward()
+
+
+def test_no_grad_needs_no_backward():
+    loss = supcon_loss(torch.randn(8, 4), torch.arange(8) % 2)
+    assert not loss.requires_grad
+
+
+def test_memory_grows_with_n_not_with_its_square(monkeypatch):
+    peaks = {n: peak_bytes(n) for n in (2048, 8192)}
+    dense = 8192 * 8192 * 4
+    assert peaks[8192] < dense / 4
+    assert peaks[8192] < 4.5 * peaks[2048]
+
+
+def peak_bytes(n: int) -> int:
+    """Most bytes that tensors made by the tiled backend hold at once, forward and backward."""
+    arguments = (torch.randn(n, 32, requires_grad=True), torch.arange(n) % 10)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        supcon_loss(*arguments, backend="tiled").backward()
+    held = peak = 0
+    for event in sorted(memory_events(profile), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert peak > 0
+    return peak
+
+
+def memory_events(profile):
+    """The allocations and frees that a profile recorded."""
+    return [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+
+
+# --- the choice of a backend
+
+
+def stand_in(unavailable=None, why_not=None):
+    """A backend that answers as told."""
+    return types.SimpleNamespace(unavailable=lambda: unavailable, why_not=lambda problem: why_not)
+
+
+def test_the_first_backend_without_a_reason_takes_the_call(monkeypatch):
+    table = {
+        "absent": stand_in(unavailable="it needs a quantum computer."),
+        "picky": stand_in(why_not="it wants an even number of rows."),
+        "able": stand_in(),
+        "late": stand_in(),
+    }
+    monkeypatch.setattr(backends, "BACKENDS", table)
+    problem = problem_of("ragged")
+    assert backends.choose(problem, None) == "able"
+    assert backends.choose(problem, "late") == "late"
+    for name, reason in (("absent", "quantum computer"), ("picky", "even number")):
+        with pytest.raises(ValueError, match=f"backend '{name}' cannot take this call: .*{reason}"):
+            backends.choose(problem, name)
+    assert backends.available_backends() == {
+        "absent": "it needs a quantum computer.",
+        "picky": None,
+        "able": None,
+        "late": None,
+    }
+
+
+def test_the_default_is_the_first_in_the_list():
+    assert backends.choose(problem_of("ragged"), None) == FUSED[0]
+
+
+def test_python_dash_m_reports_every_backend():
+    command = [sys.executable, "-m", "supcon_kernels"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert supcon_kernels.__version__ in out
+    assert torch.__version__ in out
+    for name in available_backends():
+        assert f"{name} " in out
+    assert "ready" in out

@@ -1,0 +1,169 @@
+"""What a call means, where a comparison of backends cannot tell: both could be wrong alike."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import NOWHERE, by_id
+
+from supcon_kernels import SupConLoss, available_backends, supcon_loss
+
+backends = pytest.mark.parametrize("backend", available_backends())
+
+
+def features_of(name):
+    arguments = by_id(name).arguments()
+    return arguments["features"], arguments.get("labels")
+
+
+@backends
+def test_views_are_ordered_view_by_view(backend):
+    features, labels = features_of("two_views")
+    rows, names = torch.cat((features[:, 0], features[:, 1])), torch.cat((labels, labels))
+    of_views = supcon_loss(features, labels, reduction="none", backend=backend)
+    of_rows = supcon_loss(rows, names, reduction="none", backend=backend)
+    assert of_views.shape == (96,)
+    torch.testing.assert_close(of_views, of_rows, rtol=1e-13, atol=0)
+
+
+@backends
+def test_one_mode_is_the_first_views_of_all_mode(backend):
+    features, labels = features_of("two_views")
+    options = {"reduction": "none", "backend": backend}
+    one = supcon_loss(features, labels, contrast_mode="one", **options)
+    assert one.shape == (48,)
+    torch.testing.assert_close(one, supcon_loss(features, labels, **options)[:48])
+
+
+@backends
+def test_no_labels_means_that_views_are_positives(backend):
+    features, _ = features_of("unlabelled_views")
+    samples = torch.arange(len(features))
+    unlabelled = supcon_loss(features, ignore_index=0, backend=backend)
+    torch.testing.assert_close(unlabelled, supcon_loss(features, samples, backend=backend))
+
+
+@backends
+def test_labels_and_their_mask_and_their_one_hot_rows_agree(backend):
+    features, labels = features_of("two_views")
+    options = {"reduction": "none", "backend": backend}
+    expected = supcon_loss(features, labels, **options)
+    mask = labels[:, None] == labels
+    for other in (
+        {"mask": mask},
+        {"mask": mask.repeat(2, 2)},
+        {"labels": torch.nn.functional.one_hot(labels).float()},
+    ):
+        torch.testing.assert_close(supcon_loss(features, **other, **options), expected)
+
+
+@backends
+def test_towers_are_clip(backend):
+    images, texts = torch.randn(2, 9, 5, dtype=torch.float64)
+    logits = torch.nn.functional.normalize(images) @ torch.nn.functional.normalize(texts).T / 0.07
+    expected = torch.nn.functional.cross_entropy(logits, torch.arange(9))
+    loss = supcon_loss(images, contrast_features=texts, backend=backend)
+    torch.testing.assert_close(loss, expected)
+
+
+@backends
+@pytest.mark.parametrize("reduction, expected", [("mean", 6 / 4), ("positive_mean", 6 / 3)])
+def test_what_a_mean_counts(backend, reduction, expected):
+    # Four anchors, of which one has no positive, and an ignored row.
+    features, labels = torch.randn(5, 3), torch.tensor([0, 0, 0, 1, NOWHERE])
+    total = supcon_loss(features, labels, reduction="sum", backend=backend)
+    mean = supcon_loss(features, labels, reduction=reduction, backend=backend)
+    torch.testing.assert_close(mean, total * expected / 6)
+
+
+@backends
+@pytest.mark.parametrize("reduction", ["mean", "positive_mean", "sum"])
+@pytest.mark.parametrize("name", ["single_row", "empty", "empty_views", "all_ignored"])
+def test_nothing_to_learn_from_costs_nothing(backend, name, reduction):
+    arguments = by_id(name).arguments()
+    features = arguments.pop("features").requires_grad_()
+    loss = supcon_loss(features, **arguments, reduction=reduction, backend=backend)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert features.grad.shape == features.shape
+    assert not features.grad.any()
+
+
+@backends
+def test_ignored_rows_are_as_if_absent(backend):
+    arguments = by_id("ignored_garbage").arguments()
+    features, labels = arguments["features"], arguments["labels"]
+    kept = labels != NOWHERE
+    whole, without = features.clone().requires_grad_(), features[kept].clone().requires_grad_()
+    loss = supcon_loss(whole, labels, backend=backend)
+    expected = supcon_loss(without, labels[kept], backend=backend)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(whole.grad[kept], without.grad)
+    assert not whole.grad[~kept].any()
+
+
+@backends
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_non_finite_row_that_takes_part_makes_the_loss_nan(backend, garbage, normalize):
+    features, labels = features_of("singleton")
+    features[0, 3] = garbage  # row 0 has no positive: nothing but its column could tell
+    options = {"normalize": normalize, "backend": backend}
+    assert supcon_loss(features, labels, **options).isnan()
+    memory = {"contrast_features": features, "contrast_labels": labels}
+    assert supcon_loss(features[1:], labels[1:], **memory, **options).isnan()
+
+
+@backends
+def test_zero_rows_stay_zero_and_norms_do_not_overflow(backend):
+    features, labels = torch.randn(12, 4), torch.arange(12) % 3
+    directions = supcon_loss(features, labels, backend=backend)
+    far = features * torch.tensor([1e37, 1e-37, 1.0])[torch.arange(12) % 3, None]
+    torch.testing.assert_close(supcon_loss(far, labels, backend=backend), directions)
+    features[2] = 0.0
+    features.requires_grad_()
+    supcon_loss(features, labels, backend=backend).backward()
+    assert features.grad.isfinite().all()
+    assert not features.grad[2].any()
+
+
+@backends
+def test_self_similarity_stays_out_of_the_maximum(backend):
+    # Similarities of -1/τ = -1000 to the other rows: beside an own 1000 they would all be 0.
+    features = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
+    labels = torch.tensor([0, 0, 1])
+    loss = supcon_loss(features, labels, temperature=1e-3, reduction="none", backend=backend)
+    assert float(loss[0]) == pytest.approx(math.log(2), abs=1e-3)  # similarities end on 6e-5
+
+
+@backends
+def test_base_temperature_scales(backend):
+    features, labels = features_of("aligned")
+    plain = supcon_loss(features, labels, temperature=0.1, backend=backend)
+    options = {"temperature": 0.1, "base_temperature": 0.05, "backend": backend}
+    torch.testing.assert_close(supcon_loss(features, labels, **options), plain * 2)
+
+
+def test_module_is_a_drop_in():
+    features, labels = features_of("two_views")
+    mask = labels[:, None] == labels
+    expected = supcon_loss(
+        features, labels, temperature=0.2, contrast_mode="one", base_temperature=0.1
+    )
+    criterion = SupConLoss(0.2, "one", 0.1)
+    assert criterion(features, labels) == expected
+    assert criterion(features, None, mask) == expected
+    assert criterion(features.unflatten(2, (4, 8)), labels) == expected
+    assert SupConLoss()(features, labels) == supcon_loss(features, labels, base_temperature=0.07)
+
+
+def test_module_learns_its_temperature():
+    features, labels = features_of("two_views")
+    criterion = SupConLoss(torch.nn.Parameter(torch.tensor(0.1)), base_temperature=None)
+    criterion(features, labels).backward()
+    assert [name for name, _ in criterion.named_parameters()] == ["temperature"]
+    assert criterion.temperature.grad.abs() > 0
