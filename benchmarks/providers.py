@@ -1,0 +1,175 @@
+"""Who computes it: every way to the same loss that the benchmark compares, by name.
+
+A factory answers with a Provider for a workload, or raises Unavailable with one sentence
+on why there is none here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workloads import Problem, Workload
+
+
+class Unavailable(Exception):
+    """The provider does not take this workload here; the message says why."""
+
+
+def autograd_backward(problem: Problem, loss: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, problem.leaves)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A forward that returns the loss with its graph, and the backward through that graph."""
+
+    name: str
+    forward: Callable[[Problem], Tensor]
+    backward: Callable[[Problem, Tensor], tuple[Tensor, ...]] = autograd_backward
+    has_loss: bool = True
+    compiles_per_shape: bool = False
+    num_pair_matrices: int = 0
+    """Matrices of size N×M that it holds at its peak; 0: memory grows linearly."""
+
+    def step(self, problem: Problem) -> tuple[Tensor, ...]:
+        return self.backward(problem, self.forward(problem))
+
+
+def dense_loss(problem: Problem) -> Tensor:
+    """The loss as SupContrast computes it: all scores, float masks, log-softmax."""
+    workload = problem.workload
+    rows = F.normalize(problem.features)
+    cols = rows if problem.contrast_features is None else F.normalize(problem.contrast_features)
+    scores = (rows @ cols.T).to(torch.promote_types(rows.dtype, torch.float32))
+    scores = scores / workload.temperature
+    scores = scores - scores.max(1, keepdim=True).values.detach()
+    others = torch.ones_like(scores)
+    if problem.contrast_features is None:
+        others = others - torch.eye(len(rows), dtype=scores.dtype, device=scores.device)
+    positive = (problem.labels[:, None] == problem.col_labels).to(scores.dtype) * others
+
+    exp_scores = scores.exp()
+    if workload.denominator == "all":
+        total = (exp_scores * others).sum(1, keepdim=True)
+    else:
+        total = (exp_scores * (others - positive)).sum(1, keepdim=True)
+    if workload.denominator == "one_positive":
+        total = total + exp_scores
+    if workload.summation == "out":
+        log_prob = scores - total.log()
+        return -((positive * log_prob).sum(1) / positive.sum(1)).mean()
+    return -((positive * exp_scores / total).sum(1) / positive.sum(1)).log().mean()
+
+
+def _matmuls_forward(problem: Problem) -> Tensor:
+    return problem.features.detach() @ problem.cols.detach().T
+
+
+def _matmuls_backward(problem: Problem, scores: Tensor) -> tuple[Tensor, ...]:
+    return scores @ problem.cols.detach(), scores.T @ problem.features.detach()
+
+
+def _dense(workload: Workload) -> Provider:
+    return Provider("dense", dense_loss, num_pair_matrices=6)
+
+
+def _dense_compiled(workload: Workload) -> Provider:
+    torch.compiler.reset()
+    return Provider(
+        "dense-compiled",
+        torch.compile(dense_loss, fullgraph=True, dynamic=False),
+        compiles_per_shape=True,
+        num_pair_matrices=1,
+    )
+
+
+def _matmuls(workload: Workload) -> Provider:
+    return Provider(
+        "matmuls", _matmuls_forward, _matmuls_backward, has_loss=False, num_pair_matrices=1
+    )
+
+
+def _pytorch_metric_learning(workload: Workload) -> Provider:
+    if (workload.summation, workload.denominator) != ("out", "all"):
+        raise Unavailable("has the out/all loss only")
+    try:
+        from pytorch_metric_learning.losses import SupConLoss
+    except ModuleNotFoundError:
+        raise Unavailable("not installed: pip install pytorch-metric-learning") from None
+    supcon = SupConLoss(temperature=workload.temperature)
+
+    def forward(problem: Problem) -> Tensor:
+        loss = supcon(
+            problem.features,
+            problem.labels,
+            ref_emb=problem.contrast_features,
+            ref_labels=problem.contrast_labels,
+        )
+        assert isinstance(loss, Tensor)
+        return loss
+
+    return Provider("pytorch-metric-learning", forward, num_pair_matrices=13)
+
+
+def _supcon_kernels(backend: str, workload: Workload) -> Provider:
+    try:
+        from supcon_kernels import supcon_loss
+    except ModuleNotFoundError:
+        raise Unavailable("not installed: pip install supcon-kernels") from None
+
+    def forward(problem: Problem) -> Tensor:
+        try:
+            return supcon_loss(
+                problem.features,
+                problem.labels,
+                contrast_features=problem.contrast_features,
+                contrast_labels=problem.contrast_labels,
+                temperature=workload.temperature,
+                summation=workload.summation,
+                denominator=workload.denominator,
+                backend=backend,
+            )
+        except ValueError as refusal:
+            raise Unavailable(str(refusal)) from None
+
+    return Provider(f"{OURS}{backend}]", forward)
+
+
+FACTORIES: dict[str, Callable[[Workload], Provider]] = {
+    "dense": _dense,
+    "dense-compiled": _dense_compiled,
+    "pytorch-metric-learning": _pytorch_metric_learning,
+    "matmuls": _matmuls,
+}
+OURS = "supcon_kernels["
+SPECIFICATION = "reference"
+"""The backend that is a specification, not a contender: measured only when named."""
+
+
+def provider_names() -> list[str]:
+    """The others, then supcon_kernels once for each of its backends that is ready here."""
+    return [*FACTORIES, *(f"{OURS}{backend}]" for backend in _ready_backends())]
+
+
+def make_provider(name: str, workload: Workload) -> Provider:
+    """Build the named provider for a workload, or raise Unavailable."""
+    if name.startswith(OURS):
+        return _supcon_kernels(name.removeprefix(OURS).removesuffix("]"), workload)
+    return FACTORIES[name](workload)
+
+
+def _ready_backends() -> list[str]:
+    try:
+        from supcon_kernels import available_backends
+    except ModuleNotFoundError:
+        return []
+    return [
+        name
+        for name, why_not in available_backends().items()
+        if why_not is None and name != SPECIFICATION
+    ]
