@@ -6,9 +6,9 @@ import functools
 
 import pytest
 import torch
+
 from cases import CASES, DTYPES, NOWHERE, VARIANTS, by_id, parametrize
 from compare import assert_close
-
 from supcon_kernels import available_backends, supcon_loss
 
 BACKENDS = [name for name, why_not in available_backends().items() if why_not is None]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import by_id
 from pytorch_metric_learning import losses
 
+from cases import by_id
 from supcon_kernels import supcon_loss
 
 

@@ -8,9 +8,9 @@ import types
 
 import pytest
 import torch
-from cases import VARIANTS, by_id
 
 import supcon_kernels
+from cases import VARIANTS, by_id
 from supcon_kernels import available_backends, backends, op, supcon_loss
 from supcon_kernels.problem import Problem
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import VARIANTS, by_id
 from torch.autograd import gradcheck, gradgradcheck
 
+from cases import VARIANTS, by_id
 from supcon_kernels import supcon_loss
 
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from cases import NOWHERE, by_id
 
+from cases import NOWHERE, by_id
 from supcon_kernels import SupConLoss, available_backends, supcon_loss
 
 backends = pytest.mark.parametrize("backend", available_backends())

@@ -1,0 +1,114 @@
+"""The command line and YAML: who wins, what is refused, what the recipes hold."""
+
+from dataclasses import asdict
+
+import pytest
+import yaml
+
+import train_fixtures  # noqa: F401  puts train/ on the path
+from config import LinearConfig, PretrainConfig, UserError, parse, pick_device
+from train_fixtures import TRAIN
+
+
+def read(*argv):
+    return parse(PretrainConfig, [str(word) for word in argv], prog="pretrain", description="")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("batch_size: 64\ntemperature: 0.2\n")
+    return path
+
+
+def test_command_line_wins_wherever_config_stands(recipe):
+    before = read("--batch_size", 32, "--config", recipe)
+    after = read("--config", recipe, "--batch_size", 32)
+    joined = read("--batch_size=32", f"--config={recipe}")
+    assert before == after == joined
+    assert (before.batch_size, before.temperature) == (32, 0.2)
+    assert read("--config", recipe).batch_size == 64
+    assert read() == PretrainConfig()
+
+
+def test_later_of_two_recipes_wins(recipe, tmp_path):
+    second = tmp_path / "second.yaml"
+    second.write_text("batch_size: 48\n")
+    config = read("--config", recipe, "--config", second)
+    assert (config.batch_size, config.temperature) == (48, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch_sise", "3"], "--batch_sise"),
+        (["--batch", "3"], "--batch 3"),
+        (["--batch_size", "many"], "batch_size"),
+        (["--batch_size", "1"], "--batch_size 1: must be at least 2"),
+        (["--temperature", "0"], "--temperature 0.0: must be greater than 0"),
+        (["--temperature", "nan"], "temperature"),
+        (["--method", "moco"], "method"),
+        (["--device", "tpu"], "device"),
+        (["--dataset", "mnist"], "accepted are digits, fashion_mnist, cifar10, cifar100"),
+        (["--val_fraction", "0.1"], "--val_fraction contradicts --dataset digits"),
+        (["--dataset", "imagefolder:x", "--val_fraction", "1"], "between 0 and 1"),
+        (["--epochs", "5", "--warmup_epochs", "5"], "--warmup_epochs 5 contradicts --epochs 5"),
+        (["--stem", "standard", "--width", "32"], "--width contradicts --stem standard"),
+        (["--name", "a/b"], "--name a/b"),
+        (["--name", "a", "--resume", "runs/b/last.pt"], "contradicts --resume runs/b/last.pt"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config"], "--config"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_exit_with_code_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        read(*argv)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_option_in_yaml_exits_with_code_2(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("batch_sise: 64\n")
+    with pytest.raises(SystemExit) as ended:
+        read("--config", path)
+    assert ended.value.code == 2 and "batch_sise" in capsys.readouterr().err
+
+
+def test_every_option_is_in_the_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        read("--help")
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for option in asdict(PretrainConfig()):
+        described = text.split(f"--{option} ")[-1].split("(type")[0]
+        assert len(described.split()) > 2, f"--{option} is not described"
+
+
+def test_linear_needs_a_checkpoint(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(LinearConfig, [], prog="linear", description="")
+    assert ended.value.code == 2 and "checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((TRAIN / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_are_read(path):
+    config = read("--config", path)
+    for option, value in yaml.safe_load(path.read_text()).items():
+        assert getattr(config, option) == value
+    assert config.dataset == path.stem
+
+
+def test_digits_recipe_is_the_default():
+    assert read("--config", TRAIN / "recipes/digits.yaml") == PretrainConfig(augment="digits")
+
+
+def test_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="--device cuda"):
+        pick_device("cuda")
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert pick_device("auto").type == "mps"

@@ -1,0 +1,247 @@
+"""The data sets: read from small files made here, from their real files, and their mistakes."""
+
+import gzip
+import pickle
+import struct
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+
+import train_fixtures  # noqa: F401  puts train/ on the path
+from config import PretrainConfig, UserError
+from data import TrainingOrder, training_batches
+from sources import load_data, stratified_split, subset
+from train_fixtures import metrics, pretrain, write_images
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+def write_idx(path, array, *, packed):
+    """Write a uint8 array in the idx format: two zeros, type 8, its rank and sizes, its bytes."""
+    content = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if packed:
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(content))
+    else:
+        path.write_bytes(content)
+
+
+def write_fashion_mnist(folder, *, packed):
+    """Write 40 training and 20 test images of 28x28 in the ten classes; returns them."""
+    rng = np.random.default_rng(0)
+    splits = []
+    for prefix, count in (("train", 40), ("t10k", 20)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        write_idx(folder / f"{prefix}-images-idx3-ubyte", images, packed=packed)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte", labels, packed=packed)
+        splits.append((images, labels))
+    return splits
+
+
+@pytest.mark.parametrize(
+    ("layout", "packed"),
+    [(".", True), (".", False), ("FashionMNIST/raw", False)],
+    ids=["debian, gz", "debian, unpacked", "torchvision"],
+)
+def test_fashion_mnist_layouts(tmp_path, layout, packed):
+    (train, train_labels), (test, test_labels) = write_fashion_mnist(
+        tmp_path / layout, packed=packed
+    )
+    files = sorted(tmp_path.rglob("*"))
+    data = load_data(PretrainConfig(dataset="fashion_mnist", data_root=str(tmp_path)))
+    assert torch.equal(data.train.images, torch.from_numpy(train)[:, None])
+    assert torch.equal(data.test.images, torch.from_numpy(test)[:, None])
+    assert data.train.labels.tolist() == train_labels.tolist()
+    assert data.test.labels.tolist() == test_labels.tolist()
+    assert data.classes[9] == "Ankle boot" and data.image_size == 28
+    assert data.mean == pytest.approx([train.mean() / 255])
+    assert data.std == pytest.approx([train.std() / 255])
+    assert sorted(tmp_path.rglob("*")) == files, "the data folder was written to"
+
+
+@pytest.mark.skipif(
+    not FASHION_MNIST.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed"
+)
+def test_real_fashion_mnist_trains(tmp_path):
+    run = pretrain(
+        tmp_path, "--dataset", "fashion_mnist", "--data_root", FASHION_MNIST,
+        "--image_size", 14, "--max_steps", 3, "--knn_bank", 1000, "--batch_size", 64,
+    )  # fmt: skip
+    rows = metrics(run)
+    assert [int(row["step"]) for row in rows if row["loss"]] == [1, 2, 3]
+    assert float(rows[0]["knn_accuracy"]) > 0.3
+
+
+def test_damaged_fashion_mnist_names_the_file(tmp_path):
+    write_fashion_mnist(tmp_path, packed=True)
+    damaged = tmp_path / "t10k-images-idx3-ubyte.gz"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(UserError, match=rf"cannot read {damaged}"):
+        load_data(PretrainConfig(dataset="fashion_mnist", data_root=str(tmp_path)))
+
+
+@pytest.mark.parametrize("dataset", ["fashion_mnist", "cifar10", "cifar100"])
+def test_missing_data_set_names_folder_and_remedy(tmp_path, monkeypatch, dataset):
+    def no_network(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    with pytest.raises(UserError, match=rf"not found in {tmp_path}.*no network.*--data_root"):
+        load_data(PretrainConfig(dataset=dataset, data_root=str(tmp_path)))
+
+
+def test_cifar10_through_torchvision(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (10, 3072), dtype=np.uint8)
+    for name in ("data_batch_1", "test_batch"):
+        content = {"data": pixels, "labels": list(range(10))}
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = [f"class{label}" for label in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    monkeypatch.setattr(CIFAR10, "train_list", [("data_batch_1", None)])
+    monkeypatch.setattr(CIFAR10, "test_list", [("test_batch", None)])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
+
+    data = load_data(PretrainConfig(dataset="cifar10", data_root=str(tmp_path)))
+    assert torch.equal(data.train.images, torch.from_numpy(pixels.reshape(10, 3, 32, 32)))
+    assert data.classes == names and data.channels == 3
+
+
+def test_digits_split_is_stratified_and_fixed():
+    data, again = (load_data(PretrainConfig(seed=seed)) for seed in (0, 1))
+    assert torch.equal(data.test.images, again.test.images)
+    assert len(data.train) + len(data.test) == 1797
+    every = torch.bincount(torch.cat([data.train.labels, data.test.labels]))
+    share = torch.bincount(data.test.labels) / every
+    assert share.tolist() == pytest.approx([0.25] * 10, abs=0.005)
+    assert data.train.images.shape[1:] == (1, 16, 16) and data.train.images.max() > 250
+
+
+def test_stratified_split_keeps_a_single_sample():
+    labels = torch.tensor([0] * 10 + [1] * 2 + [2])
+    stay, held_out = stratified_split(labels, 0.3)
+    assert sorted(stay + held_out) == list(range(13))
+    assert torch.bincount(labels[held_out], minlength=3).tolist() == [3, 1, 0]
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    order = TrainingOrder(23, 5, seed=3)
+    order.begin(epoch=2)
+    epoch = list(order)
+    assert [len(batch) for batch in epoch] == [5] * 4
+    assert len({index for batch in epoch for index in batch}) == 20
+    order.begin(epoch=2, step=3)
+    assert list(order) == epoch[3:]
+    order.begin(epoch=1)
+    assert list(order) != epoch
+    assert list(TrainingOrder(23, 5, seed=4)) != list(TrainingOrder(23, 5, seed=3))
+
+
+def test_loading_draws_on_no_global_random_state():
+    data = load_data(PretrainConfig())
+    _, batches = training_batches(data.train, batch_size=64, seed=0, workers=0)
+    before = torch.get_rng_state()
+    first = [labels for _, labels in batches]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(first) == len(data.train) // 64
+
+
+def test_subset_is_nested_in_the_split():
+    data = load_data(PretrainConfig())
+    part = subset(data.train, 200)
+    assert len(part) == 200 and part.labels.unique().numel() == 10
+    assert subset(data.train, 0) is data.train
+
+
+def test_batch_larger_than_the_data(tmp_path):
+    with pytest.raises(UserError, match=r"--batch_size 2000 is larger than.*1347 images"):
+        pretrain(tmp_path, "--batch_size", 2000)
+    assert not list(tmp_path.iterdir())
+
+
+FOLDER = ("--batch_size", 8, "--epochs", 2, "--knn_every", 1)
+
+
+def test_imagefolder_repeats_with_workers(tmp_path):
+    write_images(tmp_path / "images/train", {"cat": 12, "dog": 9})
+    write_images(tmp_path / "images/val", {"cat": 3, "dog": 3})
+    dataset = ("--dataset", f"imagefolder:{tmp_path / 'images'}")
+    runs = [pretrain(tmp_path / f"workers{n}", *dataset, *FOLDER, "--workers", n) for n in (0, 2)]
+    assert runs[0].name == "imagefolder-images-supcon-seed0"
+    assert len(metrics(runs[0])) == 2 * (21 // 8) + 3
+    assert (runs[0] / "metrics.csv").read_bytes() == (runs[1] / "metrics.csv").read_bytes()
+
+
+def test_imagefolder_sizes_and_colours(tmp_path):
+    write_images(tmp_path, {"red": 4, "green": 4}, size=(40, 30))
+    data = load_data(
+        PretrainConfig(dataset=f"imagefolder:{tmp_path}", val_fraction=0.25, image_size=14)
+    )
+    images, labels = data.train[[0, 5]]
+    assert images.shape == (2, 3, 16, 16) and images.dtype == torch.uint8
+    assert (len(data.train), len(data.test)) == (6, 2)
+    assert data.classes == ["green", "red"] and labels.tolist() == [0, 1]
+    red = images.float().mean((2, 3))[:, 0]
+    assert red[0] > red[1] + 30, "the second class written is the redder one"
+
+
+def test_imagefolder_needs_val_or_fraction(tmp_path):
+    write_images(tmp_path / "train", {"cat": 4, "dog": 4})
+    config = PretrainConfig(dataset=f"imagefolder:{tmp_path}")
+    with pytest.raises(UserError, match=r"no val/ folder.*--val_fraction"):
+        load_data(config)
+    write_images(tmp_path / "val", {"cat": 2, "cow": 2})
+    with pytest.raises(UserError, match=r"differ in the classes cow, dog"):
+        load_data(config)
+    config.val_fraction = 0.5
+    with pytest.raises(UserError, match=r"--val_fraction contradicts"):
+        load_data(config)
+
+
+@pytest.mark.parametrize("missing", ["nowhere", "empty"])
+def test_imagefolder_without_images(tmp_path, missing):
+    (tmp_path / "empty").mkdir()
+    config = PretrainConfig(dataset=f"imagefolder:{tmp_path / missing}", val_fraction=0.5)
+    with pytest.raises(UserError, match=missing):
+        load_data(config)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_is_named_in_one_line(tmp_path, capsys, workers):
+    from config import run_script
+
+    write_images(tmp_path / "images", {"cat": 9, "dog": 9})
+    damaged = tmp_path / "images/dog/3.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    dataset = ("--dataset", f"imagefolder:{tmp_path / 'images'}", "--val_fraction", 0.2)
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: pretrain(tmp_path, *dataset, *FOLDER, "--workers", workers))
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot read the image {damaged}: ")
+    assert error.count("\n") == 1
+
+
+def test_class_with_one_image_is_named(tmp_path, capsys):
+    write_images(tmp_path, {"cat": 4, "dog": 4, "unicorn": 1})
+    load_data(PretrainConfig(dataset=f"imagefolder:{tmp_path}", val_fraction=0.25))
+    warning = capsys.readouterr().err
+    assert "warning: class 'unicorn' has one training image" in warning
+    assert "'cat'" not in warning and "'dog'" not in warning
+
+
+def test_one_class_is_refused_unless_labels_are_not_used(tmp_path):
+    write_images(tmp_path, {"cat": 8})
+    config = PretrainConfig(dataset=f"imagefolder:{tmp_path}", val_fraction=0.25)
+    with pytest.raises(UserError, match=r"one class alone, 'cat'.*--method simclr"):
+        load_data(config)
+    config.method = "simclr"
+    assert len(load_data(config).train) == 6

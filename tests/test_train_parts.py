@@ -1,0 +1,182 @@
+"""The parts of a run by themselves: k-NN, views, learning rates, the networks, checkpoints."""
+
+import math
+import os
+from functools import partial
+
+import pytest
+import torch
+
+import train_fixtures  # noqa: F401  puts train/ on the path
+from augment import build_views
+from checkpoint import load_checkpoint, save_checkpoint
+from config import PretrainConfig, UserError
+from knn import accuracy, knn_predict
+from model import build_model
+from optim import build_optimizer, build_schedule
+from report import Table
+from sources import load_data
+
+
+def unit(degrees):
+    return [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]
+
+
+def test_knn_weighs_votes_as_computed_by_hand():
+    # One neighbour at 0 degrees of class 0 against two at 30 of class 1: exp(1 / t) against
+    # 2 exp(0.866 / t). At t = 0.07 the near one weighs 3.4 times the two; at t = 1 they win.
+    bank = torch.tensor([unit(0), unit(30), unit(-30), unit(170)])
+    labels = torch.tensor([0, 1, 1, 2])
+    query = torch.tensor([unit(0)])
+    predict = partial(knn_predict, query, bank, labels, num_classes=3)
+    assert math.exp(1 / 0.07) > 2 * math.exp(math.cos(math.pi / 6) / 0.07)
+    assert predict() == 0
+    assert predict(temperature=1.0) == 1
+    assert predict(neighbours=1, temperature=1.0) == 0
+
+
+def test_knn_compares_directions_in_any_chunking():
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(50, 8, generator=generator)
+    labels = torch.randint(5, (50,), generator=generator)
+    queries = torch.randn(7, 8, generator=generator)
+    expected = knn_predict(queries, bank, labels, num_classes=5)
+    scaled = torch.rand(50, 1, generator=generator) + 0.1
+    assert torch.equal(
+        knn_predict(100 * queries, scaled * bank, labels, num_classes=5, chunk=3), expected
+    )
+    own = knn_predict(bank, bank, labels, num_classes=5, neighbours=1)
+    assert torch.equal(own, labels)
+
+
+def test_accuracy_counts_samples_not_classes():
+    predictions = torch.tensor([0, 0, 0, 1])
+    assert accuracy(predictions, torch.tensor([0, 0, 1, 1]), 2) == 0.75
+    assert accuracy(predictions, torch.tensor([0, 0, 0, 0]), 2) == 0.75
+
+
+def views_and_images(**options):
+    config = PretrainConfig(**options)
+    data = load_data(config)
+    return build_views(config, data), data.train.images[:32]
+
+
+@pytest.mark.parametrize("augment", ["digits", "simclr"])
+def test_views_are_functions_of_seed_step_and_view(augment):
+    views, images = views_and_images(augment=augment)
+    view = views.random(images, step=3, view=0)
+    torch.manual_seed(123)
+    assert torch.equal(views.random(images, step=3, view=0), view)
+    assert not torch.equal(views.random(images, step=4, view=0), view)
+    assert not torch.equal(views.random(images, step=3, view=1), view)
+    other, _ = views_and_images(augment=augment, seed=1)
+    assert not torch.equal(other.random(images, step=3, view=0), view)
+
+
+def test_views_leave_the_random_state_alone():
+    views, images = views_and_images()
+    before = torch.get_rng_state()
+    views.random(images, step=0, view=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_views_differ_from_image_to_image():
+    views, images = views_and_images()
+    view = views.random(images[:1].expand(8, -1, -1, -1), step=0, view=0)
+    assert len({tuple(image.flatten().tolist()) for image in view}) == 8
+
+
+def test_plain_view_is_normalized_by_the_training_images():
+    config = PretrainConfig()
+    data = load_data(config)
+    plain = build_views(config, data).plain(data.train.images)
+    assert plain.mean().item() == pytest.approx(0, abs=1e-4)
+    assert plain.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_digits_are_never_flipped():
+    # Mean over many views of one digit keeps its handedness: closer to it than to its mirror.
+    views, images = views_and_images()
+    for image in images[:5]:
+        mean = views.random(image.expand(64, -1, -1, -1), step=0, view=0).mean(0)
+        plain = views.plain(image[None])[0]
+        assert (mean - plain).norm() < (mean - plain.flip(-1)).norm()
+
+
+def test_learning_rates_follow_the_written_list():
+    config = PretrainConfig(learning_rate=1.0, warmup_epochs=1, epochs=3)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), config)
+    schedule = build_schedule(optimizer, config, steps_per_epoch=4, total_steps=12)
+    rates = []
+    for step in range(12):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    cosine = [0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, *cosine])
+
+
+def test_optimizer_is_plain_momentum_and_decays_everything():
+    config = PretrainConfig(weight_decay=0.1, learning_rate=0.5)
+    network = build_model(config, channels=1)
+    optimizer = build_optimizer(network, config)
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is torch.optim.SGD
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, False, 0.1)
+    assert len(group["params"]) == len(list(network.parameters()))
+
+
+def test_small_stem_keeps_the_resolution():
+    config = PretrainConfig(model="resnet10", width=4)
+    encoder = build_model(config, channels=1).encoder
+    images = torch.zeros(2, 1, 16, 16)
+    assert encoder.layer1(encoder.maxpool(encoder.conv1(images))).shape == (2, 4, 16, 16)
+    assert encoder(images).shape == (2, 32)
+    assert build_model(config, channels=1)(images).shape == (2, 128)
+
+
+def test_standard_stem_takes_any_model_of_timm():
+    config = PretrainConfig(model="resnet10t", stem="standard")
+    assert build_model(config, channels=3)(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
+
+
+@pytest.mark.parametrize(("stem", "model"), [("small", "vit"), ("standard", "resnet1000")])
+def test_unknown_model_is_named(stem, model):
+    with pytest.raises(UserError, match=f"--model {model}"):
+        build_model(PretrainConfig(stem=stem, model=model), channels=3)
+
+
+def test_failing_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, config={}, model={"weight": torch.ones(1000)})
+    whole = path.read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "fsync", full_disk)
+        save_checkpoint(path, config={}, model={"weight": torch.zeros(1000)})
+    assert path.read_bytes() == whole
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_checkpoint_of_another_kind_is_named(tmp_path):
+    path = tmp_path / "last.pt"
+    with pytest.raises(UserError, match=f"there is no checkpoint {path}"):
+        load_checkpoint(path)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match=f"{path} is not a readable checkpoint"):
+        load_checkpoint(path)
+    torch.save({"weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="was not written by pretrain"):
+        load_checkpoint(path)
+
+
+def test_table_is_cut_back_to_the_step(tmp_path):
+    path = tmp_path / "metrics.csv"
+    table = Table(path, ("step", "loss"), last_step=None)
+    for step in range(1, 5):
+        table.add(step=step, loss=1 / 3)
+    table.file.close()
+    Table(path, ("step", "loss"), last_step=2).file.close()
+    assert path.read_text() == "step,loss\n1,0.333333333\n2,0.333333333\n"

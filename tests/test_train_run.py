@@ -1,0 +1,189 @@
+"""A pretraining run as a whole: what it writes, that it repeats, resumes, and refuses."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from train_fixtures import metrics, pretrain, weights
+
+ARTEFACTS = {
+    "config.yaml",
+    "metrics.csv",
+    "timings.csv",
+    "results.json",
+    "last.pt",
+    "encoder.safetensors",
+    "curves.png",
+    "embedding.png",
+    "tensorboard",
+}
+SHORT = ("--batch_size", 256, "--epochs", 3, "--knn_every", 2)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Three epochs on digits: 5 steps each, evaluated after the second and the last."""
+    return pretrain(tmp_path_factory.mktemp("runs"), *SHORT)
+
+
+def test_writes_every_artefact(run, capsys):
+    assert {path.name for path in run.iterdir()} == ARTEFACTS
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    for picture in ("curves.png", "embedding.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_hold_every_step_and_evaluation(run):
+    rows = metrics(run)
+    assert [int(row["step"]) for row in rows if row["loss"]] == list(range(1, 16))
+    assert [int(row["epoch"]) for row in rows if row["loss"]] == [1] * 5 + [2] * 5 + [3] * 5
+    assert [int(row["step"]) for row in rows if row["knn_accuracy"]] == [0, 10, 15]
+    rates = [float(row["learning_rate"]) for row in rows if row["loss"]]
+    assert rates[0] == pytest.approx(0.2) and rates == sorted(rates, reverse=True)
+    losses = [float(row["loss"]) for row in rows if row["loss"]]
+    assert losses[-1] < losses[0]
+
+
+def test_encoder_is_the_trained_one(run):
+    encoder = load_file(run / "encoder.safetensors")
+    trained = {
+        name.removeprefix("encoder."): value
+        for name, value in weights(run).items()
+        if name.startswith("encoder.")
+    }
+    assert encoder.keys() == trained.keys()
+    assert all(torch.equal(encoder[name], trained[name]) for name in trained)
+
+
+def test_results_repeat_the_last_evaluation(run):
+    results = json.loads((run / "results.json").read_text())
+    knn = [float(row["knn_accuracy"]) for row in metrics(run) if row["knn_accuracy"]]
+    assert results["knn_untrained"] == pytest.approx(knn[0])
+    assert results["knn_accuracy"] == pytest.approx(knn[-1])
+    assert 0.95 < results["knn_raw_pixels"] < 1
+    assert (results["epochs"], results["steps"]) == (3, 15)
+
+
+def test_same_config_writes_the_same_metrics_with_two_workers(run, tmp_path):
+    # From the config that the first run wrote, so that its round trip is tested with it.
+    again = pretrain(tmp_path, "--workers", 2, "--name", "again", "--config", run / "config.yaml")
+    assert (again / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+    assert yaml.safe_load((again / "config.yaml").read_text())["workers"] == 2
+
+
+def test_another_seed_trains_differently(run, tmp_path):
+    other = pretrain(tmp_path, *SHORT, "--seed", 1)
+    assert metrics(other)[1]["loss"] != metrics(run)[1]["loss"]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def kill_after_checkpoint(monkeypatch, number):
+    """Let a run die right after its checkpoint of that number, in the middle of its next epoch."""
+    import pretrain as script
+
+    saved, begun = [], script.contrastive_loss
+
+    def save(path, **state):
+        saved.append(path)
+        return original(path, **state)
+
+    def loss(model, views, images, labels, step, config):
+        if len(saved) == number and step % 5 == 2:
+            raise Killed
+        return begun(model, views, images, labels, step, config)
+
+    # Every row is written at once, so that those of the unfinished epoch are in the file.
+    monkeypatch.setattr("report.STEPS_PER_FLUSH", 1)
+    original = script.save_checkpoint
+    monkeypatch.setattr(script, "save_checkpoint", save)
+    monkeypatch.setattr(script, "contrastive_loss", loss)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_ends_like_one_never_stopped(run, tmp_path, monkeypatch, workers):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after_checkpoint(patch, 2)
+        pretrain(tmp_path, *SHORT, "--workers", workers)
+    (stopped,) = tmp_path.iterdir()
+    assert metrics(stopped)[-1]["step"] == "12"
+    resumed = pretrain(tmp_path, *SHORT, "--workers", workers, "--resume", "auto")
+    assert [path.name for path in tmp_path.iterdir()] == [resumed.name]
+    assert (resumed / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+    expected = weights(run)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
+
+
+def test_resuming_a_finished_run_changes_nothing(run, tmp_path):
+    before = (run / "metrics.csv").read_bytes(), weights(run)
+    assert pretrain(tmp_path, *SHORT, "--resume", run) == run
+    assert (run / "metrics.csv").read_bytes() == before[0]
+    assert all(torch.equal(value, before[1][name]) for name, value in weights(run).items())
+
+
+def test_resume_with_other_options_names_them(run, tmp_path):
+    from config import UserError
+
+    with pytest.raises(UserError, match=r"--temperature is 0\.5, was 0\.1.*config\.yaml"):
+        pretrain(tmp_path, *SHORT, "--resume", run / "last.pt", "--temperature", 0.5)
+
+
+def test_resume_auto_without_a_run_starts_one(tmp_path):
+    started = pretrain(tmp_path, "--max_steps", 1, "--resume", "auto")
+    assert started.name == "digits-supcon-seed0"
+    assert json.loads((started / "results.json").read_text())["steps"] == 1
+
+
+def test_default_names_are_numbered_and_taken_names_refused(tmp_path):
+    from config import PretrainConfig, UserError
+    from rundir import open_run
+
+    config = PretrainConfig(output_dir=str(tmp_path))
+    folders = [open_run(config)[0] for _ in range(3)]
+    assert [f.name for f in folders] == [f"digits-supcon-seed0{n}" for n in ("", "-2", "-3")]
+    (folders[2] / "last.pt").touch()
+    assert open_run(PretrainConfig(output_dir=str(tmp_path), resume="auto")) == (
+        folders[2],
+        folders[2] / "last.pt",
+    )
+    named = PretrainConfig(output_dir=str(tmp_path), name=folders[2].name)
+    with pytest.raises(UserError, match=r"already holds a run.*--resume auto"):
+        open_run(named)
+
+
+def test_simclr_ignores_labels(tmp_path, monkeypatch):
+    import pretrain as script
+
+    seen = []
+
+    def spy(features, labels, **options):
+        seen.append((features.shape, labels, options["temperature"]))
+        return original(features, labels, **options)
+
+    original = script.supcon_loss
+    monkeypatch.setattr(script, "supcon_loss", spy)
+    pretrain(tmp_path, "--method", "simclr", "--max_steps", 1, "--temperature", 0.5)
+    pretrain(tmp_path, "--method", "supcon", "--max_steps", 1)
+    assert seen[0] == ((128, 2, 128), None, 0.5)
+    assert seen[1][1].shape == (128,) and seen[1][2] == 0.1
+
+
+def test_ends_with_the_command_of_the_linear_stage_which_works(run, tmp_path, capsys):
+    pretrain(tmp_path, *SHORT, "--resume", run)
+    command = capsys.readouterr().out.strip().splitlines()[-1]
+    prefix = "linear stage  python train/linear.py "
+    assert command == f"{prefix}--checkpoint {run / 'last.pt'}"
+
+    from linear import main
+
+    top1 = main(command.removeprefix(prefix).split())
+    written = json.loads((run / "linear.json").read_text())
+    assert written["top1"] == top1 > 0.3
+    assert f"linear top-1 {top1:.2%}" in capsys.readouterr().out
+    assert written["top1_train"] >= top1
+    (run / "linear.json").unlink()

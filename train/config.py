@@ -1,0 +1,244 @@
+"""The options of both scripts: typed dataclasses, read from the command line and from YAML.
+
+Also the one exception that stands for a mistake of the user, printed without a traceback.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+DATASETS = ("digits", "fashion_mnist", "cifar10", "cifar100")
+
+
+class UserError(Exception):
+    """Something the user can mend; the message says what and how."""
+
+
+@dataclass
+class PretrainConfig:
+    """The options of pretrain.py.
+
+    Args:
+        dataset: digits | fashion_mnist | cifar10 | cifar100 | imagefolder:PATH. PATH holds train/
+            and val/ with a folder per class, or the class folders alone (see val_fraction).
+        data_root: Where fashion_mnist and cifar are looked for, and downloaded to if not there.
+        image_size: Side of the images that the encoder sees, in pixels. Default: the data set's
+            own (digits: 16); imagefolder: 64.
+        val_fraction: imagefolder without val/: the share of every class to hold out.
+        augment: The random views. auto: digits for the data set digits, otherwise simclr.
+        method: supcon: images of one class attract each other; simclr: only the two views of an
+            image do (labels are not used in training).
+        temperature: Of the loss.
+        model: With the small stem resnet10, 18, 34, 50, 101, 152 or 200; with the standard stem
+            any model of timm by name.
+        stem: small: 3x3 at stride 1, for images up to about 64 pixels; standard: the model's own.
+        width: Channels of the first stage, doubled at each of the next three (small stem only).
+        batch_size: Images per step; each is seen in two views.
+        epochs: Passes over the training images.
+        max_steps: Stop after so many steps; the learning rate then ends its decay there.
+        learning_rate: At its peak; not scaled by the batch size.
+        weight_decay: Applied to all parameters, as the SupCon authors do.
+        warmup_epochs: Epochs of linear warm-up before the cosine decay.
+        workers: Processes that load (and for imagefolder decode) images; 0: the main process. The
+            results do not depend on it.
+        device: auto takes cuda, then mps, then cpu.
+        seed: Of weights, order and augmentation.
+        knn_every: Epochs between k-NN evaluations; 0: only before the first and after the last.
+        knn_bank: Use only so many training images as neighbours; 0: all.
+        output_dir: The run is written to output_dir/name.
+        name: Default: made of dataset, method and seed, numbered when that name is taken.
+        resume: none: start a new run. auto: go on from last.pt of the run of this name (without
+            --name: the latest of the default name), or start it if there is none. PATH: go on
+            from this checkpoint or run folder.
+    """
+
+    dataset: str = "digits"
+    data_root: str = "data"
+    image_size: int | None = None
+    val_fraction: float | None = None
+    augment: Literal["auto", "digits", "simclr"] = "auto"
+    method: Literal["supcon", "simclr"] = "supcon"
+    temperature: float = 0.1
+    model: str = "resnet18"
+    stem: Literal["small", "standard"] = "small"
+    width: int = 16
+    batch_size: int = 128
+    epochs: int = 60
+    max_steps: int | None = None
+    learning_rate: float = 0.2
+    weight_decay: float = 5e-4
+    warmup_epochs: int = 4
+    workers: int = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    seed: int = 0
+    knn_every: int = 10
+    knn_bank: int = 0
+    output_dir: str = "runs"
+    name: str | None = None
+    resume: str = "none"
+
+    def mistakes(self) -> list[str]:
+        """What is out of range or contradicts itself, one sentence each."""
+        is_folder = self.dataset.startswith("imagefolder:")
+        rules = [
+            (
+                self.dataset in DATASETS or is_folder,
+                f"--dataset {self.dataset}: accepted are {', '.join(DATASETS)}, imagefolder:PATH",
+            ),
+            (
+                self.val_fraction is None or is_folder,
+                f"--val_fraction contradicts --dataset {self.dataset}, which has a test split",
+            ),
+            (
+                self.val_fraction is None or 0 < self.val_fraction < 1,
+                f"--val_fraction {self.val_fraction}: must lie between 0 and 1",
+            ),
+            (
+                self.stem == "small" or self.width == PretrainConfig.width,
+                "--width contradicts --stem standard: the model's own channels are used",
+            ),
+            (
+                self.warmup_epochs < self.epochs,
+                f"--warmup_epochs {self.warmup_epochs} contradicts --epochs {self.epochs}: "
+                "it must be smaller",
+            ),
+            (
+                self.name is None or self.name == Path(self.name).name != "",
+                f"--name {self.name}: a folder name without slashes is needed",
+            ),
+            (
+                self.name is None or self.resume in ("none", "auto") or self._resumes_itself(),
+                f"--name {self.name} contradicts --resume {self.resume}: a run stays in its folder",
+            ),
+        ]
+        return [sentence for holds, sentence in rules if not holds] + self._out_of_range()
+
+    def _resumes_itself(self) -> bool:
+        path = Path(self.resume).resolve()
+        return self.name == (path if path.is_dir() else path.parent).name
+
+    def _out_of_range(self) -> list[str]:
+        least: dict[str, int] = {
+            "image_size": 8, "width": 4, "batch_size": 2, "epochs": 1, "max_steps": 1,
+            "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0,
+            "knn_every": 0, "knn_bank": 0,
+        }  # fmt: skip
+        values = asdict(self)
+        found = [
+            f"--{option} {values[option]}: must be at least {bound}"
+            for option, bound in least.items()
+            if values[option] is not None and values[option] < bound
+        ]
+        return found + [
+            f"--{option} {values[option]}: must be greater than 0"
+            for option in ("temperature", "learning_rate")
+            if not values[option] > 0
+        ]
+
+
+@dataclass
+class LinearConfig:
+    """The options of linear.py.
+
+    Args:
+        checkpoint: last.pt of a run of pretrain.py, or the run's folder.
+        data_root: Default: the one that the run was trained with.
+        weight_decay: L2 penalty of the linear layer.
+        max_iterations: Most L-BFGS iterations.
+        workers: Processes that load images.
+        device: auto takes cuda, then mps, then cpu.
+    """
+
+    checkpoint: str
+    data_root: str | None = None
+    weight_decay: float = 1e-4
+    max_iterations: int = 200
+    workers: int = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+    def mistakes(self) -> list[str]:
+        """What is out of range, one sentence each."""
+        rules = [
+            (self.weight_decay >= 0, f"--weight_decay {self.weight_decay}: must be at least 0"),
+            (self.max_iterations >= 1, f"--max_iterations {self.max_iterations}: must be >= 1"),
+            (self.workers >= 0, f"--workers {self.workers}: must be at least 0"),
+        ]
+        return [sentence for holds, sentence in rules if not holds]
+
+
+Config = TypeVar("Config", PretrainConfig, LinearConfig)
+
+
+def parse(kind: type[Config], argv: list[str] | None, *, prog: str, description: str) -> Config:
+    """Read a config; unknown, malformed and contradictory options exit with code 2."""
+    parser = ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help="YAML file of options; the command line wins wherever it stands.",
+    )
+    parser.add_class_arguments(kind, None, as_group=False)
+    arguments = _config_files_first(sys.argv[1:] if argv is None else argv)
+    values = vars(parser.parse_args(arguments))
+    del values["config"]
+    config = kind(**values)
+    if mistakes := config.mistakes():
+        parser.error("; ".join(mistakes))
+    return config
+
+
+def _config_files_first(argv: list[str]) -> list[str]:
+    # jsonargparse lets the later of two values win; with every --config moved to the front that
+    # is always the one typed on the command line.
+    first: list[str] = []
+    others: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            first += [word, *itertools.islice(words, 1)]
+        elif word.startswith("--config="):
+            first.append(word)
+        else:
+            others.append(word)
+    return first + others
+
+
+def write_yaml(config: PretrainConfig, path: Path) -> None:
+    """Write a config such that --config PATH reads it back."""
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; auto: the fastest kind that is there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there[name]:
+        raise UserError(f"--device {name}: this machine, or this build of torch, has none")
+    return torch.device(name)
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Call a script's main and turn a user's mistake into one line and exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        # An error raised in a DataLoader worker arrives wrapped in that worker's traceback.
+        print("error:", str(error).rsplit("UserError: ", 1)[-1].strip(), file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(
+            "interrupted (pretrain.py --resume auto goes on from the last epoch)", file=sys.stderr
+        )
+        sys.exit(130)

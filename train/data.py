@@ -1,0 +1,136 @@
+"""Images in memory or in files, and the batches of them that training and evaluation see.
+
+The order of training is a pure function of (seed, epoch), whatever the number of workers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.v2 import functional as transforms
+
+from config import UserError
+from seeds import seed_of
+
+
+class FolderImages:
+    """Image files decoded when asked for: shorter side to `size`, centre square, RGB."""
+
+    def __init__(self, paths: list[str], size: int) -> None:
+        self.paths = paths
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, indices: list[int]) -> Tensor:
+        return torch.stack([self._decode(self.paths[index]) for index in indices])
+
+    def _decode(self, path: str) -> Tensor:
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"cannot read the image {path}: {error}") from error
+        image = transforms.resize(image, [self.size], antialias=True)
+        return transforms.pil_to_tensor(transforms.center_crop(image, [self.size]))
+
+
+@dataclass(frozen=True, eq=False)
+class Split(Dataset[tuple[Tensor, Tensor]]):
+    """Images of one stored size S and their labels (N,).
+
+    Indexed by a list of B indices it gives ((B, C, S, S) uint8, (B,)).
+    """
+
+    images: Tensor | FolderImages
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
+
+    def take(self, indices: list[int]) -> "Split":
+        """The split of these images alone."""
+        if isinstance(self.images, Tensor):
+            return Split(self.images[indices], self.labels[indices])
+        paths = [self.images.paths[index] for index in indices]
+        return Split(FolderImages(paths, self.images.size), self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A data set: its two splits and what a network must know about its images."""
+
+    train: Split
+    test: Split
+    classes: list[str]
+    image_size: int
+    channels: int
+    mean: list[float]
+    std: list[float]
+
+
+class TrainingOrder(Sampler[list[int]]):
+    """The batches of indices of one epoch, shuffled by (seed, epoch), from any step on."""
+
+    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.begin(epoch=0)
+
+    def begin(self, epoch: int, step: int = 0) -> None:
+        """Choose the epoch, and the step in it, that the next iteration starts with."""
+        self.epoch = epoch
+        self.step = step
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch; images that do not fill a last batch wait for another epoch."""
+        return self.num_images // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        order = torch.randperm(self.num_images, generator=generator)
+        for batch in order.split(self.batch_size)[self.step : len(self)]:
+            yield batch.tolist()
+
+
+def training_batches(
+    split: Split, *, batch_size: int, seed: int, workers: int
+) -> tuple[TrainingOrder, DataLoader[tuple[Tensor, Tensor]]]:
+    """The order of a split's batches, and the loader that fetches them in that order."""
+    if batch_size > len(split):
+        raise UserError(
+            f"--batch_size {batch_size} is larger than the training set of {len(split)} images"
+        )
+    order = TrainingOrder(len(split), batch_size, seed)
+    return order, _loader(split, order, workers)
+
+
+def sequential_batches(
+    split: Split, *, batch_size: int, workers: int
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Every image once, in order."""
+    batches = [part.tolist() for part in torch.arange(len(split)).split(batch_size)]
+    in_memory = isinstance(split.images, Tensor)
+    return _loader(split, batches, 0 if in_memory else workers)
+
+
+def _loader(
+    split: Split, batches: Sampler[list[int]] | list[list[int]], workers: int
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    return DataLoader(
+        split,
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        # A generator of its own keeps the loader from drawing on the global random state.
+        generator=torch.Generator(),
+    )

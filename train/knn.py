@@ -1,0 +1,104 @@
+"""The k-NN evaluation: embeddings of a whole set, the weighted vote, its accuracy.
+
+Nothing here draws a random number: evaluating more or less often does not change the training.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from augment import Views
+from data import Split, sequential_batches
+from model import Embedder
+
+NEIGHBOURS = 20
+VOTE_TEMPERATURE = 0.07
+EMBED_BATCH_SIZE = 512
+
+
+def knn_predict(
+    queries: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    *,
+    num_classes: int,
+    neighbours: int = NEIGHBOURS,
+    temperature: float = VOTE_TEMPERATURE,
+    chunk: int = 1024,
+) -> Tensor:
+    """Classify by the vote of the nearest neighbours in cosine similarity.
+
+    A neighbour of similarity s votes for its label with weight exp(s / temperature) (Wu et al.,
+    arXiv 1805.01978).
+
+    Args:
+        queries: (N, F), any scale.
+        bank: (M, F), any scale; only min(neighbours, M) of them vote.
+        bank_labels: (M,) integers below num_classes.
+        chunk: queries compared at a time: memory is O(chunk * M).
+
+    Returns:
+        (N,) predicted labels.
+    """
+    bank = F.normalize(bank, dim=1)
+    predictions = []
+    for part in F.normalize(queries, dim=1).split(chunk):
+        similarity, nearest = (part @ bank.T).topk(min(neighbours, len(bank)), dim=1)
+        votes = part.new_zeros(len(part), num_classes)
+        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
+        predictions.append(votes.argmax(1))
+    return torch.cat(predictions)
+
+
+def accuracy(predictions: Tensor, labels: Tensor, num_classes: int) -> float:
+    """The share of (N,) predictions that equal the (N,) labels."""
+    return float(multiclass_accuracy(predictions, labels, num_classes, average="micro"))
+
+
+def encode_stored(model: Embedder, views: Views, images: Tensor) -> Tensor:
+    """What the encoder makes of stored images, (B, C, S, S) uint8 to (B, F)."""
+    features: Tensor = model.eval().encoder(views.plain(images))
+    return features
+
+
+def pixels(images: Tensor) -> Tensor:
+    """The baseline that learns nothing: (B, C, S, S) uint8 to (B, C*S*S)."""
+    return images.flatten(1).float()
+
+
+@torch.no_grad()
+def embed(
+    encode: Callable[[Tensor], Tensor], split: Split, *, device: torch.device, workers: int
+) -> Tensor:
+    """Encode every image of a split, in order.
+
+    Args:
+        encode: (B, C, S, S) uint8 on `device` to (B, F).
+
+    Returns:
+        (N, F) on `device`.
+    """
+    batches = sequential_batches(split, batch_size=EMBED_BATCH_SIZE, workers=workers)
+    return torch.cat([encode(images.to(device)) for images, _ in batches])
+
+
+def knn_accuracy(
+    encode: Callable[[Tensor], Tensor],
+    test: Split,
+    bank: Split,
+    *,
+    num_classes: int,
+    device: torch.device,
+    workers: int,
+) -> float:
+    """The share of test images whose neighbours in `bank` vote for their class."""
+    predictions = knn_predict(
+        embed(encode, test, device=device, workers=workers),
+        embed(encode, bank, device=device, workers=workers),
+        bank.labels.to(device),
+        num_classes=num_classes,
+    )
+    return accuracy(predictions.cpu(), test.labels, num_classes)

@@ -1,0 +1,97 @@
+"""Fit a linear classifier on the frozen encoder of a run: the usual measure of its embedding.
+
+python train/linear.py --checkpoint runs/NAME/last.pt
+
+Each image is encoded once, without augmentation; the features are standardised and the classifier
+is fitted by L-BFGS. The problem is convex, so there is no learning rate or schedule to choose.
+"""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from augment import build_views
+from checkpoint import load_checkpoint
+from config import LinearConfig, PretrainConfig, UserError, parse, pick_device, run_script
+from knn import accuracy, embed, encode_stored
+from model import build_model
+from rundir import CHECKPOINT
+from sources import load_data
+
+DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
+
+
+def main(argv: list[str] | None = None) -> float:
+    """Run what the command line asks for; returns the top-1 accuracy on the test images."""
+    config = parse(LinearConfig, argv, prog="train/linear.py", description=DESCRIPTION)
+    return linear(config)
+
+
+def linear(config: LinearConfig) -> float:
+    """Fit on the training images of a run, measure on its test images, write linear.json."""
+    path = Path(config.checkpoint)
+    path = path / CHECKPOINT if path.is_dir() else path
+    saved = load_checkpoint(path)
+    device = pick_device(config.device)
+    run = PretrainConfig(**saved["config"])
+    run = replace(run, data_root=config.data_root or run.data_root)
+    data = load_data(run)
+    if data.classes != saved["data"]["classes"]:
+        raise UserError(f"{run.dataset} has other classes now than when {path} was trained")
+
+    model = build_model(run, channels=data.channels)
+    model.load_state_dict(saved["model"])
+    model = model.to(device).to(memory_format=torch.channels_last)
+    encode = partial(encode_stored, model, build_views(run, data))
+    train, test = (
+        embed(encode, split, device=device, workers=config.workers)
+        for split in (data.train, data.test)
+    )
+    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
+    train, test = (train - mean) / std, (test - mean) / std
+    classifier = fit(train, data.train.labels.to(device), len(data.classes), config)
+
+    with torch.no_grad():
+        shares = {
+            name: accuracy(classifier(features).argmax(1).cpu(), split.labels, len(data.classes))
+            for name, features, split in (("train", train, data.train), ("test", test, data.test))
+        }
+    results = {
+        "top1": shares["test"],
+        "top1_train": shares["train"],
+        "epochs": saved["state"]["epoch"],
+    }
+    written = path.parent / "linear.json"
+    written.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"linear top-1 {shares['test']:.2%} on {len(data.test)} test images")
+    print(f"(training images {shares['train']:.2%}); written to {written}")
+    return shares["test"]
+
+
+def fit(features: Tensor, labels: Tensor, num_classes: int, config: LinearConfig) -> nn.Linear:
+    """Multinomial logistic regression of (N,) labels on (N, F) features."""
+    classifier = nn.Linear(features.shape[1], num_classes, device=features.device)
+    nn.init.zeros_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    optimizer = torch.optim.LBFGS(
+        classifier.parameters(), max_iter=config.max_iterations, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        penalty = classifier.weight.square().sum() * (config.weight_decay / 2)
+        loss = F.cross_entropy(classifier(features), labels) + penalty
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    return classifier
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,84 @@
+"""The networks: an encoder from timm, with a stem for small images, and the projection head."""
+
+from typing import Any
+
+import timm
+from timm.models import register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from config import PretrainConfig, UserError
+
+PROJECTION_DIM = 128
+SMALL_STEM_DEPTHS: dict[int, tuple[Any, tuple[int, ...]]] = {
+    10: (BasicBlock, (1, 1, 1, 1)),
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+    200: (Bottleneck, (3, 24, 36, 3)),
+}
+
+
+class Embedder(nn.Module):
+    """An encoder and the projection head that only the loss sees."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        num_features = encoder.num_features
+        assert isinstance(num_features, int)
+        self.encoder = encoder
+        self.head = nn.Sequential(
+            nn.Linear(num_features, num_features),
+            nn.ReLU(inplace=True),
+            nn.Linear(num_features, PROJECTION_DIM),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Project (N, C, s, s) images to (N, 128); the loss normalises them."""
+        projected: Tensor = self.head(self.encoder(images))
+        return projected
+
+
+@register_model
+def small_stem_resnet(
+    pretrained: bool = False, *, depth: int = 18, width: int = 64, **options: Any
+) -> ResNet:
+    """timm's ResNet with a first convolution of 3x3 at stride 1 and no pooling after it.
+
+    Args:
+        pretrained: there are no weights to load; must be False.
+        depth: one of SMALL_STEM_DEPTHS.
+        width: channels of the first stage (before a bottleneck's expansion).
+        options: of timm's ResNet, such as in_chans and num_classes.
+    """
+    assert not pretrained
+    block, layers = SMALL_STEM_DEPTHS[depth]
+    channels = (width, 2 * width, 4 * width, 8 * width)
+    for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        options.pop(unused, None)
+    network: Any = ResNet(block, layers, channels=channels, **options)
+    stem = network.conv1
+    assert isinstance(stem, nn.Conv2d)
+    network.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    network.init_weights()
+    built: ResNet = network
+    return built
+
+
+def build_model(config: PretrainConfig, *, channels: int) -> Embedder:
+    """The network that a config asks for, for images of so many channels."""
+    options: dict[str, Any] = {"in_chans": channels, "num_classes": 0}
+    name = config.model
+    if config.stem == "small":
+        depths = {f"resnet{depth}": depth for depth in SMALL_STEM_DEPTHS}
+        if config.model not in depths:
+            raise UserError(f"--model {config.model}: with --stem small one of {', '.join(depths)}")
+        name = "small_stem_resnet"
+        options |= {"depth": depths[config.model], "width": config.width}
+    elif not timm.is_model(config.model):
+        raise UserError(f"--model {config.model}: timm has no model of that name")
+    encoder = timm.create_model(name, **options)
+    return Embedder(encoder)

@@ -1,0 +1,193 @@
+"""Pretrain a ResNet with the supervised contrastive loss and say how good its embedding is.
+
+python train/pretrain.py
+python train/pretrain.py --dataset fashion_mnist --data_root DIR
+python train/pretrain.py --config train/recipes/cifar10.yaml --resume auto
+
+Without arguments it trains on scikit-learn's handwritten digits: real images, no network needed.
+"""
+
+import json
+import shlex
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from augment import Views, build_views
+from checkpoint import RunState, check_same_run, load_checkpoint, save_checkpoint
+from config import PretrainConfig, parse, pick_device, run_script, write_yaml
+from data import ImageData, training_batches
+from knn import embed, encode_stored, knn_accuracy, pixels
+from model import Embedder, build_model
+from optim import build_optimizer, build_schedule
+from pictures import MAX_POINTS, draw_curves, draw_embedding
+from report import Report
+from rundir import CHECKPOINT, open_run
+from sources import load_data, subset
+from supcon_kernels import supcon_loss
+
+NUM_VIEWS = 2
+DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Run what the command line asks for; returns the folder of the run."""
+    config = parse(PretrainConfig, argv, prog="train/pretrain.py", description=DESCRIPTION)
+    return pretrain(config)
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train, evaluate and write one run; returns its folder."""
+    # The data, in batches whose order is a pure function of (seed, epoch).
+    device = pick_device(config.device)
+    data = load_data(config)
+    order, batches = training_batches(
+        data.train, batch_size=config.batch_size, seed=config.seed, workers=config.workers
+    )
+    steps_per_epoch = len(order)
+    total_steps = config.epochs * steps_per_epoch
+    total_steps = min(total_steps, config.max_steps or total_steps)
+
+    # The network, the random views that it sees, and how its weights move.
+    torch.manual_seed(config.seed)
+    model = build_model(config, channels=data.channels)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    views = build_views(config, data)
+    optimizer = build_optimizer(model, config)
+    schedule = build_schedule(optimizer, config, steps_per_epoch, total_steps)
+
+    # How good an embedding is: test images, classified by their nearest training images.
+    knn = partial(
+        knn_accuracy,
+        test=data.test,
+        bank=subset(data.train, config.knn_bank),
+        num_classes=len(data.classes),
+        device=device,
+        workers=config.workers,
+    )
+    encode = partial(encode_stored, model, views)
+
+    # A new run, or the state of one that stopped.
+    folder, checkpoint = open_run(config)
+    config = replace(config, name=folder.name, resume="none", image_size=data.image_size)
+    if checkpoint is None:
+        untrained = knn(encode)
+        state = RunState(raw_pixels=knn(pixels), untrained=untrained, accuracy=untrained)
+    else:
+        saved = load_checkpoint(checkpoint)
+        check_same_run(config, saved["config"], checkpoint)
+        state = RunState(**saved["state"])
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random_state"])
+    write_yaml(config, folder / "config.yaml")
+    print(describe(folder, data, device, state), flush=True)
+
+    resumed_at = None if checkpoint is None else state.step
+    with Report(folder, resumed_at, total_steps, images_per_step=config.batch_size) as report:
+        if checkpoint is None:
+            report.accuracy(state)
+        while state.step < total_steps:
+            order.begin(state.epoch)
+            model.train()
+            with report.clock("training"):
+                for images, labels in islice(batches, total_steps - state.step):
+                    schedule.step_update(state.step)
+                    images, labels = images.to(device), labels.to(device)
+                    loss = contrastive_loss(model, views, images, labels, state.step, config)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    state.step += 1
+                    report.step(state, optimizer.param_groups[0]["lr"], loss)
+            state.epoch += 1
+            if state.step == total_steps or is_due(state.epoch, config.knn_every):
+                with report.clock("evaluation"):
+                    state.accuracy = knn(encode)
+                report.accuracy(state)
+            report.end_epoch(state)
+            save_checkpoint(
+                folder / CHECKPOINT,
+                config=asdict(config),
+                state=asdict(state),
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                random_state=torch.get_rng_state(),
+                data={"classes": data.classes, "channels": data.channels},
+            )
+
+    points = subset(data.test, MAX_POINTS)
+    features = embed(encode, points, device=device, workers=config.workers)
+    title = f"{folder.name}: test images, k-NN {state.accuracy:.2%}"
+    draw_embedding(features, points.labels, data.classes, folder / "embedding.png", title)
+    draw_curves(folder / "metrics.csv", folder / "curves.png", folder.name, state)
+    write_results(folder, config, data, state, model)
+    return folder
+
+
+def is_due(epoch: int, every: int) -> bool:
+    """Whether something done `every` so many epochs (0: never) is due after this one."""
+    return every > 0 and epoch % every == 0
+
+
+def contrastive_loss(
+    model: Embedder, views: Views, images: Tensor, labels: Tensor, step: int, config: PretrainConfig
+) -> Tensor:
+    """The loss of one batch: (B, C, S, S) uint8 images and (B,) labels, seen in random views."""
+    seen = [views.random(images, step=step, view=view) for view in range(NUM_VIEWS)]
+    features = model(torch.cat(seen)).unflatten(0, (NUM_VIEWS, -1)).transpose(0, 1)
+    return supcon_loss(
+        features,
+        labels if config.method == "supcon" else None,
+        temperature=config.temperature,
+    )
+
+
+def describe(folder: Path, data: ImageData, device: torch.device, state: RunState) -> str:
+    """A few words on a run that begins or goes on."""
+    verb = f"going on after epoch {state.epoch} in" if state.step else "writing to"
+    return (
+        f"{len(data.train)} training and {len(data.test)} test images of {len(data.classes)} "
+        f"classes, {data.channels}x{data.image_size}x{data.image_size}, on {device.type}; "
+        f"{verb} {folder}\n"
+        f"k-NN to beat: raw pixels {state.raw_pixels:.2%}, "
+        f"untrained encoder {state.untrained:.2%}"
+    )
+
+
+def write_results(
+    folder: Path,
+    config: PretrainConfig,
+    data: ImageData,
+    state: RunState,
+    model: Embedder,
+) -> None:
+    """Write the encoder and the numbers, and say where everything is."""
+    encoder = {name: value.contiguous() for name, value in model.encoder.state_dict().items()}
+    save_file(encoder, folder / "encoder.safetensors", metadata={"model": config.model})
+    numbers = {
+        "knn_accuracy": state.accuracy,
+        "knn_raw_pixels": state.raw_pixels,
+        "knn_untrained": state.untrained,
+        "epochs": state.epoch,
+        "steps": state.step,
+    }
+    (folder / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    print(
+        f"\nk-NN {state.accuracy:.2%} on {len(data.test)} test images "
+        f"(raw pixels {state.raw_pixels:.2%}, untrained encoder {state.untrained:.2%})\n"
+        f"checkpoint    {folder / CHECKPOINT}\n"
+        f"encoder       {folder / 'encoder.safetensors'}\n"
+        f"pictures      {folder / 'curves.png'}  {folder / 'embedding.png'}\n"
+        f"numbers       {folder / 'results.json'}  {folder / 'metrics.csv'}\n"
+        f"linear stage  python train/linear.py --checkpoint {shlex.quote(str(folder / CHECKPOINT))}"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,72 @@
+"""Where a run lives: its name, its folder, and which checkpoint --resume means."""
+
+import re
+from pathlib import Path
+
+from config import PretrainConfig, UserError
+
+CHECKPOINT = "last.pt"
+
+
+def open_run(config: PretrainConfig) -> tuple[Path, Path | None]:
+    """Find or make the folder of a run.
+
+    Returns:
+        The folder, and the checkpoint to go on from or None.
+    """
+    if config.resume not in ("none", "auto"):
+        return _from_path(config)
+    parent = Path(config.output_dir)
+    if config.resume == "auto":
+        folder = parent / config.name if config.name else _latest(parent, default_name(config))
+        if folder is not None and (folder / CHECKPOINT).is_file():
+            return folder, folder / CHECKPOINT
+        # Stopped before its first checkpoint: nothing to keep, so the folder is used again.
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder, None
+    if config.name is None:
+        return _make_numbered(parent, default_name(config)), None
+    folder = parent / config.name
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} already holds a run: choose another --name, or go on with --resume auto"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, None
+
+
+def default_name(config: PretrainConfig) -> str:
+    """The name of a run whose --name was not given, before it is numbered."""
+    dataset, _, path = config.dataset.partition(":")
+    folder = re.sub(r"[^\w.-]+", "_", Path(path).resolve().name) if path else ""
+    return "-".join(filter(None, [dataset, folder, config.method, f"seed{config.seed}"]))
+
+
+def _from_path(config: PretrainConfig) -> tuple[Path, Path]:
+    path = Path(config.resume)
+    path = path / CHECKPOINT if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"--resume {config.resume}: there is no checkpoint {path}")
+    return path.parent, path
+
+
+def _make_numbered(parent: Path, name: str) -> Path:
+    number = 1
+    while True:
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def _latest(parent: Path, name: str) -> Path | None:
+    pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
+    found = [
+        (int(match[1] or 1), folder)
+        for folder in (parent.iterdir() if parent.is_dir() else ())
+        if folder.is_dir() and (match := pattern.fullmatch(folder.name))
+    ]
+    return max(found)[1] if found else None

@@ -1,0 +1,239 @@
+"""Where the images of each data set come from, which are held out, and what makes a set unfit."""
+
+import gzip
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
+from torchvision.datasets.mnist import read_image_file, read_label_file
+
+from config import PretrainConfig, UserError
+from data import FolderImages, ImageData, Split
+from seeds import seed_of
+
+# Held-out images belong to the data set, not to the run: every seed is measured on the same ones.
+SPLIT_SEED = 0
+DIGITS_SIZE = 16
+DIGITS_TEST_FRACTION = 0.25
+FOLDER_SIZE = 64
+
+
+def load_data(config: PretrainConfig) -> ImageData:
+    """Load the data set that a config names.
+
+    Raises:
+        UserError: it is missing, unreadable or unfit; says what, where and the remedy.
+    """
+    name, _, path = config.dataset.partition(":")
+    if name == "imagefolder":
+        data = _image_folder(Path(path), config.image_size, config.val_fraction)
+    else:
+        readers: dict[str, Callable[[Path], tuple[Split, Split, list[str]]]] = {
+            "digits": lambda root: _digits(),
+            "fashion_mnist": _fashion_mnist,
+            "cifar10": lambda root: _cifar(CIFAR10, root),
+            "cifar100": lambda root: _cifar(CIFAR100, root),
+        }
+        train, test, classes = readers[name](Path(config.data_root))
+        data = _in_memory(train, test, classes, config.image_size)
+    _check_classes(data, config)
+    return data
+
+
+def stratified_split(labels: Tensor, fraction: float) -> tuple[list[int], list[int]]:
+    """Divide (N,) labels into the indices that stay and those held out.
+
+    Of a class with two samples or more at least one is held out and at least one stays; a single
+    one stays.
+    """
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        generator = torch.Generator().manual_seed(seed_of(SPLIT_SEED, label))
+        count = min(max(round(len(members) * fraction), 1), len(members) - 1)
+        held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return (~held_out).nonzero().flatten().tolist(), held_out.nonzero().flatten().tolist()
+
+
+def subset(split: Split, count: int) -> Split:
+    """Up to `count` images, evenly drawn and always the same ones; all of them for 0."""
+    if count == 0 or count >= len(split):
+        return split
+    generator = torch.Generator().manual_seed(seed_of(SPLIT_SEED))
+    return split.take(torch.randperm(len(split), generator=generator)[:count].tolist())
+
+
+def _digits() -> tuple[Split, Split, list[str]]:
+    bunch = load_digits()
+    # 8x8 in 17 grey levels; upsampled here, so that views are cut from a smooth image.
+    images = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
+    images = F.interpolate(images, (DIGITS_SIZE, DIGITS_SIZE), mode="bilinear")
+    whole = Split(images.round().to(torch.uint8), torch.from_numpy(bunch.target).long())
+    train, test = stratified_split(whole.labels, DIGITS_TEST_FRACTION)
+    return whole.take(train), whole.take(test), [str(name) for name in bunch.target_names]
+
+
+def _fashion_mnist(root: Path) -> tuple[Split, Split, list[str]]:
+    """torchvision's folders under `root`, or the four idx files, .gz or not, in `root` itself."""
+    flat = [_find_idx(root, prefix) for prefix in ("train", "t10k")]
+    if all(flat):
+        train, test = (Split(*_read_idx(*files)) for files in flat if files)
+        return train, test, list(FashionMNIST.classes)
+    _fetch(FashionMNIST, root, "four idx files (Debian: package dataset-fashion-mnist)")
+    train, test = (
+        Split(split.data[:, None], split.targets.long())
+        for split in (FashionMNIST(root, train=True), FashionMNIST(root, train=False))
+    )
+    return train, test, list(FashionMNIST.classes)
+
+
+def _find_idx(root: Path, prefix: str) -> tuple[Path, Path] | None:
+    found = [
+        next((p for p in (root / name, root / f"{name}.gz") if p.is_file()), None)
+        for name in (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
+    ]
+    return (found[0], found[1]) if found[0] and found[1] else None
+
+
+def _read_idx(image_file: Path, label_file: Path) -> tuple[Tensor, Tensor]:
+    images = _unpacked(image_file, read_image_file)[:, None]
+    labels = _unpacked(label_file, read_label_file)
+    if len(images) != len(labels):
+        raise UserError(
+            f"{image_file} holds {len(images)} images, {label_file} {len(labels)} labels"
+        )
+    return images, labels
+
+
+def _unpacked(path: Path, read: Callable[[str], Tensor]) -> Tensor:
+    # torchvision's reader takes file names alone; the data folder may be read-only.
+    try:
+        if path.suffix != ".gz":
+            return read(str(path))
+        with tempfile.NamedTemporaryFile() as plain, gzip.open(path) as packed:
+            shutil.copyfileobj(packed, plain)
+            plain.flush()
+            return read(plain.name)
+    except (OSError, EOFError, ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _cifar(kind: type[CIFAR10], root: Path) -> tuple[Split, Split, list[str]]:
+    _fetch(kind, root, f"folder {kind.base_folder}")
+    train, test = (kind(root, train=True), kind(root, train=False))
+    splits = [
+        Split(torch.from_numpy(half.data).permute(0, 3, 1, 2), torch.tensor(half.targets))
+        for half in (train, test)
+    ]
+    return splits[0], splits[1], list(train.classes)
+
+
+def _fetch(kind: type[CIFAR10] | type[FashionMNIST], root: Path, wanted: str) -> None:
+    """Let torchvision download a data set where it is not there yet."""
+    try:
+        kind(root, train=True, download=True)
+    except Exception as error:
+        raise UserError(
+            f"{kind.__name__} was not found in {root.resolve()} and could not be downloaded "
+            f"({' '.join(str(error).split())}); put its {wanted} there or name another folder by --data_root"
+        ) from error
+
+
+def _in_memory(train: Split, test: Split, classes: list[str], size: int | None) -> ImageData:
+    assert isinstance(train.images, Tensor) and isinstance(test.images, Tensor)
+    size = size or train.images.shape[-1]
+    images = _resize(train.images, size)
+    mean, std = _mean_and_std(images)
+    return ImageData(
+        Split(images, train.labels),
+        Split(_resize(test.images, size), test.labels),
+        classes,
+        size,
+        images.shape[1],
+        mean,
+        std,
+    )
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    if images.shape[-2:] == (size, size):
+        return images
+    parts = [
+        F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
+        for part in images.split(4096)
+    ]
+    return torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
+
+
+def _mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
+    # From the histogram of byte values: exact, without a float copy of the set.
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = (share * values).sum()
+        means.append(float(mean))
+        stds.append(float((share * (values - mean) ** 2).sum().sqrt()))
+    return means, stds
+
+
+def _image_folder(root: Path, size: int | None, val_fraction: float | None) -> ImageData:
+    size = size or FOLDER_SIZE
+    # Decoded an eighth larger than the network sees, so that crops need not be scaled up.
+    stored = size * 8 // 7
+    if not root.is_dir():
+        raise UserError(f"imagefolder: there is no folder {root.resolve()}")
+    if (root / "val").is_dir():
+        if val_fraction is not None:
+            raise UserError(f"--val_fraction contradicts {root / 'val'}, which is there")
+        train, classes = _read_folder(root / "train", stored)
+        test, test_classes = _read_folder(root / "val", stored)
+        if classes != test_classes:
+            odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
+            raise UserError(f"{root}: train/ and val/ differ in the classes {odd}")
+    elif val_fraction is None:
+        raise UserError(f"{root} has no val/ folder: hold images out by --val_fraction 0.1")
+    else:
+        whole, classes = _read_folder(root / "train" if (root / "train").is_dir() else root, stored)
+        stay, held_out = stratified_split(whole.labels, val_fraction)
+        if not held_out:
+            raise UserError(f"{root}: no class has an image to spare for --val_fraction")
+        train, test = whole.take(stay), whole.take(held_out)
+    mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+    return ImageData(train, test, classes, size, 3, mean, std)
+
+
+def _read_folder(folder: Path, size: int) -> tuple[Split, list[str]]:
+    try:
+        found = ImageFolder(folder)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"imagefolder {folder}: {error}") from error
+    images = FolderImages([path for path, _ in found.samples], size)
+    return Split(images, torch.tensor(found.targets)), found.classes
+
+
+def _check_classes(data: ImageData, config: PretrainConfig) -> None:
+    counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
+    if config.method == "simclr":
+        return
+    present = [name for name, count in zip(data.classes, counts) if count > 0]
+    if len(present) < 2:
+        raise UserError(
+            f"{config.dataset} has one class alone, {present[0]!r}: nothing to tell apart "
+            "(--method simclr trains without labels)"
+        )
+    for name, count in zip(data.classes, counts):
+        if count == 1:
+            print(
+                f"warning: class {name!r} has one training image, whose only positive is its own "
+                "other view",
+                file=sys.stderr,
+            )
