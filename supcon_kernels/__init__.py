@@ -1,9 +1,8 @@
 """Supervised contrastive loss without the N×N matrix: exact, in little memory, as a PyTorch operator."""
 
+from supcon_kernels._version import __version__
 from supcon_kernels.backends import available_backends
 from supcon_kernels.loss import SupConLoss, supcon_loss
 from supcon_kernels.queue import LabelQueue
-
-__version__ = "0.1.0"
 
 __all__ = ["LabelQueue", "SupConLoss", "__version__", "available_backends", "supcon_loss"]

@@ -7,6 +7,7 @@ import platform
 import torch
 
 import supcon_kernels
+from supcon_kernels.backends import native
 
 
 def report() -> str:
@@ -22,7 +23,8 @@ def report() -> str:
         "backends, best first",
     ]
     for name, reason in supcon_kernels.available_backends().items():
-        lines.append(f"  {name:<12} {reason or 'ready'}")
+        ready = f"ready ({native.description()})" if name == "native" else "ready"
+        lines.append(f"  {name:<12} {reason or ready}")
     return "\n".join(lines)
 
 

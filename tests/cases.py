@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from supcon_kernels import available_backends, supcon_loss
+
 Arguments = dict[str, Any]
 VARIANTS = [
     (summation, denominator)
@@ -22,6 +24,8 @@ VARIANTS = [
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NOWHERE = -100
+BACKENDS = [name for name, why_not in available_backends().items() if why_not is None]
+FUSED = [name for name in BACKENDS if name != "reference"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,17 @@ def by_id(name: str) -> Case:
 def parametrize() -> pytest.MarkDecorator:
     """Run a test on every case of the table."""
     return pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+
+
+def takes(backend: str, arguments: Arguments) -> bool:
+    """Whether a backend takes a call at all: what it refuses is no case for it."""
+    try:
+        supcon_loss(**arguments, backend=backend)
+    except ValueError as refusal:
+        if f"backend {backend!r} cannot take this call" in str(refusal):
+            return False
+        raise
+    return True
 
 
 def randn(g: torch.Generator, *shape: int) -> Tensor:

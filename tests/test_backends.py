@@ -7,45 +7,69 @@ import functools
 import pytest
 import torch
 
-from cases import CASES, DTYPES, NOWHERE, VARIANTS, by_id, parametrize
+from cases import BACKENDS, CASES, DTYPES, FUSED, NOWHERE, VARIANTS, Arguments, Case, by_id, takes
 from compare import assert_close
-from supcon_kernels import available_backends, supcon_loss
-
-BACKENDS = [name for name, why_not in available_backends().items() if why_not is None]
-FUSED = [name for name in BACKENDS if name != "reference"]
+from supcon_kernels import supcon_loss
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
-@parametrize()
-@pytest.mark.parametrize("backend", FUSED)
+def arguments_of(case: Case, variant: tuple[str, str]) -> Arguments:
+    """A case's arguments with the options of a variant."""
+    return {**case.arguments(), "summation": variant[0], "denominator": variant[1]}
+
+
+VARIANT_CALLS = [
+    pytest.param(backend, case, variant, id=f"{backend}-{case.id}-{'/'.join(variant)}")
+    for backend in FUSED
+    for case in CASES
+    for variant in VARIANTS
+    if takes(backend, arguments_of(case, variant))
+]
+
+
+def dtype_calls():
+    """Each case in every dtype, with the default loss and one variant beside it."""
+    for backend in BACKENDS:
+        for k, case in enumerate(CASES):
+            for variant in {("out", "all"), VARIANTS[k % len(VARIANTS)]}:
+                if takes(backend, arguments_of(case, variant)):
+                    for dtype in DTYPES:
+                        name = f"{backend}-{case.id}-{'/'.join(variant)}-{dtype}"
+                        yield pytest.param(backend, case, variant, dtype, id=name)
+
+
+@pytest.mark.parametrize("backend, case, variant", VARIANT_CALLS)
 def test_every_variant_in_float32(backend, case, variant):
-    summation, denominator = variant
-    arguments = {**case.arguments(), "summation": summation, "denominator": denominator}
-    assert_close(functools.partial(supcon_loss, backend=backend), arguments, torch.float32)
+    loss = functools.partial(supcon_loss, backend=backend)
+    assert_close(loss, arguments_of(case, variant), torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@parametrize()
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_dtype(backend, case, dtype):
-    # Each case meets one variant beside the default, so that all of them meet every dtype.
-    variant = VARIANTS[CASES.index(case) % len(VARIANTS)]
-    for summation, denominator in {("out", "all"), variant}:
-        arguments = {**case.arguments(), "summation": summation, "denominator": denominator}
-        assert_close(functools.partial(supcon_loss, backend=backend), arguments, dtype)
+@pytest.mark.parametrize("backend, case, variant, dtype", list(dtype_calls()))
+def test_every_dtype(backend, case, variant, dtype):
+    loss = functools.partial(supcon_loss, backend=backend)
+    assert_close(loss, arguments_of(case, variant), dtype)
 
 
 @pytest.mark.parametrize("reduction", ["positive_mean", "sum", "none"])
 @pytest.mark.parametrize("name", ["singleton", "ignored_garbage", "two_views", "half_empty_memory"])
 @pytest.mark.parametrize("backend", FUSED)
 def test_every_reduction(backend, name, reduction):
-    arguments = {**by_id(name).arguments(), "reduction": reduction, "denominator": "only_negatives"}
-    assert_close(functools.partial(supcon_loss, backend=backend), arguments, torch.float32)
+    for denominator in ("all", "only_negatives"):
+        arguments = arguments_of(by_id(name), ("out", denominator))
+        if takes(backend, arguments):
+            loss = functools.partial(supcon_loss, backend=backend)
+            assert_close(loss, {**arguments, "reduction": reduction}, torch.float32)
 
 
 @pytest.mark.parametrize("wanted", ["features", "contrast_features", "temperature"])
-@pytest.mark.parametrize("variant", [("out", "all"), ("in", "one_positive")], ids="/".join)
-@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize(
+    "backend, variant",
+    [
+        (backend, variant)
+        for backend in FUSED
+        for variant in [("out", "all"), ("in", "one_positive")]
+        if takes(backend, arguments_of(by_id("self_in_memory"), variant))
+    ],
+)
 def test_a_gradient_wanted_alone_is_the_same(backend, variant, wanted):
     arguments = by_id("self_in_memory").arguments()
     arguments["temperature"] = torch.tensor(0.1, dtype=torch.float64)

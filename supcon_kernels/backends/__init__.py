@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from supcon_kernels.backends import reference, tiled
+from supcon_kernels.backends import native, reference, tiled
 from supcon_kernels.problem import Problem
 
-BACKENDS: dict[str, ModuleType] = {"tiled": tiled, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "native": native,
+    "tiled": tiled,
+    "reference": reference,
+}
 
 
 def available_backends() -> dict[str, str | None]:

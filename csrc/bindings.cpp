@@ -1,0 +1,159 @@
+// The core as the Python module _supcon_kernels: pointers and sizes in, results written in place.
+// supcon_kernels/backends/native.py is its only caller and checks what it passes.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+#include "supcon.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// A forked child has none of its parent's pool of threads, and waits for them forever.
+std::atomic<bool> forked{false};
+
+void run_team(int threads, void (*body)(void*), void* context) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+  body(context);
+#else
+  std::vector<std::thread> others;
+  for (int k = 1; k < threads; ++k) others.emplace_back(body, context);
+  body(context);
+  for (std::thread& other : others) other.join();
+#endif
+}
+
+supcon::Team team_of(int threads) { return {forked ? 1 : threads, run_team}; }
+
+const supcon::Isa& isa_of(const std::string& name) {
+  for (const supcon::Isa* isa : supcon::available_isas())
+    if (name == isa->name) return *isa;
+  throw std::invalid_argument("this CPU does not run " + name);
+}
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A supcon::Problem whose pointers are addresses, of either element type.
+struct Call {
+  uintptr_t rows, cols, row_labels, col_labels;
+  bool square;
+  int64_t num_rows, num_cols, dim, ignore_label, self_offset;
+  double temperature;
+  bool normalize;
+  std::string summation, denominator;
+  bool is_double;
+  std::string isa;
+  int threads;
+
+  template <typename Real>
+  supcon::Problem<Real> problem() const {
+    return {pointer<const Real>(rows),
+            pointer<const Real>(cols),
+            pointer<const int64_t>(row_labels),
+            pointer<const int64_t>(col_labels),
+            square,
+            num_rows,
+            num_cols,
+            dim,
+            ignore_label,
+            self_offset,
+            temperature,
+            normalize,
+            summation == "in" ? supcon::Summation::kIn : supcon::Summation::kOut,
+            denominator == "all"            ? supcon::Denominator::kAll
+            : denominator == "one_positive" ? supcon::Denominator::kOnePositive
+                                            : supcon::Denominator::kOnlyNegatives};
+  }
+};
+
+// The addresses of five arrays over the rows, in the order of supcon::RowResults.
+template <typename Real>
+void forward(const Call& call, uintptr_t loss, uintptr_t contributes, uintptr_t lse,
+             uintptr_t normalizer, uintptr_t softmax_weight) {
+  const supcon::RowResults<Real> out = {pointer<Real>(loss), pointer<bool>(contributes),
+                                        pointer<Real>(lse), pointer<Real>(normalizer),
+                                        pointer<Real>(softmax_weight)};
+  supcon::forward(call.problem<Real>(), isa_of(call.isa), team_of(call.threads), out);
+}
+
+// The addresses of supcon::Gradients, 0 for a gradient that is not wanted.
+template <typename Real>
+void backward(const Call& call, uintptr_t loss, uintptr_t lse, uintptr_t normalizer,
+              uintptr_t softmax_weight, uintptr_t rows, uintptr_t cols, uintptr_t temperature) {
+  const supcon::Gradients<Real> out = {pointer<const Real>(loss),
+                                       pointer<const Real>(lse),
+                                       pointer<const Real>(normalizer),
+                                       pointer<const Real>(softmax_weight),
+                                       pointer<Real>(rows),
+                                       pointer<Real>(cols),
+                                       pointer<double>(temperature)};
+  supcon::backward(call.problem<Real>(), isa_of(call.isa), team_of(call.threads), out);
+}
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (const supcon::Isa* isa : supcon::available_isas()) names.push_back(isa->name);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_supcon_kernels, module) {
+#if defined(__unix__) || defined(__APPLE__)
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+  module.attr("__version__") = SUPCON_VERSION;
+#ifdef _OPENMP
+  module.attr("threading") = "OpenMP";
+#else
+  module.attr("threading") = "std::thread";
+#endif
+  module.def("isa_names", isa_names);
+  // Attributes may be set on it: the caller hangs the tensors there whose memory it points into.
+  py::class_<Call>(module, "Call", py::dynamic_attr())
+      .def(py::init([](uintptr_t rows, uintptr_t cols, uintptr_t row_labels, uintptr_t col_labels,
+                       bool square, int64_t num_rows, int64_t num_cols, int64_t dim,
+                       int64_t ignore_label, int64_t self_offset, double temperature,
+                       bool normalize, const std::string& summation, const std::string& denominator,
+                       bool is_double, const std::string& isa, int threads) {
+             return Call{rows,      cols,        row_labels,   col_labels,  square,      num_rows,
+                         num_cols,  dim,         ignore_label, self_offset, temperature, normalize,
+                         summation, denominator, is_double,    isa,         threads};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("cols"), py::arg("row_labels"),
+           py::arg("col_labels"), py::arg("square"), py::arg("num_rows"), py::arg("num_cols"),
+           py::arg("dim"), py::arg("ignore_label"), py::arg("self_offset"), py::arg("temperature"),
+           py::arg("normalize"), py::arg("summation"), py::arg("denominator"), py::arg("is_double"),
+           py::arg("isa"), py::arg("threads"))
+      .def(
+          "forward",
+          [](const Call& call, uintptr_t loss, uintptr_t contributes, uintptr_t lse,
+             uintptr_t normalizer, uintptr_t softmax_weight) {
+            const auto run = call.is_double ? forward<double> : forward<float>;
+            run(call, loss, contributes, lse, normalizer, softmax_weight);
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "backward",
+          [](const Call& call, uintptr_t loss, uintptr_t lse, uintptr_t normalizer,
+             uintptr_t softmax_weight, uintptr_t rows, uintptr_t cols, uintptr_t temperature) {
+            const auto run = call.is_double ? backward<double> : backward<float>;
+            run(call, loss, lse, normalizer, softmax_weight, rows, cols, temperature);
+          },
+          py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,33 @@
+// Which of the compiled instruction sets this CPU runs.
+
+#include <vector>
+
+#include "supcon.h"
+
+namespace supcon {
+
+#if defined(__x86_64__)
+extern const Isa kAvx512, kAvx2, kBaseline;
+
+const std::vector<const Isa*>& available_isas() {
+  static const std::vector<const Isa*> isas = [] {
+    std::vector<const Isa*> found;
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
+      found.push_back(&kAvx512);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2);
+    found.push_back(&kBaseline);
+    return found;
+  }();
+  return isas;
+}
+#else
+extern const Isa kBaseline;
+
+const std::vector<const Isa*>& available_isas() {
+  static const std::vector<const Isa*> isas = {&kBaseline};
+  return isas;
+}
+#endif
+
+}  // namespace supcon

@@ -1,0 +1,10 @@
+// AVX-512: 16 floats a vector, 24 of 32 registers accumulate.
+
+#define SUPCON_VECTOR_BYTES 64
+#define SUPCON_KERNEL_ROWS 12
+#include "tile.h"
+
+namespace supcon {
+extern const Isa kAvx512;
+const Isa kAvx512 = {"avx512", tile_functions<float>(), tile_functions<double>()};
+}  // namespace supcon

@@ -1,0 +1,823 @@
+// The core: rows are normalised, sorted by label and packed; pairs of tiles are handed out to
+// threads in an order that makes every sum independent of their number; positives are added by
+// sums over each class. docs/kernels.md describes it.
+
+#include "supcon.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <numeric>
+#include <thread>
+#include <vector>
+
+namespace supcon {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+// Memory that calls hand on to each other: fresh pages cost a small batch as much as its kernels.
+class Pool {
+ public:
+  static Pool& shared() {
+    static Pool* const pool = new Pool;  // never destroyed: threads may outlive static destructors
+    return *pool;
+  }
+
+  void* take(size_t* bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto best = free_.end();
+    for (auto block = free_.begin(); block != free_.end(); ++block)
+      if (block->bytes >= *bytes && (best == free_.end() || block->bytes < best->bytes))
+        best = block;
+    if (best == free_.end() || best->bytes > 2 * *bytes + kPage)
+      return ::operator new(*bytes, kAlignment);
+    void* const data = best->data;
+    *bytes = best->bytes;
+    kept_ -= best->bytes;
+    free_.erase(best);
+    return data;
+  }
+
+  void give(void* data, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (kept_ + bytes > kKept) return ::operator delete(data, kAlignment);
+    free_.push_back({data, bytes});
+    kept_ += bytes;
+  }
+
+ private:
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  static constexpr std::align_val_t kAlignment{64};
+  static constexpr size_t kPage = 4096, kKept = size_t{32} << 20;
+  std::mutex mutex_;
+  std::vector<Block> free_;
+  size_t kept_ = 0;
+};
+
+// Uninitialised memory, aligned to cache lines.
+template <typename T>
+class Array {
+ public:
+  explicit Array(size_t size)
+      : bytes_(size * sizeof(T)), data_(static_cast<T*>(Pool::shared().take(&bytes_))) {}
+  ~Array() { Pool::shared().give(data_, bytes_); }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  T* get() { return data_; }
+  const T* get() const { return data_; }
+
+ private:
+  size_t bytes_;
+  T* data_;
+};
+
+// Runs body() on every thread of the team.
+template <typename Body>
+void on_all(const Team& team, Body body) {
+  team.run(team.threads, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
+}
+
+// Runs body(k) for k in [0, count), each on some thread.
+template <typename Body>
+void parallel_for(const Team& team, int64_t count, Body body) {
+  if (count <= 1 || team.threads <= 1) {
+    for (int64_t k = 0; k < count; ++k) body(k);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  on_all(team, [&] {
+    for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(k);
+  });
+}
+
+template <typename Real>
+void fill(const Team& team, Real* data, int64_t size, Real value) {
+  constexpr int64_t kChunk = 1 << 14;
+  parallel_for(team, (size + kChunk - 1) / kChunk, [=](int64_t c) {
+    std::fill(data + c * kChunk, data + std::min(size, (c + 1) * kChunk), value);
+  });
+}
+
+int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// Rows a tile holds: enough tiles for threads to share, and no more than the caches hold.
+int tile_rows(int64_t n) {
+  if (n <= 768) return 64;
+  return n <= 1536 ? 96 : kMaxTile;
+}
+
+struct Segment {
+  int64_t label;
+  int64_t begin, end;  // positions in the sorted order
+};
+
+// One side of the problem, sorted by label: embeddings scaled so that their products are base-2
+// exponents, in rows of a padded stride and, packed, in the transposed panels of the register
+// kernel.
+template <typename Real>
+struct Side {
+  Side(const Real* x, const int64_t* labels, int64_t count, const Problem<Real>& problem,
+       const TileFunctions<Real>& functions, const Team& team)
+      : input(x),
+        panel(functions.panel),
+        dim(round_up(std::max<int64_t>(problem.dim, 1), functions.panel)),
+        stride(dim + 16),
+        position(count, -1) {
+    sort(labels, count, problem.ignore_label);
+    tile = tile_rows(size);
+    num_tiles = (size + tile - 1) / tile;
+    padded = round_up(size, panel);
+    allocate();
+    embed(problem, team);
+  }
+
+  int64_t tile_begin(int64_t t) const { return t * tile; }
+  int tile_size(int64_t t) const { return std::min<int64_t>(tile, size - t * tile); }
+  const Real* row(int64_t k) const { return data->get() + k * stride; }
+  const Real* packed_tile(int64_t t) const { return packed->get() + tile_begin(t) * dim; }
+
+  const Real* input;
+  int64_t panel, dim, stride;
+  std::vector<int64_t> order;     // sorted position -> row of the input, ignored rows left out
+  std::vector<int64_t> position;  // row of the input -> sorted position, -1 where ignored
+  std::vector<Segment> segments;
+  int64_t size = 0;  // rows that take part
+  int64_t tile = 0, num_tiles = 0, padded = 0;
+  std::unique_ptr<Array<Real>> data, packed;
+  std::vector<Real> scale, norm;  // the row is input / scale / norm
+  bool finite = true;
+
+ private:
+  void sort(const int64_t* labels, int64_t count, int64_t ignore_label) {
+    order.reserve(count);
+    for (int64_t k = 0; k < count; ++k)
+      if (labels[k] != ignore_label) order.push_back(k);
+    size = order.size();
+    sort_by_label(labels);
+    for (int64_t k = 0; k < size; ++k) {
+      position[order[k]] = k;
+      if (segments.empty() || segments.back().label != labels[order[k]])
+        segments.push_back({labels[order[k]], k, k});
+      segments.back().end = k + 1;
+    }
+  }
+
+  // Stable. Labels are mostly small numbers, which are counted instead of compared.
+  void sort_by_label(const int64_t* labels) {
+    const auto before = [=](int64_t a, int64_t b) { return labels[a] < labels[b]; };
+    const auto ends = std::minmax_element(order.begin(), order.end(), before);
+    if (size == 0) return;
+    const uint64_t lowest = labels[*ends.first];
+    const uint64_t range = static_cast<uint64_t>(labels[*ends.second]) - lowest;
+    if (range > 4 * static_cast<uint64_t>(size)) {
+      std::stable_sort(order.begin(), order.end(), before);
+      return;
+    }
+    std::vector<int64_t> next(range + 2, 0), unsorted(order);
+    for (int64_t k : unsorted) ++next[labels[k] - lowest + 1];
+    std::partial_sum(next.begin(), next.end(), next.begin());
+    for (int64_t k : unsorted) order[next[labels[k] - lowest]++] = k;
+  }
+
+  void allocate() {
+    data = std::make_unique<Array<Real>>(padded * stride);
+    packed = std::make_unique<Array<Real>>(padded * dim);
+    scale.assign(size, 1);
+    norm.assign(size, 1);
+  }
+
+  void embed(const Problem<Real>& problem, const Team& team) {
+    const Real unit = static_cast<Real>(std::sqrt(kLog2E / problem.temperature));
+    std::atomic<bool> all_finite{true};
+    const int64_t num_panels = padded / panel;
+    parallel_for(team, num_panels, [&](int64_t p) {
+      const int64_t begin = p * panel;
+      for (int64_t k = begin; k < begin + panel; ++k) {
+        Real* out = data->get() + k * stride;
+        std::fill(out, out + stride, Real(0));
+        if (k < size && !embed_row(problem, unit, k, out)) all_finite = false;
+      }
+      Real* out = packed->get() + begin * dim;
+      const Real* in = data->get() + begin * stride;
+      for (int64_t d = 0; d < dim; ++d)
+        for (int64_t k = 0; k < panel; ++k) out[d * panel + k] = in[k * stride + d];
+    });
+    finite = all_finite;
+  }
+
+  // Writes row k and says whether all of it is finite.
+  bool embed_row(const Problem<Real>& problem, Real unit, int64_t k, Real* out) {
+    const Real* x = input + order[k] * problem.dim;
+    Real largest = 0, finite_sum = 0;
+    const int64_t dim = problem.dim;
+#pragma omp simd reduction(max : largest) reduction(+ : finite_sum)
+    for (int64_t d = 0; d < dim; ++d) {
+      largest = std::max(largest, std::abs(x[d]));
+      finite_sum += x[d] * 0;  // NaN after anything that is not finite
+    }
+    if (problem.normalize) {
+      if (largest == 0) {
+        norm[k] = 0;
+        return finite_sum == 0;
+      }
+      scale[k] = largest;
+      Real square = 0;
+#pragma omp simd reduction(+ : square)
+      for (int64_t d = 0; d < dim; ++d) {
+        out[d] = x[d] / largest;
+        square += out[d] * out[d];
+      }
+      norm[k] = std::sqrt(square);
+      unit /= norm[k];
+      x = out;
+    }
+    for (int64_t d = 0; d < dim; ++d) out[d] = x[d] * unit;
+    return finite_sum == 0;
+  }
+};
+
+// The pairs of tiles as numbered jobs in rounds. In round r tile I meets tile (r - I) mod T of the
+// same side, or (I + r) mod T of the other: every tile is in one job of a round, and after T rounds
+// every pair has met once. A job waits until both of its tiles are through the earlier rounds, so
+// that sums into a tile are made in the order of the rounds, whichever thread makes them. Sides of
+// different length meet in a square whose jobs beyond either are empty.
+class Schedule {
+ public:
+  Schedule(int64_t row_tiles, int64_t col_tiles, bool square)
+      : row_tiles_(row_tiles),
+        col_tiles_(col_tiles),
+        size_(std::max(row_tiles, col_tiles)),
+        square_(square) {}
+
+  // Calls body(row tile, column tile) for every pair, on all threads.
+  template <typename Body>
+  void run(const Team& team, Body body) const {
+    std::vector<std::atomic<int64_t>> row_rounds(size_), col_rounds(square_ ? 0 : size_);
+    std::atomic<int64_t> next{0};
+    const int64_t num_jobs = square_ ? size_ * (size_ + 1) / 2 : size_ * size_;
+    const auto work = [&] {
+      for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < num_jobs;) {
+        const Job job = square_ ? square_job(k) : rectangle_job(k);
+        std::atomic<int64_t>& row_round = row_rounds[job.i];
+        std::atomic<int64_t>& col_round = square_ ? row_rounds[job.j] : col_rounds[job.j];
+        wait(row_round, job.round);
+        wait(col_round, job.round);
+        if (job.i < row_tiles_ && job.j < col_tiles_) body(job.i, job.j);
+        row_round.store(job.round + 1, std::memory_order_release);
+        col_round.store(job.round + 1, std::memory_order_release);
+      }
+    };
+    if (num_jobs <= 1 || team.threads <= 1)
+      work();
+    else
+      on_all(team, work);
+  }
+
+ private:
+  struct Job {
+    int64_t round, i, j;
+  };
+
+  static void wait(const std::atomic<int64_t>& rounds, int64_t round) {
+    while (rounds.load(std::memory_order_acquire) < round) std::this_thread::yield();
+  }
+
+  // An odd number T of tiles has (T + 1) / 2 jobs in every round, one of them a tile with itself;
+  // an even number T / 2 + 1 in even rounds, two of them such, and T / 2 in odd ones.
+  Job square_job(int64_t k) const {
+    const int64_t even = size_ / 2 + 1, both = size_ + 1;
+    const int64_t round = k / both * 2 + (k % both >= even);
+    const int64_t q = k % both - (k % both >= even ? even : 0);
+    return size_ % 2 == 0 ? meeting(round, q)
+                          : meeting(k / ((size_ + 1) / 2), k % ((size_ + 1) / 2));
+  }
+
+  Job meeting(int64_t round, int64_t q) const {
+    const int64_t a = ((round + 1) / 2 + q) % size_;
+    const int64_t b = (round - a + size_) % size_;
+    return {round, std::min(a, b), std::max(a, b)};
+  }
+
+  Job rectangle_job(int64_t k) const {
+    const int64_t round = k / size_, i = k % size_;
+    return {round, i, (i + round) % size_};
+  }
+
+  const int64_t row_tiles_, col_tiles_, size_;
+  const bool square_;
+};
+
+// Both sides of a problem, and what their tiles have in common.
+template <typename Real>
+struct Sides {
+  Sides(const Problem<Real>& problem, const Isa& isa, const Team& team)
+      : problem(problem),
+        functions(isa.functions(Real())),
+        team(team),
+        square(problem.square),
+        rows(problem.rows, problem.row_labels, problem.num_rows, problem, functions, team),
+        other(square ? nullptr
+                     : new Side<Real>(problem.cols, problem.col_labels, problem.num_cols, problem,
+                                      functions, team)),
+        cols(square ? rows : *other),
+        schedule(rows.num_tiles, cols.num_tiles, square),
+        own_shift(!common_shift_is_safe()),
+        shift(static_cast<Real>(kLog2E / problem.temperature)),
+        finite(rows.finite && cols.finite) {
+    find_own();
+    number_classes();
+  }
+
+  // The pair of tiles I and J, without what a pass writes.
+  TilePair<Real> pair(int64_t i, int64_t j) const {
+    TilePair<Real> t = {};
+    t.num_rows = rows.tile_size(i);
+    t.num_cols = cols.tile_size(j);
+    t.dim = rows.dim;
+    t.stride = rows.stride;
+    t.a = rows.row(rows.tile_begin(i));
+    t.b = cols.row(cols.tile_begin(j));
+    t.b_packed = cols.packed_tile(j);
+    t.triangle = square && i == j;
+    t.square = square;
+    t.own_shift = own_shift;
+    t.shift = shift;
+    return t;
+  }
+
+  // Numbers of the pair's rows and columns in arrays over each side.
+  PerLine<Real> lines(const std::vector<Real>& of_rows, int64_t i, int64_t j) const {
+    return {of_rows.data() + rows.tile_begin(i),
+            square ? of_rows.data() + cols.tile_begin(j) : nullptr};
+  }
+
+  // Classes of the pair's rows and columns; null where they share none.
+  PerLine<Real> classes(int64_t i, int64_t j) const {
+    const Real* row = row_class.data() + rows.tile_begin(i);
+    const Real* col = (square ? row_class : col_class).data() + cols.tile_begin(j);
+    const bool apart = row[rows.tile_size(i) - 1] < col[0] || col[cols.tile_size(j) - 1] < row[0];
+    return apart ? PerLine<Real>{nullptr, nullptr} : PerLine<Real>{row, col};
+  }
+
+  // Columns of tile J that rows of tile I are themselves, into `own`; whether there are any.
+  bool own_in_tile(int64_t i, int64_t j, int32_t* own) const {
+    if (own_col.empty()) return false;
+    bool any = false;
+    for (int k = 0; k < rows.tile_size(i); ++k) {
+      const int64_t col = own_col[rows.tile_begin(i) + k] - cols.tile_begin(j);
+      const bool here = col >= 0 && col < cols.tile_size(j);
+      own[k] = here ? static_cast<int32_t>(col) : -1;
+      any |= here;
+    }
+    return any;
+  }
+
+  // The segment of columns with the label of a segment of rows, empty where there is none.
+  Segment cols_of(const Segment& of_rows) const {
+    if (square) return of_rows;
+    const auto before = [](const Segment& s, int64_t label) { return s.label < label; };
+    const auto found =
+        std::lower_bound(cols.segments.begin(), cols.segments.end(), of_rows.label, before);
+    if (found == cols.segments.end() || found->label != of_rows.label) return {0, 0, 0};
+    return *found;
+  }
+
+  // Sorted position of the column that sorted row k is itself; -1: none.
+  int64_t own(int64_t k) const { return square ? k : own_col.empty() ? -1 : own_col[k]; }
+
+  const Problem<Real>& problem;
+  const TileFunctions<Real>& functions;
+  const Team& team;
+  const bool square;
+  const Side<Real> rows;
+  const std::unique_ptr<const Side<Real>> other;
+  const Side<Real>& cols;
+  const Schedule schedule;
+  const bool own_shift;  // each row and column has a shift of its own
+  const Real shift;      // otherwise: the largest exponent there can be
+  const bool finite;
+  // Of sorted rows and columns: ascending numbers, equal where labels are. Padded to whole panels.
+  std::vector<Real> row_class, col_class;
+  std::vector<int64_t> own_col;  // sorted row -> sorted column that it is itself, in rectangles
+
+ private:
+  // Exponents of unit rows lie within 2 log2(e) / tau of the largest.
+  bool common_shift_is_safe() const {
+    const double reach = 2 * kLog2E / problem.temperature;
+    return problem.normalize && reach < std::numeric_limits<Real>::max_exponent - 2.5;
+  }
+
+  void number_classes() {
+    row_class.assign(rows.padded, -1);
+    if (!square) col_class.assign(cols.padded, -1);
+    auto col = cols.segments.begin();
+    Real number = 0;
+    for (const Segment& segment : rows.segments) {
+      for (; !square && col != cols.segments.end() && col->label < segment.label; ++col, ++number)
+        std::fill(&col_class[col->begin], &col_class[col->end - 1] + 1, number);
+      std::fill(&row_class[segment.begin], &row_class[segment.end - 1] + 1, number);
+      if (!square && col != cols.segments.end() && col->label == segment.label) {
+        std::fill(&col_class[col->begin], &col_class[col->end - 1] + 1, number);
+        ++col;
+      }
+      ++number;
+    }
+    for (; !square && col != cols.segments.end(); ++col, ++number)
+      std::fill(&col_class[col->begin], &col_class[col->end - 1] + 1, number);
+  }
+
+  void find_own() {
+    if (square || problem.self_offset < 0) return;
+    own_col.resize(rows.size);
+    for (int64_t k = 0; k < rows.size; ++k)
+      own_col[k] = cols.position[problem.self_offset + rows.order[k]];
+  }
+};
+
+// Scratch memory of a tile, one for each thread.
+template <typename Real>
+Real* tile_scratch() {
+  alignas(64) thread_local Real scratch[kMaxTile * kScratchStride];
+  return scratch;
+}
+
+// What a forward pass is made with besides the pairs: numbers for each sorted row.
+template <typename Real>
+struct Inputs {
+  const std::vector<Real>* lse = nullptr;
+  const std::vector<Real>* shifts = nullptr;
+};
+
+// Folds the term of every pair into its row, and calls fold(sorted row, of one tile's columns).
+template <typename Real, typename Fold>
+void reduce_pairs(const Sides<Real>& sides, Pairs pairs, Term term, const Inputs<Real>& inputs,
+                  Fold fold) {
+  sides.schedule.run(sides.team, [&](int64_t i, int64_t j) {
+    Real row_out[kMaxTile], col_out[kMaxTile + kMaxPanel];
+    int32_t own[kMaxTile];
+    TilePair<Real> t = sides.pair(i, j);
+    if (pairs != Pairs::kAll) t.classes = sides.classes(i, j);
+    if (pairs == Pairs::kPositives && t.classes.row == nullptr) return;
+    if (sides.own_in_tile(i, j, own)) t.own = own;
+    t.pairs = pairs;
+    t.term = term;
+    t.own_shift = sides.own_shift || (term != Term::kMaximum && term != Term::kExp);
+    t.scratch = tile_scratch<Real>();
+    if (inputs.lse != nullptr) t.lse = sides.lines(*inputs.lse, i, j);
+    if (inputs.shifts != nullptr) t.shifts = sides.lines(*inputs.shifts, i, j);
+    t.row_out = row_out;
+    t.col_out = col_out;
+    sides.functions.forward(t);
+    for (int k = 0; k < t.num_rows; ++k) fold(sides.rows.tile_begin(i) + k, row_out[k]);
+    if (!sides.square) return;
+    for (int k = 0; k < t.num_cols; ++k) fold(sides.cols.tile_begin(j) + k, col_out[k]);
+  });
+}
+
+// The largest exponent of every sorted row; -infinity where it has no such pair.
+template <typename Real>
+std::vector<Real> maxima(const Sides<Real>& sides, Pairs pairs) {
+  std::vector<Real> largest(sides.rows.padded, -std::numeric_limits<Real>::infinity());
+  reduce_pairs(sides, pairs, Term::kMaximum, {},
+               [&](int64_t k, Real x) { largest[k] = std::max(largest[k], x); });
+  return largest;
+}
+
+template <typename Real>
+std::vector<double> sums(const Sides<Real>& sides, Pairs pairs, Term term,
+                         const Inputs<Real>& inputs) {
+  std::vector<double> sum(sides.rows.padded, 0.0);
+  reduce_pairs(sides, pairs, term, inputs,
+               [&](int64_t k, Real x) { sum[k] += static_cast<double>(x); });
+  return sum;
+}
+
+// shift + log2(sum), for every sorted row.
+template <typename Real>
+std::vector<Real> with_logarithm(std::vector<Real> shift, const std::vector<double>& sum) {
+  for (size_t k = 0; k < shift.size(); ++k)
+    shift[k] = static_cast<Real>(static_cast<double>(shift[k]) + std::log2(sum[k]));
+  return shift;
+}
+
+// Base-2 log-sum-exp of every sorted row over such pairs; -infinity where there is none.
+template <typename Real>
+std::vector<Real> log_sum_exp(const Sides<Real>& sides, Pairs pairs) {
+  std::vector<Real> shift =
+      sides.own_shift ? maxima(sides, pairs) : std::vector<Real>(sides.rows.padded, sides.shift);
+  const std::vector<double> sum = sums(sides, pairs, Term::kExp, {nullptr, &shift});
+  return with_logarithm(std::move(shift), sum);
+}
+
+// The sum of the columns of a segment, in float64: in float32 one row of large norm destroys it.
+template <typename Real>
+void add_rows(const Side<Real>& side, const Segment& segment, const Real* weight, double* sum) {
+  for (int64_t k = segment.begin; k < segment.end; ++k) {
+    const Real* row = side.row(k);
+    const double w = weight == nullptr ? 1.0 : static_cast<double>(weight[k]);
+    for (int64_t d = 0; d < side.dim; ++d) sum[d] += w * static_cast<double>(row[d]);
+  }
+}
+
+template <typename A, typename B>
+double dot(const A* a, const B* b, int64_t size) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < size; ++d) sum += static_cast<double>(a[d]) * static_cast<double>(b[d]);
+  return sum;
+}
+
+// What the forward knows of every sorted row, base 2 where it is a logarithm.
+template <typename Real>
+struct Statistics {
+  explicit Statistics(const Sides<Real>& sides)
+      : num_positives(count_positives(sides)), softmax_weight(sides.rows.padded, Real(1)) {
+    const Problem<Real>& problem = sides.problem;
+    const bool all = problem.denominator == Denominator::kAll;
+    lse = log_sum_exp(sides, all ? Pairs::kAll : Pairs::kNegatives);
+    if (problem.denominator == Denominator::kOnePositive)
+      one_positive(sides);
+    else if (problem.summation == Summation::kIn)
+      log_mean = log_sum_exp(sides, Pairs::kPositives);
+  }
+
+  std::vector<double> num_positives;
+  std::vector<Real> lse;         // of the denominator, or of the negatives for kOnePositive
+  std::vector<double> mean_log;  // kOut: the positives' mean exponent, or log2 of probability
+  std::vector<Real> log_mean;    // kIn: log-sum-exp over positives, or log2 of the sum of q
+  std::vector<Real> softmax_weight;
+
+ private:
+  static std::vector<double> count_positives(const Sides<Real>& sides) {
+    std::vector<double> count(sides.rows.size);
+    for (const Segment& segment : sides.rows.segments) {
+      const Segment of_cols = sides.cols_of(segment);
+      for (int64_t k = segment.begin; k < segment.end; ++k) {
+        const int64_t own = sides.own(k);
+        count[k] = of_cols.end - of_cols.begin - (own >= of_cols.begin && own < of_cols.end);
+      }
+    }
+    return count;
+  }
+
+  void one_positive(const Sides<Real>& sides) {
+    std::vector<double> pull;
+    if (sides.problem.summation == Summation::kOut) {
+      mean_log = sums(sides, Pairs::kPositives, Term::kLogQ, {&lse, nullptr});
+      pull = sums(sides, Pairs::kPositives, Term::kNotQ, {&lse, nullptr});
+      for (size_t k = 0; k < num_positives.size(); ++k) {
+        mean_log[k] /= num_positives[k];
+        pull[k] /= num_positives[k];
+      }
+    } else {
+      // The largest q of a row is that of its largest exponent.
+      std::vector<Real> shift = maxima(sides, Pairs::kPositives);
+      for (size_t k = 0; k < shift.size(); ++k) {
+        const double d = static_cast<double>(lse[k]) - static_cast<double>(shift[k]);
+        shift[k] = static_cast<Real>(-std::max(d, 0.0) - std::log2(1 + std::exp2(-std::abs(d))));
+      }
+      const std::vector<double> sum = sums(sides, Pairs::kPositives, Term::kQ, {&lse, &shift});
+      log_mean = with_logarithm(std::move(shift), sum);
+      pull = sums(sides, Pairs::kPositives, Term::kQTimesNotQ, {&lse, &log_mean});
+    }
+    for (size_t k = 0; k < num_positives.size(); ++k)
+      softmax_weight[k] = static_cast<Real>(pull[k]);
+  }
+};
+
+// The mean exponent of the positives of one class's rows: a product with the sum of the class.
+template <typename Real>
+void mean_exponents(const Sides<Real>& sides, const Segment& segment,
+                    const std::vector<double>& num_positives, double* mean) {
+  const Side<Real>&rows = sides.rows, &cols = sides.cols;
+  const Segment positives = sides.cols_of(segment);
+  std::vector<double> sum(rows.dim, 0.0);
+  add_rows(cols, positives, static_cast<const Real*>(nullptr), sum.data());
+  for (int64_t k = segment.begin; k < segment.end; ++k) {
+    double total = dot(rows.row(k), sum.data(), rows.dim);
+    const int64_t own = sides.own(k);
+    if (own >= positives.begin && own < positives.end)
+      total -= dot(rows.row(k), cols.row(own), rows.dim);
+    mean[k] = total / num_positives[k];
+  }
+}
+
+// Whether positives are dealt with by class, without a look at pairs.
+template <typename Real>
+bool positives_by_class(const Problem<Real>& problem) {
+  return problem.summation == Summation::kOut && problem.denominator != Denominator::kOnePositive;
+}
+
+// Writes what the caller gets of sorted row k, if it contributes.
+template <typename Real>
+void write_results(const Sides<Real>& sides, const Statistics<Real>& of, int64_t k,
+                   const RowResults<Real>& out) {
+  const Problem<Real>& problem = sides.problem;
+  const int64_t i = sides.rows.order[k];
+  const bool some_below = problem.denominator != Denominator::kOnlyNegatives ||
+                          of.lse[k] > -std::numeric_limits<Real>::infinity();
+  out.contributes[i] = of.num_positives[k] > 0 && some_below;
+  if (!out.contributes[i]) return;
+  const bool mean_of_logs = problem.summation == Summation::kOut;
+  const bool lse_is_below = problem.denominator != Denominator::kOnePositive;
+  double loss = lse_is_below ? static_cast<double>(of.lse[k]) : 0.0;
+  if (mean_of_logs)
+    loss -= of.mean_log[k];
+  else
+    loss += std::log2(of.num_positives[k]) - static_cast<double>(of.log_mean[k]);
+  out.loss[i] = static_cast<Real>(kLn2 * loss);
+  out.lse[i] = static_cast<Real>(kLn2 * static_cast<double>(of.lse[k]));
+  out.normalizer[i] = mean_of_logs ? static_cast<Real>(of.num_positives[k])
+                                   : static_cast<Real>(kLn2 * static_cast<double>(of.log_mean[k]));
+  out.softmax_weight[i] = of.softmax_weight[k];
+}
+
+// Of each sorted row what the backward weighs pairs with, base 2 where it is a logarithm.
+template <typename Real>
+struct Upstream {
+  Upstream(const Sides<Real>& sides, const Gradients<Real>& out)
+      : lse(sides.rows.padded, std::numeric_limits<Real>::infinity()),
+        own_weight(sides.rows.padded, 0),
+        common_weight(sides.rows.padded, 0),
+        normalizer(sides.rows.padded, std::numeric_limits<Real>::infinity()),
+        pull(sides.rows.padded, 0) {
+    const bool mean_of_logs = sides.problem.summation == Summation::kOut;
+    for (int64_t k = 0; k < sides.rows.size; ++k) {
+      const int64_t i = sides.rows.order[k];
+      if (!(out.normalizer[i] < std::numeric_limits<Real>::infinity())) continue;
+      lse[k] = static_cast<Real>(kLog2E * static_cast<double>(out.lse[i]));
+      normalizer[k] = static_cast<Real>(kLog2E * static_cast<double>(out.normalizer[i]));
+      own_weight[k] = out.loss[i] * out.softmax_weight[i];
+      if (own_weight[k] != 0) common_weight[k] = own_weight[k] * std::exp2(sides.shift - lse[k]);
+      pull[k] = mean_of_logs ? out.loss[i] / out.normalizer[i] : out.loss[i];
+    }
+  }
+  std::vector<Real> lse;            // infinite where the row does not contribute
+  std::vector<Real> own_weight;     // of 2^(x - lse)
+  std::vector<Real> common_weight;  // of 2^(x - shift)
+  std::vector<Real> normalizer, pull;
+};
+
+template <typename Real>
+Attraction attraction_of(const Problem<Real>& problem) {
+  if (positives_by_class(problem)) return Attraction::kNone;
+  if (problem.denominator != Denominator::kOnePositive) return Attraction::kExp;
+  return problem.summation == Summation::kOut ? Attraction::kNotQ : Attraction::kQTimesNotQ;
+}
+
+// What pairs give to both sides' gradients: G cols and G^T rows, or (G + G^T) rows.
+template <typename Real>
+void pair_gradients(const Sides<Real>& sides, const Upstream<Real>& upstream, Real* grad_rows,
+                    Real* grad_cols) {
+  const Attraction attraction = attraction_of(sides.problem);
+  const bool all = sides.problem.denominator == Denominator::kAll;
+  sides.schedule.run(sides.team, [&](int64_t i, int64_t j) {
+    int32_t own[kMaxTile];
+    TilePair<Real> t = sides.pair(i, j);
+    if (sides.own_in_tile(i, j, own)) t.own = own;
+    if (!all || attraction != Attraction::kNone) t.classes = sides.classes(i, j);
+    t.pairs = all ? Pairs::kAll : Pairs::kNegatives;
+    t.attraction = t.classes.row == nullptr ? Attraction::kNone : attraction;
+    t.own_shift = sides.own_shift || t.attraction != Attraction::kNone;
+    t.scratch = tile_scratch<Real>();
+    t.lse = sides.lines(upstream.lse, i, j);
+    t.weight = sides.lines(t.own_shift ? upstream.own_weight : upstream.common_weight, i, j);
+    t.normalizer = sides.lines(upstream.normalizer, i, j);
+    t.pull = sides.lines(upstream.pull, i, j);
+    t.grad_a = grad_rows + sides.rows.tile_begin(i) * t.stride;
+    t.grad_b = grad_cols == nullptr ? nullptr : grad_cols + sides.cols.tile_begin(j) * t.stride;
+    sides.functions.backward(t);
+  });
+}
+
+// Subtracts the attraction of the positives of one class from both sides' gradients.
+template <typename Real>
+void attract_class(const Sides<Real>& sides, const Segment& segment, const std::vector<Real>& pull,
+                   Real* grad_rows, Real* grad_cols) {
+  const Side<Real>&rows = sides.rows, &cols = sides.cols;
+  const Segment positives = sides.cols_of(segment);
+  const int64_t dim = rows.dim;
+  std::vector<double> sum(dim, 0.0), pulled(dim, 0.0);
+  add_rows(cols, positives, static_cast<const Real*>(nullptr), sum.data());
+  add_rows(rows, segment, pull.data(), pulled.data());
+  const auto subtract = [=](Real* grad, double weight, const double* x) {
+    for (int64_t d = 0; d < dim; ++d) grad[d] -= static_cast<Real>(weight * x[d]);
+  };
+  const auto give_back = [=](Real* grad, double weight, const Real* x) {
+    for (int64_t d = 0; d < dim; ++d) grad[d] += static_cast<Real>(weight * x[d]);
+  };
+  for (int64_t k = segment.begin; k < segment.end; ++k) {
+    subtract(grad_rows + k * rows.stride, pull[k], sum.data());
+    const int64_t own = sides.own(k);
+    if (own < positives.begin || own >= positives.end) continue;
+    give_back(grad_rows + k * rows.stride, pull[k], cols.row(own));
+    if (grad_cols != nullptr) give_back(grad_cols + own * cols.stride, pull[k], rows.row(k));
+  }
+  if (grad_cols == nullptr) return;
+  for (int64_t k = positives.begin; k < positives.end; ++k)
+    subtract(grad_cols + k * cols.stride, 1.0, pulled.data());
+}
+
+// Turns the gradient of a side's scaled embeddings into that of its input, and returns the sum of
+// the products of both, which the temperature's gradient is made of.
+template <typename Real>
+double finish_side(const Side<Real>& side, const Problem<Real>& problem, const Team& team,
+                   const Real* grad, int64_t count, Real* out) {
+  const double unit = std::sqrt(kLog2E / problem.temperature);
+  const double factor = 1 / (problem.temperature * unit);
+  std::vector<double> products(count, 0.0);
+  const int64_t chunk = 64;
+  parallel_for(team, (count + chunk - 1) / chunk, [&](int64_t c) {
+    for (int64_t i = c * chunk; i < std::min(count, (c + 1) * chunk); ++i) {
+      const int64_t k = side.position[i];
+      Real* to = out == nullptr ? nullptr : out + i * problem.dim;
+      if (k < 0 || (problem.normalize && side.norm[k] == 0)) {
+        if (to != nullptr) std::fill(to, to + problem.dim, Real(0));
+        continue;
+      }
+      const Real *row = side.row(k), *g = grad + k * side.stride;
+      const double product = dot(row, g, problem.dim);
+      products[i] = product * factor / unit;
+      if (to == nullptr) continue;
+      // The part along the row is no gradient of a normalised row.
+      const Real along = problem.normalize ? static_cast<Real>(product / (unit * unit)) : Real(0);
+      const Real scale = static_cast<Real>(factor) / side.norm[k] / side.scale[k];
+      for (int64_t d = 0; d < problem.dim; ++d) to[d] = (g[d] - along * row[d]) * scale;
+    }
+  });
+  return std::accumulate(products.begin(), products.end(), 0.0);
+}
+
+}  // namespace
+
+template <typename Real>
+void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
+             const RowResults<Real>& out) {
+  const int64_t n = problem.num_rows;
+  const Real infinity = std::numeric_limits<Real>::infinity();
+  std::fill(out.loss, out.loss + n, Real(0));
+  std::fill(out.contributes, out.contributes + n, false);
+  std::fill(out.lse, out.lse + n, infinity);
+  std::fill(out.normalizer, out.normalizer + n, infinity);
+  std::fill(out.softmax_weight, out.softmax_weight + n, Real(1));
+  const Sides<Real> sides(problem, isa, team);
+  if (!sides.finite) {
+    for (int64_t i : sides.rows.order) out.loss[i] = std::numeric_limits<Real>::quiet_NaN();
+    return;
+  }
+  Statistics<Real> statistics(sides);
+  if (positives_by_class(problem)) {
+    const std::vector<Segment>& segments = sides.rows.segments;
+    statistics.mean_log.resize(sides.rows.size);
+    parallel_for(team, segments.size(), [&](int64_t c) {
+      mean_exponents(sides, segments[c], statistics.num_positives, statistics.mean_log.data());
+    });
+  }
+  for (int64_t k = 0; k < sides.rows.size; ++k) write_results(sides, statistics, k, out);
+}
+
+template <typename Real>
+void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
+              const Gradients<Real>& out) {
+  const Sides<Real> sides(problem, isa, team);
+  const Side<Real>&rows = sides.rows, &cols = sides.cols;
+  const Upstream<Real> upstream(sides, out);
+  const bool wants_cols = !sides.square && out.cols != nullptr;
+  const Real start = sides.finite ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
+  Array<Real> grad_rows(rows.padded * rows.stride);
+  Array<Real> col_memory(wants_cols ? cols.padded * cols.stride : 0);
+  fill(team, grad_rows.get(), rows.padded * rows.stride, start);
+  if (wants_cols) fill(team, col_memory.get(), cols.padded * cols.stride, start);
+  Real* grad_cols = sides.square ? grad_rows.get() : wants_cols ? col_memory.get() : nullptr;
+
+  if (sides.finite) {
+    pair_gradients(sides, upstream, grad_rows.get(), grad_cols);
+    if (positives_by_class(problem))
+      parallel_for(team, rows.segments.size(), [&](int64_t c) {
+        attract_class(sides, rows.segments[c], upstream.pull, grad_rows.get(), grad_cols);
+      });
+  }
+  const double product =
+      finish_side(rows, problem, team, grad_rows.get(), problem.num_rows, out.rows);
+  if (out.temperature != nullptr)
+    *out.temperature = -product / problem.temperature / (sides.square ? 2 : 1);
+  if (wants_cols) finish_side(cols, problem, team, grad_cols, problem.num_cols, out.cols);
+}
+
+#define SUPCON_INSTANTIATE(Real)                                                                 \
+  template void forward(const Problem<Real>&, const Isa&, const Team&, const RowResults<Real>&); \
+  template void backward(const Problem<Real>&, const Isa&, const Team&, const Gradients<Real>&);
+SUPCON_INSTANTIATE(float)
+SUPCON_INSTANTIATE(double)
+#undef SUPCON_INSTANTIATE
+
+}  // namespace supcon

@@ -1,0 +1,160 @@
+// The contract of the core: what a call is given and gives back, and what the core asks of the code
+// that is compiled once for each instruction set. Plain C++17: no torch, no Python.
+
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <vector>
+
+namespace supcon {
+
+enum class Summation { kOut, kIn };
+enum class Denominator { kAll, kOnePositive, kOnlyNegatives };
+
+// A call: N rows (anchors) against M columns (contrasts), or against each other where cols is null.
+// Labels are integers; equal ones are positives, `ignore_label` takes no part.
+template <typename Real>
+struct Problem {
+  const Real* rows;           // (N, D), contiguous
+  const Real* cols;           // (M, D), contiguous; unused where square
+  const int64_t* row_labels;  // (N,)
+  const int64_t* col_labels;  // (M,); unused where square
+  bool square;                // the columns are the rows
+  int64_t num_rows;
+  int64_t num_cols;
+  int64_t dim;
+  int64_t ignore_label;
+  int64_t self_offset;  // column self_offset + i is row i itself; -1: no such column
+  double temperature;
+  bool normalize;
+  Summation summation;
+  Denominator denominator;
+};
+
+// Runs body(context, thread) once for each of at most `threads` threads, in parallel. The core does
+// not assume that it gets as many as it asks for.
+struct Team {
+  int threads;
+  void (*run)(int threads, void (*body)(void* context), void* context);
+};
+
+// What the forward computes for each row, in the order of the rows. A row that does not contribute
+// has loss 0 and infinite normalisers.
+template <typename Real>
+struct RowResults {
+  Real* loss;            // (N,) NaN after a non-finite input
+  bool* contributes;     // (N,) it has a positive and, where only negatives are below, a negative
+  Real* lse;             // (N,) log-sum-exp of its denominator; of the negatives for kOnePositive
+  Real* normalizer;      // (N,) of its positives: their number, or the log-sum-exp over them
+  Real* softmax_weight;  // (N,) weight of the softmax part of its gradient
+};
+
+// What the backward is given and writes; a null gradient is not wanted.
+template <typename Real>
+struct Gradients {
+  const Real* loss;  // (N,) gradient of each row's loss
+  const Real* lse;   // (N,) these three from the forward
+  const Real* normalizer;
+  const Real* softmax_weight;
+  Real* rows;           // (N, D)
+  Real* cols;           // (M, D)
+  double* temperature;  // one number
+};
+
+struct Isa;
+
+template <typename Real>
+void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
+             const RowResults<Real>& out);
+
+template <typename Real>
+void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
+              const Gradients<Real>& out);
+
+// Which pairs a pass looks at.
+enum class Pairs { kAll, kNegatives, kPositives };
+
+// What a forward pass folds each pair into. With x the pair's exponent, l the lse of the row (or of
+// the column) and q = 1 / (1 + 2^(l - x)), the probability of a positive among the negatives:
+enum class Term {
+  kMaximum,    // the largest x
+  kExp,        // the sum of 2^(x - shift)
+  kLogQ,       // the sum of log2(q)
+  kQ,          // the sum of q 2^-shift
+  kNotQ,       // the sum of 1 - q
+  kQTimesNotQ  // the sum of q 2^-shift (1 - q)
+};
+
+// How positives attract in the backward pass: the weight of the row times
+enum class Attraction {
+  kNone,       // nothing here; sums over each class do it elsewhere
+  kExp,        // 2^(x - normalizer)
+  kNotQ,       // 1 - q
+  kQTimesNotQ  // q 2^-normalizer (1 - q)
+};
+
+// One number for each row of a pair of tiles, and for each column where columns want it too.
+template <typename Real>
+struct PerLine {
+  const Real* row;  // (num_rows,)
+  const Real* col;  // (padded num_cols,), zero or harmless beyond num_cols; null in rectangles
+};
+
+// One pair of tiles. Similarities are base-2 exponents: both sides are scaled by sqrt(log2(e)/tau).
+template <typename Real>
+struct TilePair {
+  int num_rows;
+  int num_cols;           // without padding
+  ptrdiff_t dim;          // padded to whole panels
+  ptrdiff_t stride;       // of a row of a, b and their gradients
+  const Real* a;          // rows of the first tile
+  const Real* b;          // rows of the second, zero-padded to whole panels
+  const Real* b_packed;   // (panel, dim, panel width): b transposed
+  bool triangle;          // the tiles are one and the same: only columns j > i
+  const int32_t* own;     // column of this tile that is the row itself, or negative; null: none
+  PerLine<Real> classes;  // equal numbers are positives; null: the tiles share no class
+  Pairs pairs;
+  bool own_shift;  // a shift for each row and column instead of one for all
+  Real shift;      // of all: subtracted from every exponent
+  Real* scratch;   // (kMaxTile, kScratchStride)
+  // Forward: a row's result is written, a column's where `square`.
+  Term term;
+  bool square;
+  PerLine<Real> lse, shifts;
+  Real* row_out;
+  Real* col_out;  // (padded num_cols,)
+  // Backward: G + G^T is the softmax part, by lse and weight, minus the attraction, by lse,
+  // normalizer and pull; it is multiplied with both tiles and added to their gradients.
+  Attraction attraction;
+  PerLine<Real> weight, normalizer, pull;
+  Real* grad_a;
+  Real* grad_b;  // null: not wanted
+};
+
+constexpr int kMaxTile = 192;
+constexpr int kMaxPanel = 32;
+constexpr int kScratchStride = kMaxTile + 16;  // no power of two: rows spread over the cache's sets
+
+// The functions that an instruction set's file provides.
+template <typename Real>
+struct TileFunctions {
+  int panel;  // columns of the register kernel
+  void (*forward)(const TilePair<Real>&);
+  void (*backward)(const TilePair<Real>&);
+};
+
+struct Isa {
+  const char* name;
+  TileFunctions<float> f32;
+  TileFunctions<double> f64;
+
+  const TileFunctions<float>& functions(float) const { return f32; }
+  const TileFunctions<double>& functions(double) const { return f64; }
+};
+
+// The instruction sets that this CPU runs, best first.
+const std::vector<const Isa*>& available_isas();
+
+}  // namespace supcon

@@ -1,0 +1,309 @@
+// The core by itself, on std::thread, for the sanitizers: every instruction set of this CPU against
+// loops over pairs, the same bits from any number of threads, several calls at once.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "supcon.h"
+
+namespace {
+
+using supcon::Isa;
+
+constexpr int64_t kIgnored = -100;
+
+void run_threads(int threads, void (*body)(void*), void* context) {
+  std::vector<std::thread> others;
+  for (int k = 1; k < threads; ++k) others.emplace_back(body, context);
+  body(context);
+  for (std::thread& other : others) other.join();
+}
+
+using supcon::Denominator;
+using supcon::Summation;
+
+struct Variant {
+  Summation summation;
+  Denominator denominator;
+};
+
+const Variant kVariants[] = {
+    {Summation::kOut, Denominator::kAll},           {Summation::kIn, Denominator::kAll},
+    {Summation::kOut, Denominator::kOnePositive},   {Summation::kIn, Denominator::kOnePositive},
+    {Summation::kOut, Denominator::kOnlyNegatives}, {Summation::kIn, Denominator::kOnlyNegatives},
+};
+
+struct Shape {
+  const char* name;
+  int64_t rows, cols, dim;  // cols 0: square
+  int64_t self_offset;
+  double temperature;
+  bool normalize;
+};
+
+const Shape kShapes[] = {
+    {"several tiles", 410, 0, 37, -1, 0.1, true},
+    {"cold", 150, 0, 33, -1, 0.005, true},
+    {"unnormalised", 97, 0, 5, -1, 1.0, false},
+    {"one feature", 40, 0, 1, -1, 0.1, true},
+    {"single row", 1, 0, 3, -1, 0.1, true},
+    {"no row", 0, 0, 3, -1, 0.1, true},
+    {"wide memory", 70, 430, 20, -1, 0.1, true},
+    {"memory with the rows in it", 70, 230, 20, 9, 0.1, true},
+    {"cold memory with the rows in it", 210, 230, 20, 9, 0.01, true},
+    {"no memory", 7, -1, 4, -1, 0.1, true},
+};
+
+template <typename Real>
+struct Data {
+  Data(const Shape& shape, Variant variant)
+      : shape(shape), variant(variant), m(shape.cols > 0 ? shape.cols : 0) {
+    if (square()) m = shape.rows;
+    std::mt19937 random(7);
+    std::normal_distribution<double> normal;
+    const auto draw = [&](int64_t count, std::vector<Real>* x, std::vector<int64_t>* labels) {
+      x->resize(count * shape.dim);
+      labels->resize(count);
+      for (Real& value : *x) value = static_cast<Real>(normal(random));
+      for (int64_t& label : *labels) label = random() % 6 == 0 ? kIgnored : int64_t(random() % 5);
+    };
+    draw(shape.rows, &rows, &row_labels);
+    draw(m, &cols, &col_labels);
+    if (square()) cols = rows, col_labels = row_labels;
+    for (int64_t i = 0; shape.self_offset >= 0 && i < shape.rows; ++i) {
+      col_labels[shape.self_offset + i] = row_labels[i];
+      for (int64_t d = 0; d < shape.dim; ++d)
+        cols[(shape.self_offset + i) * shape.dim + d] = rows[i * shape.dim + d];
+    }
+  }
+
+  bool square() const { return shape.cols == 0; }
+  int64_t own(int64_t i) const {
+    return square() ? i : shape.self_offset < 0 ? -1 : shape.self_offset + i;
+  }
+  supcon::Problem<Real> problem() const {
+    return {rows.data(),
+            cols.data(),
+            row_labels.data(),
+            col_labels.data(),
+            square(),
+            shape.rows,
+            m,
+            shape.dim,
+            kIgnored,
+            shape.self_offset,
+            shape.temperature,
+            shape.normalize,
+            variant.summation,
+            variant.denominator};
+  }
+
+  Shape shape;
+  Variant variant;
+  int64_t m;
+  std::vector<Real> rows, cols;
+  std::vector<int64_t> row_labels, col_labels;
+};
+
+// Losses (N,), then gradients of rows, columns and temperature, of the sum weighted by upstream(i).
+struct Result {
+  std::vector<double> loss, rows, cols;
+  double temperature = 0;
+};
+
+double upstream(int64_t i) { return 0.5 + static_cast<double>(i % 3); }
+
+template <typename Real>
+Result by_core(const Data<Real>& data, const Isa& isa, int threads) {
+  const int64_t n = data.shape.rows, m = data.m, dim = data.shape.dim;
+  const supcon::Team team = {threads, run_threads};
+  std::vector<Real> loss(n), lse(n), normalizer(n), softmax(n), weight(n), rows(n * dim),
+      cols(m * dim);
+  const std::unique_ptr<bool[]> contributes(new bool[n]);
+  Result result;
+  supcon::forward<Real>(
+      data.problem(), isa, team,
+      {loss.data(), contributes.get(), lse.data(), normalizer.data(), softmax.data()});
+  for (int64_t i = 0; i < n; ++i) weight[i] = static_cast<Real>(upstream(i));
+  supcon::backward<Real>(data.problem(), isa, team,
+                         {weight.data(), lse.data(), normalizer.data(), softmax.data(), rows.data(),
+                          data.square() ? nullptr : cols.data(), &result.temperature});
+  result.loss.assign(loss.begin(), loss.end());
+  result.rows.assign(rows.begin(), rows.end());
+  if (!data.square()) result.cols.assign(cols.begin(), cols.end());
+  return result;
+}
+
+std::vector<double> unit_rows(const Data<double>& data, const std::vector<double>& x,
+                              std::vector<double>* norms) {
+  std::vector<double> unit(x);
+  const int64_t dim = data.shape.dim, count = static_cast<int64_t>(x.size()) / dim;
+  for (int64_t i = 0; i < count; ++i) {
+    double square = 0;
+    for (int64_t d = 0; d < dim; ++d) square += x[i * dim + d] * x[i * dim + d];
+    norms->push_back(data.shape.normalize ? std::sqrt(square) : 1.0);
+    for (int64_t d = 0; d < dim; ++d) unit[i * dim + d] /= norms->back();
+  }
+  return unit;
+}
+
+// The gradient of the input, given that of the unit rows.
+void project(const Data<double>& data, const std::vector<double>& unit,
+             const std::vector<double>& norms, std::vector<double>* grad) {
+  const int64_t dim = data.shape.dim;
+  for (size_t i = 0; i < norms.size(); ++i) {
+    double along = 0;
+    for (int64_t d = 0; d < dim && data.shape.normalize; ++d)
+      along += unit[i * dim + d] * (*grad)[i * dim + d];
+    for (int64_t d = 0; d < dim; ++d)
+      (*grad)[i * dim + d] = ((*grad)[i * dim + d] - along * unit[i * dim + d]) / norms[i];
+  }
+}
+
+double sum_exp(const std::vector<double>& s, const std::vector<int64_t>& where, double largest) {
+  double sum = 0;
+  for (int64_t j : where) sum += std::exp(s[j] - largest);
+  return sum;
+}
+
+// The loss of row i with similarities s, and its derivative by each of them: every variant is made
+// of the probability p_j of a positive j among the columns of its denominator.
+double loss_of_row(const Data<double>& data, int64_t i, const std::vector<double>& s,
+                   std::vector<double>* g) {
+  std::vector<int64_t> positives, negatives, below;
+  for (int64_t j = 0; j < data.m; ++j) {
+    if (j == data.own(i) || data.col_labels[j] == kIgnored) continue;
+    (data.col_labels[j] == data.row_labels[i] ? positives : negatives).push_back(j);
+  }
+  const bool only_negatives = data.variant.denominator == Denominator::kOnlyNegatives;
+  if (positives.empty() || (only_negatives && negatives.empty())) return 0;
+  below = negatives;
+  if (data.variant.denominator == Denominator::kAll)
+    below.insert(below.end(), positives.begin(), positives.end());
+  double largest = -1e300;
+  for (int64_t j = 0; j < data.m; ++j) largest = std::max(largest, s[j]);
+  const double shared = sum_exp(s, below, largest);
+  const auto denominator = [&](int64_t j) {
+    const bool own_term = data.variant.denominator == Denominator::kOnePositive;
+    return shared + (own_term ? std::exp(s[j] - largest) : 0.0);
+  };
+  const bool out = data.variant.summation == Summation::kOut;
+  double logs = 0, mean = 0, count = static_cast<double>(positives.size());
+  for (int64_t j : positives) {
+    const double p = std::exp(s[j] - largest) / denominator(j);
+    logs += std::log(p) / count;
+    mean += p / count;
+  }
+  for (int64_t j : positives) {
+    // d loss / d log p_j, and log p_j = s_j - log denominator(j).
+    const double p = std::exp(s[j] - largest) / denominator(j);
+    const double weight = -(out ? 1 / count : p / count / mean);
+    (*g)[j] += weight;
+    for (int64_t k : below) (*g)[k] -= weight * std::exp(s[k] - largest) / denominator(j);
+    if (data.variant.denominator == Denominator::kOnePositive) (*g)[j] -= weight * p;
+  }
+  return out ? -logs : -std::log(mean);
+}
+
+Result by_loops(const Data<double>& data) {
+  const int64_t n = data.shape.rows, m = data.m, dim = data.shape.dim;
+  const double tau = data.shape.temperature;
+  std::vector<double> row_norms, col_norms;
+  const std::vector<double> r = unit_rows(data, data.rows, &row_norms);
+  const std::vector<double> c = unit_rows(data, data.cols, &col_norms);
+  Result out;
+  out.loss.assign(n, 0.0);
+  out.rows.assign(n * dim, 0.0);
+  out.cols.assign(m * dim, 0.0);
+  for (int64_t i = 0; i < n; ++i) {
+    if (data.row_labels[i] == kIgnored) continue;
+    std::vector<double> s(m, 0.0), g(m, 0.0);
+    for (int64_t j = 0; j < m; ++j)
+      for (int64_t d = 0; d < dim; ++d) s[j] += r[i * dim + d] * c[j * dim + d] / tau;
+    out.loss[i] = loss_of_row(data, i, s, &g);
+    for (int64_t j = 0; j < m; ++j) {
+      out.temperature -= upstream(i) * g[j] * s[j] / tau;
+      for (int64_t d = 0; d < dim; ++d) {
+        out.rows[i * dim + d] += upstream(i) * g[j] * c[j * dim + d] / tau;
+        out.cols[j * dim + d] += upstream(i) * g[j] * r[i * dim + d] / tau;
+      }
+    }
+  }
+  for (size_t k = 0; data.square() && k < out.rows.size(); ++k) out.rows[k] += out.cols[k];
+  if (data.square()) out.cols.clear();
+  project(data, r, row_norms, &out.rows);
+  if (!data.square()) project(data, c, col_norms, &out.cols);
+  return out;
+}
+
+int num_passed = 0, num_failed = 0;
+
+void expect(bool holds, const char* what, const Isa& isa, const Shape& shape) {
+  ++(holds ? num_passed : num_failed);
+  if (!holds) std::printf("FAILED: %s, %s, %s\n", what, isa.name, shape.name);
+}
+
+bool near(const std::vector<double>& got, const std::vector<double>& expected, double tolerance) {
+  if (got.size() != expected.size()) return false;
+  double largest = 1e-30, error = 0;
+  for (size_t k = 0; k < got.size(); ++k) {
+    largest = std::max(largest, std::abs(expected[k]));
+    error = std::max(error, std::abs(got[k] - expected[k]));
+    if (!(std::abs(got[k]) < 1e300)) return false;
+  }
+  return error <= tolerance * std::max(largest, 1.0);
+}
+
+bool same(const Result& a, const Result& b) {
+  return a.loss == b.loss && a.rows == b.rows && a.cols == b.cols && a.temperature == b.temperature;
+}
+
+template <typename Real>
+void test(const Isa& isa, const Shape& shape, Variant variant, double tolerance) {
+  const Data<Real> data(shape, variant);
+  Data<double> exact(shape, variant);  // of the same rounded inputs
+  exact.rows.assign(data.rows.begin(), data.rows.end());
+  exact.cols.assign(data.cols.begin(), data.cols.end());
+  const Result expected = by_loops(exact), alone = by_core(data, isa, 1);
+  // Similarities carry the rounding of unit rows times their size; a gradient that cancels is
+  // measured by the size of its terms, which is about 1.
+  const double bound = tolerance * std::max(1.0, 1 / shape.temperature);
+  expect(near(alone.loss, expected.loss, bound), "loss", isa, shape);
+  expect(near(alone.rows, expected.rows, bound), "gradient of rows", isa, shape);
+  expect(near(alone.cols, expected.cols, bound), "gradient of columns", isa, shape);
+  expect(near({alone.temperature}, {expected.temperature}, bound), "temperature", isa, shape);
+  for (int threads : {2, 3})
+    expect(same(alone, by_core(data, isa, threads)), "bits of several threads", isa, shape);
+}
+
+void test_concurrent_calls(const Isa& isa) {
+  const Data<float> data(kShapes[0], kVariants[0]);
+  const Result expected = by_core(data, isa, 1);
+  std::vector<Result> results(4);
+  std::vector<std::thread> callers;
+  for (Result& result : results) callers.emplace_back([&] { result = by_core(data, isa, 2); });
+  for (std::thread& caller : callers) caller.join();
+  for (const Result& result : results)
+    expect(same(expected, result), "concurrent calls", isa, kShapes[0]);
+}
+
+}  // namespace
+
+int main() {
+  for (const Isa* isa : supcon::available_isas()) {
+    for (const Shape& shape : kShapes) {
+      for (Variant variant : kVariants) {
+        test<float>(*isa, shape, variant, 2e-6);
+        test<double>(*isa, shape, variant, 1e-14);
+      }
+    }
+    test_concurrent_calls(*isa);
+  }
+  std::printf("%d passed, %d failed\n", num_passed, num_failed);
+  return num_failed > 0;
+}
