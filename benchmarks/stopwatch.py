@@ -125,7 +125,22 @@ def _gemm_gflops(dtype: torch.dtype, device: str) -> float:
     return best
 
 
-PEAK_SOURCES: dict[str, Callable[[torch.dtype, str], float]] = {"gemm_peak": gemm_peak_gflops}
+def fma_peak_gflops(dtype: torch.dtype, device: str) -> float:
+    """What all threads do with registers alone, measured by the compiled core; 0 without it."""
+    from supcon_kernels.backends import native
+
+    if device != "cpu" or native.unavailable() is not None:
+        return 0.0
+    flops: float = native.core.peak_flops(
+        native.isa, dtype == torch.float64, torch.get_num_threads()
+    )
+    return flops * 1e-9
+
+
+PEAK_SOURCES: dict[str, Callable[[torch.dtype, str], float]] = {
+    "gemm_peak": gemm_peak_gflops,
+    "fma_peak": fma_peak_gflops,
+}
 """Measures of the machine's peak in GFLOP/s; the highest that any of them sees counts."""
 
 

@@ -124,6 +124,14 @@ PYBIND11_MODULE(_supcon_kernels, module) {
   module.attr("threading") = "std::thread";
 #endif
   module.def("isa_names", isa_names);
+  module.def(
+      "peak_flops",
+      [](const std::string& isa, bool is_double, int threads) {
+        const auto measure = is_double ? supcon::peak_flops<double> : supcon::peak_flops<float>;
+        return measure(isa_of(isa), team_of(threads));
+      },
+      py::arg("isa"), py::arg("is_double"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
   // Attributes may be set on it: the caller hangs the tensors there whose memory it points into.
   py::class_<Call>(module, "Call", py::dynamic_attr())
       .def(py::init([](uintptr_t rows, uintptr_t cols, uintptr_t row_labels, uintptr_t col_labels,

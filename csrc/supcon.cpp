@@ -1,320 +1,23 @@
-// The core: rows are normalised, sorted by label and packed; pairs of tiles are handed out to
-// threads in an order that makes every sum independent of their number; positives are added by
-// sums over each class. docs/kernels.md describes it.
+// The core: what the tiles of both sides give to the loss and to the gradients, and the positives
+// that are added by sums over each class. docs/kernels.md describes it.
 
 #include "supcon.h"
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <mutex>
-#include <new>
 #include <numeric>
-#include <thread>
+#include <utility>
 #include <vector>
+
+#include "parallel.h"
+#include "side.h"
 
 namespace supcon {
 namespace {
-
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
-
-// Memory that calls hand on to each other: fresh pages cost a small batch as much as its kernels.
-class Pool {
- public:
-  static Pool& shared() {
-    static Pool* const pool = new Pool;  // never destroyed: threads may outlive static destructors
-    return *pool;
-  }
-
-  void* take(size_t* bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    auto best = free_.end();
-    for (auto block = free_.begin(); block != free_.end(); ++block)
-      if (block->bytes >= *bytes && (best == free_.end() || block->bytes < best->bytes))
-        best = block;
-    if (best == free_.end() || best->bytes > 2 * *bytes + kPage)
-      return ::operator new(*bytes, kAlignment);
-    void* const data = best->data;
-    *bytes = best->bytes;
-    kept_ -= best->bytes;
-    free_.erase(best);
-    return data;
-  }
-
-  void give(void* data, size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (kept_ + bytes > kKept) return ::operator delete(data, kAlignment);
-    free_.push_back({data, bytes});
-    kept_ += bytes;
-  }
-
- private:
-  struct Block {
-    void* data;
-    size_t bytes;
-  };
-  static constexpr std::align_val_t kAlignment{64};
-  static constexpr size_t kPage = 4096, kKept = size_t{32} << 20;
-  std::mutex mutex_;
-  std::vector<Block> free_;
-  size_t kept_ = 0;
-};
-
-// Uninitialised memory, aligned to cache lines.
-template <typename T>
-class Array {
- public:
-  explicit Array(size_t size)
-      : bytes_(size * sizeof(T)), data_(static_cast<T*>(Pool::shared().take(&bytes_))) {}
-  ~Array() { Pool::shared().give(data_, bytes_); }
-  Array(const Array&) = delete;
-  Array& operator=(const Array&) = delete;
-  T* get() { return data_; }
-  const T* get() const { return data_; }
-
- private:
-  size_t bytes_;
-  T* data_;
-};
-
-// Runs body() on every thread of the team.
-template <typename Body>
-void on_all(const Team& team, Body body) {
-  team.run(team.threads, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
-}
-
-// Runs body(k) for k in [0, count), each on some thread.
-template <typename Body>
-void parallel_for(const Team& team, int64_t count, Body body) {
-  if (count <= 1 || team.threads <= 1) {
-    for (int64_t k = 0; k < count; ++k) body(k);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  on_all(team, [&] {
-    for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(k);
-  });
-}
-
-template <typename Real>
-void fill(const Team& team, Real* data, int64_t size, Real value) {
-  constexpr int64_t kChunk = 1 << 14;
-  parallel_for(team, (size + kChunk - 1) / kChunk, [=](int64_t c) {
-    std::fill(data + c * kChunk, data + std::min(size, (c + 1) * kChunk), value);
-  });
-}
-
-int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-
-// Rows a tile holds: enough tiles for threads to share, and no more than the caches hold.
-int tile_rows(int64_t n) {
-  if (n <= 768) return 64;
-  return n <= 1536 ? 96 : kMaxTile;
-}
-
-struct Segment {
-  int64_t label;
-  int64_t begin, end;  // positions in the sorted order
-};
-
-// One side of the problem, sorted by label: embeddings scaled so that their products are base-2
-// exponents, in rows of a padded stride and, packed, in the transposed panels of the register
-// kernel.
-template <typename Real>
-struct Side {
-  Side(const Real* x, const int64_t* labels, int64_t count, const Problem<Real>& problem,
-       const TileFunctions<Real>& functions, const Team& team)
-      : input(x),
-        panel(functions.panel),
-        dim(round_up(std::max<int64_t>(problem.dim, 1), functions.panel)),
-        stride(dim + 16),
-        position(count, -1) {
-    sort(labels, count, problem.ignore_label);
-    tile = tile_rows(size);
-    num_tiles = (size + tile - 1) / tile;
-    padded = round_up(size, panel);
-    allocate();
-    embed(problem, team);
-  }
-
-  int64_t tile_begin(int64_t t) const { return t * tile; }
-  int tile_size(int64_t t) const { return std::min<int64_t>(tile, size - t * tile); }
-  const Real* row(int64_t k) const { return data->get() + k * stride; }
-  const Real* packed_tile(int64_t t) const { return packed->get() + tile_begin(t) * dim; }
-
-  const Real* input;
-  int64_t panel, dim, stride;
-  std::vector<int64_t> order;     // sorted position -> row of the input, ignored rows left out
-  std::vector<int64_t> position;  // row of the input -> sorted position, -1 where ignored
-  std::vector<Segment> segments;
-  int64_t size = 0;  // rows that take part
-  int64_t tile = 0, num_tiles = 0, padded = 0;
-  std::unique_ptr<Array<Real>> data, packed;
-  std::vector<Real> scale, norm;  // the row is input / scale / norm
-  bool finite = true;
-
- private:
-  void sort(const int64_t* labels, int64_t count, int64_t ignore_label) {
-    order.reserve(count);
-    for (int64_t k = 0; k < count; ++k)
-      if (labels[k] != ignore_label) order.push_back(k);
-    size = order.size();
-    sort_by_label(labels);
-    for (int64_t k = 0; k < size; ++k) {
-      position[order[k]] = k;
-      if (segments.empty() || segments.back().label != labels[order[k]])
-        segments.push_back({labels[order[k]], k, k});
-      segments.back().end = k + 1;
-    }
-  }
-
-  // Stable. Labels are mostly small numbers, which are counted instead of compared.
-  void sort_by_label(const int64_t* labels) {
-    const auto before = [=](int64_t a, int64_t b) { return labels[a] < labels[b]; };
-    const auto ends = std::minmax_element(order.begin(), order.end(), before);
-    if (size == 0) return;
-    const uint64_t lowest = labels[*ends.first];
-    const uint64_t range = static_cast<uint64_t>(labels[*ends.second]) - lowest;
-    if (range > 4 * static_cast<uint64_t>(size)) {
-      std::stable_sort(order.begin(), order.end(), before);
-      return;
-    }
-    std::vector<int64_t> next(range + 2, 0), unsorted(order);
-    for (int64_t k : unsorted) ++next[labels[k] - lowest + 1];
-    std::partial_sum(next.begin(), next.end(), next.begin());
-    for (int64_t k : unsorted) order[next[labels[k] - lowest]++] = k;
-  }
-
-  void allocate() {
-    data = std::make_unique<Array<Real>>(padded * stride);
-    packed = std::make_unique<Array<Real>>(padded * dim);
-    scale.assign(size, 1);
-    norm.assign(size, 1);
-  }
-
-  void embed(const Problem<Real>& problem, const Team& team) {
-    const Real unit = static_cast<Real>(std::sqrt(kLog2E / problem.temperature));
-    std::atomic<bool> all_finite{true};
-    const int64_t num_panels = padded / panel;
-    parallel_for(team, num_panels, [&](int64_t p) {
-      const int64_t begin = p * panel;
-      for (int64_t k = begin; k < begin + panel; ++k) {
-        Real* out = data->get() + k * stride;
-        std::fill(out, out + stride, Real(0));
-        if (k < size && !embed_row(problem, unit, k, out)) all_finite = false;
-      }
-      Real* out = packed->get() + begin * dim;
-      const Real* in = data->get() + begin * stride;
-      for (int64_t d = 0; d < dim; ++d)
-        for (int64_t k = 0; k < panel; ++k) out[d * panel + k] = in[k * stride + d];
-    });
-    finite = all_finite;
-  }
-
-  // Writes row k and says whether all of it is finite.
-  bool embed_row(const Problem<Real>& problem, Real unit, int64_t k, Real* out) {
-    const Real* x = input + order[k] * problem.dim;
-    Real largest = 0, finite_sum = 0;
-    const int64_t dim = problem.dim;
-#pragma omp simd reduction(max : largest) reduction(+ : finite_sum)
-    for (int64_t d = 0; d < dim; ++d) {
-      largest = std::max(largest, std::abs(x[d]));
-      finite_sum += x[d] * 0;  // NaN after anything that is not finite
-    }
-    if (problem.normalize) {
-      if (largest == 0) {
-        norm[k] = 0;
-        return finite_sum == 0;
-      }
-      scale[k] = largest;
-      Real square = 0;
-#pragma omp simd reduction(+ : square)
-      for (int64_t d = 0; d < dim; ++d) {
-        out[d] = x[d] / largest;
-        square += out[d] * out[d];
-      }
-      norm[k] = std::sqrt(square);
-      unit /= norm[k];
-      x = out;
-    }
-    for (int64_t d = 0; d < dim; ++d) out[d] = x[d] * unit;
-    return finite_sum == 0;
-  }
-};
-
-// The pairs of tiles as numbered jobs in rounds. In round r tile I meets tile (r - I) mod T of the
-// same side, or (I + r) mod T of the other: every tile is in one job of a round, and after T rounds
-// every pair has met once. A job waits until both of its tiles are through the earlier rounds, so
-// that sums into a tile are made in the order of the rounds, whichever thread makes them. Sides of
-// different length meet in a square whose jobs beyond either are empty.
-class Schedule {
- public:
-  Schedule(int64_t row_tiles, int64_t col_tiles, bool square)
-      : row_tiles_(row_tiles),
-        col_tiles_(col_tiles),
-        size_(std::max(row_tiles, col_tiles)),
-        square_(square) {}
-
-  // Calls body(row tile, column tile) for every pair, on all threads.
-  template <typename Body>
-  void run(const Team& team, Body body) const {
-    std::vector<std::atomic<int64_t>> row_rounds(size_), col_rounds(square_ ? 0 : size_);
-    std::atomic<int64_t> next{0};
-    const int64_t num_jobs = square_ ? size_ * (size_ + 1) / 2 : size_ * size_;
-    const auto work = [&] {
-      for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < num_jobs;) {
-        const Job job = square_ ? square_job(k) : rectangle_job(k);
-        std::atomic<int64_t>& row_round = row_rounds[job.i];
-        std::atomic<int64_t>& col_round = square_ ? row_rounds[job.j] : col_rounds[job.j];
-        wait(row_round, job.round);
-        wait(col_round, job.round);
-        if (job.i < row_tiles_ && job.j < col_tiles_) body(job.i, job.j);
-        row_round.store(job.round + 1, std::memory_order_release);
-        col_round.store(job.round + 1, std::memory_order_release);
-      }
-    };
-    if (num_jobs <= 1 || team.threads <= 1)
-      work();
-    else
-      on_all(team, work);
-  }
-
- private:
-  struct Job {
-    int64_t round, i, j;
-  };
-
-  static void wait(const std::atomic<int64_t>& rounds, int64_t round) {
-    while (rounds.load(std::memory_order_acquire) < round) std::this_thread::yield();
-  }
-
-  // An odd number T of tiles has (T + 1) / 2 jobs in every round, one of them a tile with itself;
-  // an even number T / 2 + 1 in even rounds, two of them such, and T / 2 in odd ones.
-  Job square_job(int64_t k) const {
-    const int64_t even = size_ / 2 + 1, both = size_ + 1;
-    const int64_t round = k / both * 2 + (k % both >= even);
-    const int64_t q = k % both - (k % both >= even ? even : 0);
-    return size_ % 2 == 0 ? meeting(round, q)
-                          : meeting(k / ((size_ + 1) / 2), k % ((size_ + 1) / 2));
-  }
-
-  Job meeting(int64_t round, int64_t q) const {
-    const int64_t a = ((round + 1) / 2 + q) % size_;
-    const int64_t b = (round - a + size_) % size_;
-    return {round, std::min(a, b), std::max(a, b)};
-  }
-
-  Job rectangle_job(int64_t k) const {
-    const int64_t round = k / size_, i = k % size_;
-    return {round, i, (i + round) % size_};
-  }
-
-  const int64_t row_tiles_, col_tiles_, size_;
-  const bool square_;
-};
 
 // Both sides of a problem, and what their tiles have in common.
 template <typename Real>
@@ -813,7 +516,27 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
   if (wants_cols) finish_side(cols, problem, team, grad_cols, problem.num_cols, out.cols);
 }
 
+template <typename Real>
+double peak_flops(const Isa& isa, const Team& team) {
+  typedef std::chrono::steady_clock Clock;
+  constexpr int64_t kIterations = 1 << 22;
+  double best = 0;
+  for (int repetition = 0; repetition < 5; ++repetition) {
+    std::atomic<int64_t> total{0};
+    const Clock::time_point start = Clock::now();
+    on_all(team, [&] {
+      Real values[] = {Real(1), Real(0.999), Real(1e-3), Real(0)};
+      auto* const multiply = isa.functions(Real()).multiply_in_registers;
+      total += static_cast<int64_t>(multiply(kIterations, values));
+    });
+    const std::chrono::duration<double> elapsed = Clock::now() - start;
+    best = std::max(best, static_cast<double>(total) / elapsed.count());
+  }
+  return best;
+}
+
 #define SUPCON_INSTANTIATE(Real)                                                                 \
+  template double peak_flops<Real>(const Isa&, const Team&);                                     \
   template void forward(const Problem<Real>&, const Isa&, const Team&, const RowResults<Real>&); \
   template void backward(const Problem<Real>&, const Isa&, const Team&, const Gradients<Real>&);
 SUPCON_INSTANTIATE(float)

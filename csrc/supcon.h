@@ -143,6 +143,7 @@ struct TileFunctions {
   int panel;  // columns of the register kernel
   void (*forward)(const TilePair<Real>&);
   void (*backward)(const TilePair<Real>&);
+  double (*multiply_in_registers)(int64_t k_size, Real* out);
 };
 
 struct Isa {
@@ -153,6 +154,10 @@ struct Isa {
   const TileFunctions<float>& functions(float) const { return f32; }
   const TileFunctions<double>& functions(double) const { return f64; }
 };
+
+// Floating-point operations a second that all threads do with registers alone.
+template <typename Real>
+double peak_flops(const Isa& isa, const Team& team);
 
 // The instruction sets that this CPU runs, best first.
 const std::vector<const Isa*>& available_isas();

@@ -50,7 +50,7 @@ const Shape kShapes[] = {
     {"several tiles", 410, 0, 37, -1, 0.1, true},
     {"cold", 150, 0, 33, -1, 0.005, true},
     {"unnormalised", 97, 0, 5, -1, 1.0, false},
-    {"one feature", 40, 0, 1, -1, 0.1, true},
+    {"two features", 40, 0, 2, -1, 0.1, true},
     {"single row", 1, 0, 3, -1, 0.1, true},
     {"no row", 0, 0, 3, -1, 0.1, true},
     {"wide memory", 70, 430, 20, -1, 0.1, true},

@@ -23,8 +23,8 @@ def report() -> str:
         "backends, best first",
     ]
     for name, reason in supcon_kernels.available_backends().items():
-        ready = f"ready ({native.description()})" if name == "native" else "ready"
-        lines.append(f"  {name:<12} {reason or ready}")
+        detail = f" ({native.description()})" if name == "native" and reason is None else ""
+        lines.append(f"  {name:<12} {reason or 'ready'}{detail}")
     return "\n".join(lines)
 
 

@@ -60,7 +60,8 @@ def supcon_loss(
         contrast_labels: (M,) or (M, C), as ``labels``.
         self_offset: with ``contrast_features``: its row ``self_offset + i`` is anchor i itself
             and is left out of every sum.
-        temperature: τ > 0, a number or a 0-dim tensor, which may require grad.
+        temperature: τ > 0, a number or a 0-dim tensor, which may require grad. Where it changes
+            from step to step under ``torch.compile``, a tensor avoids compiling for each value.
         base_temperature: multiply the loss by temperature / base_temperature; None: do not.
         contrast_mode: "all" views are anchors, or only the first: "one".
         summation: "out" averages log-probabilities over the positives (equation 2), "in"
@@ -79,6 +80,8 @@ def supcon_loss(
         rows, (B,) for ``contrast_mode="one"``. float32, float64 for float64 features. An anchor
         without positives has loss 0; a non-finite element in a row that takes part makes it NaN.
 
+    Only ``backend="reference"`` can be differentiated twice, in forward mode or by torch.func.
+
     Raises:
         TypeError: features that are no floating-point tensor.
         ValueError: any other argument that is not as described, named in the message.
@@ -95,6 +98,8 @@ def supcon_loss(
         summation=summation,
         denominator=denominator,
         reduction=reduction,
+        normalize=normalize,
+        ignore_index=ignore_index,
     )
     validation.check_features(features, contrast_features)
     validation.check_temperature(features, temperature, base_temperature)
@@ -138,7 +143,7 @@ def supcon_loss(
     else:
         loss, contributes, _ = op.forward(*problem.operands(), chosen)
     if base_temperature is not None:
-        loss = loss * (temperature / base_temperature)
+        loss = loss * (problem.tau / base_temperature)
     return _reduce(loss, contributes, ~problem.row_ignored(), reduction)
 
 

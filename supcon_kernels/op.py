@@ -16,7 +16,7 @@ from supcon_kernels.problem import Problem, working_dtype
 
 _PROBLEM = (
     "Tensor rows, Tensor? cols, Tensor? row_labels, Tensor? col_labels, Tensor? weights, "
-    "Tensor? temperature_tensor, float temperature, int? self_offset, str summation, "
+    "Tensor? temperature_tensor, float temperature, SymInt? self_offset, str summation, "
     "str denominator, bool normalize, int ignore_index, str backend"
 )
 _ROWS, _COLS, _TEMPERATURE, _NUM_TENSORS = 0, 1, 5, 6
@@ -61,6 +61,8 @@ def backward(
     *fields, backend = operands
     problem = Problem(*fields)
     needs = (needs_rows, needs_cols, needs_temperature)
+    # An anchor that does not contribute has no gradient, whatever comes from above.
+    grad_loss = torch.where(stats[1] == torch.inf, 0.0, grad_loss)
     with torch.autocast(problem.rows.device.type, enabled=False):
         grads: tuple[Tensor, Tensor, Tensor] = BACKENDS[backend].backward(
             problem, grad_loss, stats, *needs

@@ -139,7 +139,9 @@ class Problem:
         assert self.weights is not None
         n, m = self.weights.shape
         row = torch.arange(start, stop, device=self.weights.device) % max(n, 1)
-        w = self.weights[row].to(self.dtype)
+        w = self.weights[row]
+        # The sign of a weight is read before anything could round it to zero.
+        w = w.to(accumulation_dtype(w) if w.is_floating_point() else self.dtype)
         return w.repeat(1, self.num_cols // m) if m else w
 
 

@@ -69,5 +69,5 @@ class LabelQueue(nn.Module):
                 f"labels must be ({features.shape[0]},) integers, "
                 f"got {labels.dtype} of shape {tuple(labels.shape)}"
             )
-        self.features = torch.cat((self.features, features.detach().to(self.features)))[-size:]
+        self.features = torch.cat((self.features, features.to(self.features)))[-size:]
         self.labels = torch.cat((self.labels, labels.to(self.labels)))[-size:]

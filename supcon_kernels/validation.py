@@ -6,10 +6,12 @@ does not stop a trace or a CUDA graph; on a GPU a tensor temperature is never re
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from supcon_kernels.problem import DENOMINATORS, SUMMATIONS
 
@@ -19,8 +21,16 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_options(**options: Any) -> None:
-    """Each option is one of the values that it knows."""
+def check_options(normalize: Any, ignore_index: Any, **options: Any) -> None:
+    """Each option is of its type and one of the values that it knows."""
+    if not isinstance(normalize, bool):
+        raise ValueError(f"normalize must be True or False, got {normalize!r}")
+    if (
+        isinstance(ignore_index, bool)
+        or not isinstance(ignore_index, int)
+        or not -(2**63) <= ignore_index < 2**63
+    ):
+        raise ValueError(f"ignore_index must be a 64-bit integer, got {ignore_index!r}")
     accepted = {
         "contrast_mode": CONTRAST_MODES,
         "summation": SUMMATIONS,
@@ -36,15 +46,21 @@ def check_features(features: Any, contrast_features: Any) -> None:
     """Features (N, D) or (B, V, D), contrast features (M, D) of the same width, dtype and device."""
     for name, x in (("features", features), ("contrast_features", contrast_features)):
         if x is None and name == "contrast_features":
-            return
+            continue
         if not isinstance(x, Tensor) or x.dtype not in FLOATS:
             raise TypeError(
                 f"{name} must be a float16, bfloat16, float32 or float64 tensor, "
                 f"got {_described(x)}"
             )
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} must be a strided tensor, got the layout {x.layout}")
         if x.ndim != 2 and (name, x.ndim) != ("features", 3):
             shapes = "(N, D) or (B, V, D)" if name == "features" else "(M, D)"
             raise ValueError(f"{name} must have shape {shapes}, got {tuple(x.shape)}")
+    if features.ndim == 3 and features.shape[1] == 0:
+        raise ValueError(f"features must hold at least one view, got {tuple(features.shape)}")
+    if contrast_features is None:
+        return
     if contrast_features.shape[1] != features.shape[-1]:
         raise ValueError(
             "contrast_features must have as many columns as features have "
@@ -65,9 +81,9 @@ def check_temperature(features: Tensor, temperature: Any, base_temperature: Any)
             continue
         if isinstance(value, Tensor) and name == "temperature":
             _check_temperature_tensor(features, value)
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise ValueError(f"{name} must be a number > 0, got {value!r}")
-        elif not 0 < value < float("inf"):
+        elif not 0 < float(value) < float("inf"):
             raise ValueError(f"{name} must be > 0 and finite, got {value}")
     if (
         isinstance(temperature, Tensor)
@@ -88,7 +104,7 @@ def _check_temperature_tensor(features: Tensor, temperature: Tensor) -> None:
         )
     if temperature.device.type != "cpu":
         _check_device("temperature", temperature, features)
-    elif not torch.compiler.is_compiling() and not 0 < float(temperature.detach()) < float("inf"):
+    elif _readable(temperature) and not 0 < float(temperature.detach()) < float("inf"):
         raise ValueError(f"temperature must be > 0 and finite, got {float(temperature.detach())}")
 
 
@@ -155,7 +171,7 @@ def _check_contrast(
         return
     if unlabelled:
         raise ValueError(f"self_offset must be None without labels or mask, got {self_offset!r}")
-    if isinstance(self_offset, bool) or not isinstance(self_offset, int):
+    if isinstance(self_offset, bool) or not isinstance(self_offset, (int, torch.SymInt)):
         raise ValueError(f"self_offset must be an integer, got {self_offset!r}")
     if not 0 <= self_offset <= m - n:
         raise ValueError(
@@ -193,6 +209,8 @@ def _check_mask(mask: Any, shapes: list[tuple[int, int]], features: Tensor) -> N
         raise ValueError(f"mask must be boolean, integer or floating-point, got {mask.dtype}")
     _check_no_grad("mask", mask)
     _check_device("mask", mask, features)
+    if mask.is_floating_point() and _readable(mask) and not bool(mask.isfinite().all()):
+        raise ValueError("mask must be finite, got NaN or infinity")
 
 
 def _described(value: Any) -> str:
@@ -216,6 +234,6 @@ def _check_device(name: str, x: Tensor, features: Tensor) -> None:
 
 def _readable(x: Tensor) -> bool:
     """Whether the host may look at the values: not in a trace, nor while a CUDA graph is captured."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
         return False
     return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

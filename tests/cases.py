@@ -127,6 +127,11 @@ def three_features(g):
     return {"features": randn(g, 50, 3), "labels": classes(g, 50, 4)}
 
 
+@case("no feature at all: every similarity is 0")
+def no_features(g):
+    return {"features": randn(g, 10, 0), "labels": classes(g, 10, 2)}
+
+
 @case("wide rows")
 def wide(g):
     return {"features": randn(g, 40, 515), "labels": classes(g, 40, 4)}
@@ -278,6 +283,14 @@ def self_in_memory(g):
     }
 
 
+@case("a memory that holds the anchors under other labels, or ignores them")
+def relabelled_self_in_memory(g):
+    args = by_id("self_in_memory").build(g)
+    args["contrast_labels"][10:20] = (args["contrast_labels"][10:20] + 1) % 5
+    args["contrast_labels"][25] = NOWHERE
+    return args
+
+
 @case("an empty memory: no anchor contributes")
 def empty_memory(g):
     args = memory_arguments(g)
@@ -336,6 +349,14 @@ def unnormalised(g):
     features = randn(g, 50, 9)
     features[4] *= 8
     labels = classes(g, 50, 4)
+    return {"features": features, "labels": labels, "normalize": False, "temperature": 1.0}
+
+
+@case("a row of norm 1e4: what it adds to the sum of its class must come off again for itself")
+def outlier(g):
+    features = torch.nn.functional.normalize(randn(g, 60, 12))
+    features[7] *= 1e4
+    labels = classes(g, 60, 2)
     return {"features": features, "labels": labels, "normalize": False, "temperature": 1.0}
 
 

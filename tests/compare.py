@@ -114,10 +114,12 @@ def _floor(name: str, exact: Tensor, arguments: dict[str, Any], dtype: torch.dty
     a similarity for the loss, of one anchor's share of the mean for a gradient.
     """
     tau = float(arguments["temperature"])
-    num_anchors = max(arguments["features"][..., 0].numel(), 1)
+    num_anchors = max(arguments["features"].shape[:-1].numel(), 1)
     reach = 1.0 / tau  # the largest similarity
     if not arguments.get("normalize", True):
-        reach *= arguments["features"].norm(dim=-1).max().item() ** 2
+        other = arguments.get("contrast_features")
+        for x in (arguments["features"], arguments["features"] if other is None else other):
+            reach *= x[x.isfinite().all(dim=-1)].norm(dim=-1).amax().item() if x.numel() else 1.0
     term = {"loss": 1.0, "temperature": 1.0 / tau}.get(name, 1.0 / num_anchors)
     size = exact.abs().max().item()
     working = torch.float64 if dtype == torch.float64 else torch.float32

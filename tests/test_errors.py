@@ -20,6 +20,8 @@ CALLS = [
     ("features", "list", TypeError, {"features": [[1.0, 2.0]], "labels": LABELS}),
     ("features", "int64", TypeError, {"features": FEATURES.long(), "labels": LABELS}),
     ("features", r"\(4,\)", ValueError, {"features": FEATURES[:, 0], "labels": LABELS}),
+    ("features", "at least one view", ValueError, {"features": torch.zeros(4, 0, 3)}),
+    ("features", "sparse", ValueError, {"features": FEATURES.to_sparse(), "labels": LABELS}),
     ("features", r"\(2, 2, 2, 2\)", ValueError, {"features": torch.zeros(2, 2, 2, 2)}),
     # what is positive
     ("labels", "nothing is positive", ValueError, {"features": FEATURES}),
@@ -38,6 +40,8 @@ CALLS = [
     ("mask", r"\(4, 5\)", ValueError, {"mask": torch.ones(4, 5)}),
     ("mask", "complex64", ValueError, {"mask": MASK.to(torch.complex64)}),
     ("mask", "require grad", ValueError, {"mask": MASK.clone().requires_grad_()}),
+    ("mask", "finite", ValueError, {"mask": MASK * torch.nan}),
+    ("mask", "finite", ValueError, {"mask": MASK / 0}),
     ("mask", "device", ValueError, {"mask": MASK.to("meta")}),
     # a memory
     ("contrast_features", "int64", TypeError, {"contrast_features": MEMORY.long()}),
@@ -121,6 +125,12 @@ CALLS = [
     ("summation", "'both'", ValueError, {"labels": LABELS, "summation": "both"}),
     ("denominator", "'none'", ValueError, {"labels": LABELS, "denominator": "none"}),
     ("reduction", "'max'", ValueError, {"labels": LABELS, "reduction": "max"}),
+    ("normalize", "'no'", ValueError, {"labels": LABELS, "normalize": "no"}),
+    *(
+        ("ignore_index", str(index), ValueError, {"labels": LABELS, "ignore_index": index})
+        for index in (None, 1.0, 2**63, True)
+    ),
+    ("backend", "tiled", ValueError, {"labels": LABELS, "backend": ["tiled"]}),
     ("backend", "'cuda'", ValueError, {"labels": LABELS, "backend": "cuda"}),
 ]
 

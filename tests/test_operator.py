@@ -103,6 +103,26 @@ def test_compiled_training_step_with_dynamic_batch(backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_compiled_step_with_a_memory_and_soft_labels():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def step(x, labels, memory, names):
+        return supcon_loss(
+            x,
+            labels,
+            contrast_features=torch.cat((memory, x)),
+            contrast_labels=torch.cat((names, labels)),
+            self_offset=memory.shape[0],
+        )
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, m in ((6, 9), (11, 14), (8, 30)):
+        call = (torch.randn(n, 4), torch.rand(n, 3), torch.randn(m, 4), torch.rand(m, 3))
+        torch.testing.assert_close(compiled(*call), step(*call))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @fused
 def test_inductor_compiles_a_training_step(backend):
     torch._dynamo.reset()
@@ -187,12 +207,34 @@ def test_differentiating_twice_names_the_backend_that_can(backend, variant):
         grad.sum().backward()
 
 
+@fused
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # torch.func's own doing
+def test_forward_mode_and_torch_func_fall_back_to_the_backend_that_can(backend):
+    features, labels = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 2
+    direction = torch.randn_like(features)
+    grad = torch.func.grad(lambda x: supcon_loss(x, labels))(features)
+    _, tangent = torch.func.jvp(lambda x: supcon_loss(x, labels), (features,), (direction,))
+    torch.testing.assert_close(tangent, (grad * direction).sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(features, direction)
+        tangent = torch.autograd.forward_ad.unpack_dual(supcon_loss(dual, labels)).tangent
+        torch.testing.assert_close(tangent, (grad * direction).sum())
+        with pytest.raises(ValueError, match="forward-mode"):
+            supcon_loss(dual, labels, backend=backend)
+
+
+def test_shapes_alone_suffice():
+    with torch._subclasses.FakeTensorMode():
+        features, labels = torch.randn(6, 3), torch.rand(6, 2)
+        assert supcon_loss(features, labels, temperature=torch.tensor(0.1)).shape == ()
+
+
 def test_no_grad_needs_no_backward():
     loss = supcon_loss(torch.randn(8, 4), torch.arange(8) % 2)
     assert not loss.requires_grad
 
 
-def test_memory_grows_with_n_not_with_its_square(monkeypatch):
+def test_memory_grows_with_n_not_with_its_square():
     peaks = {n: peak_bytes(n) for n in (2048, 8192)}
     dense = 8192 * 8192 * 4
     assert peaks[8192] < dense / 4

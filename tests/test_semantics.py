@@ -79,6 +79,35 @@ def test_what_a_mean_counts(backend, reduction, expected):
 
 
 @backends
+def test_positive_mean_counts_anchors_whose_loss_is_not_above_zero(backend):
+    # Two rows alike and one apart at τ = 1: the denominator of the former is e^0, their loss -1.
+    features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    options = {"temperature": 1.0, "denominator": "only_negatives", "backend": backend}
+    labels = torch.tensor([0, 0, 1])
+    loss = supcon_loss(features, labels, reduction="positive_mean", **options)
+    assert float(loss) == pytest.approx(-1.0, abs=1e-6)
+
+
+@backends
+def test_what_comes_from_above_an_idle_anchor_does_not_matter(backend):
+    features = torch.randn(6, 3, requires_grad=True)
+    labels = torch.tensor([0, 0, 1, 2, 3, NOWHERE])
+    losses = supcon_loss(features, labels, reduction="none", backend=backend)
+    losses.sqrt().sum().backward()  # the derivative of the root is infinite at 0
+    assert features.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_a_mask_keeps_its_sign_however_small(backend):
+    features, mask = torch.randn(4, 3), torch.ones(4, 4, dtype=torch.float64)
+    mask[:, 3], mask[3] = -1e-50, 1e-50
+    loss = supcon_loss(features, mask=mask, reduction="none", backend=backend)
+    expected = supcon_loss(features[:3], torch.zeros(3).long(), reduction="none")
+    torch.testing.assert_close(loss[:3], expected)
+    assert loss[3] > 0
+
+
+@backends
 @pytest.mark.parametrize("reduction", ["mean", "positive_mean", "sum"])
 @pytest.mark.parametrize("name", ["single_row", "empty", "empty_views", "all_ignored"])
 def test_nothing_to_learn_from_costs_nothing(backend, name, reduction):
@@ -120,9 +149,10 @@ def test_a_non_finite_row_that_takes_part_makes_the_loss_nan(backend, garbage, n
 
 @backends
 def test_zero_rows_stay_zero_and_norms_do_not_overflow(backend):
+    torch.manual_seed(0)
     features, labels = torch.randn(12, 4), torch.arange(12) % 3
     directions = supcon_loss(features, labels, backend=backend)
-    far = features * torch.tensor([1e37, 1e-37, 1.0])[torch.arange(12) % 3, None]
+    far = features * torch.tensor([1e37, 1e-30, 1.0])[torch.arange(12) % 3, None]
     torch.testing.assert_close(supcon_loss(far, labels, backend=backend), directions)
     features[2] = 0.0
     features.requires_grad_()
@@ -144,8 +174,14 @@ def test_self_similarity_stays_out_of_the_maximum(backend):
 def test_base_temperature_scales(backend):
     features, labels = features_of("aligned")
     plain = supcon_loss(features, labels, temperature=0.1, backend=backend)
-    options = {"temperature": 0.1, "base_temperature": 0.05, "backend": backend}
-    torch.testing.assert_close(supcon_loss(features, labels, **options), plain * 2)
+    options = {"base_temperature": 0.05, "backend": backend}
+    for temperature in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        loss = supcon_loss(features, labels, temperature=temperature, **options)
+        torch.testing.assert_close(loss, plain * 2)
+    half = torch.tensor(0.1, dtype=torch.float16)
+    plain = supcon_loss(features, labels, temperature=float(half), backend=backend)
+    loss = supcon_loss(features, labels, temperature=half, **options)
+    torch.testing.assert_close(loss, plain * (float(half) / 0.05))
 
 
 def test_module_is_a_drop_in():

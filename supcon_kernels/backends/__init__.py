@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
 from supcon_kernels.backends import native, reference, tiled
 from supcon_kernels.problem import Problem
 
@@ -29,13 +33,27 @@ def choose(problem: Problem, name: str | None) -> str:
     Raises:
         ValueError: ``name`` is unknown, or that backend cannot take the call.
     """
-    if name is not None and name not in BACKENDS:
+    if name is not None and (not isinstance(name, str) or name not in BACKENDS):
         raise ValueError(f"backend must be None or one of {list(BACKENDS)}, got {name!r}")
     refusals = []
     for candidate in BACKENDS if name is None else (name,):
         backend = BACKENDS[candidate]
         refusal = backend.unavailable() or backend.why_not(problem)
+        if candidate != "reference" and _is_transformed(problem):
+            refusal = "forward-mode derivatives and torch.func work with backend='reference' only."
         if refusal is None:
             return candidate
         refusals.append(f"backend {candidate!r} cannot take this call: {refusal}")
     raise ValueError("; ".join(refusals))
+
+
+def _is_transformed(problem: Problem) -> bool:
+    """Whether a derivative is being taken that the operator has no formula for."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(
+        torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+        for x in (problem.rows, problem.cols, problem.temperature_tensor)
+        if isinstance(x, Tensor)
+    )

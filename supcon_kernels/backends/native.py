@@ -6,6 +6,7 @@ widened to float32 on the way in.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from torch import Tensor
 from supcon_kernels._version import __version__
 from supcon_kernels.problem import Problem
 
-core: Any
-try:
-    import _supcon_kernels as core
-except ImportError:
-    core = None
 
+def _load_core() -> Any:
+    try:
+        return importlib.import_module("_supcon_kernels")
+    except ImportError:
+        return None
+
+
+core = _load_core()
 # The instruction set that the core uses: the best that this CPU runs. Tests set a lower one.
 isa: str | None = core.isa_names()[0] if core is not None else None
 
@@ -41,7 +45,6 @@ def unavailable() -> str | None:
 
 def description() -> str:
     """What the core was built with and runs on here."""
-    assert core is not None
     return f"{isa} of {', '.join(core.isa_names())}; threads by {core.threading}"
 
 

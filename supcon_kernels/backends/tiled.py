@@ -18,7 +18,7 @@ from torch import Tensor
 from supcon_kernels.backends.reference import masked_logsumexp
 from supcon_kernels.problem import Problem, accumulation_dtype, normalize_backward
 
-# Similarities in flight: 4 MiB of float32, larger ones are not faster.
+# Similarities in flight at a time: 4 MiB of float32.
 TILE_PAIRS = 1 << 20
 MIN_CHUNK, MAX_CHUNK = 32, 2048
 
@@ -226,11 +226,16 @@ class _Classes:
         return x.new_zeros(self.num_classes, *x.shape[1:]).index_add_(0, self.of_col, x)
 
 
-def _self_cols(problem: Problem) -> slice | None:
-    """The columns that are the anchors themselves."""
+def _own(problem: Problem, classes: _Classes) -> tuple[slice, Tensor] | None:
+    """The columns that are the anchors themselves, and (N,) 1 where such a column is in its class.
+
+    It is not where a memory holds the anchor under another label, or ignores it.
+    """
     if problem.self_offset is None:
         return None
-    return slice(problem.self_offset, problem.self_offset + problem.rows.shape[0])
+    own = slice(problem.self_offset, problem.self_offset + problem.rows.shape[0])
+    same = classes.of_col[own] == classes.of_row
+    return own, same * classes.col_counts[own]
 
 
 def _softmax_chunks(problem: Problem, rows: Tensor, cols: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -251,10 +256,10 @@ def _class_statistics(
     exact = accumulation_dtype(rows)
     counts = classes.col_sums(classes.col_counts)[classes.of_row]
     sums = classes.col_sums(cols.to(exact))[classes.of_row]
-    own = _self_cols(problem)
-    if own is not None:
-        counts -= classes.col_counts[own]
-        sums -= cols[own].to(exact)
+    if (found := _own(problem, classes)) is not None:
+        own, in_class = found
+        counts -= in_class
+        sums -= in_class[:, None] * cols[own]
     mean = (rows.to(exact) * sums).sum(dim=1) / problem.tau / counts.clamp(min=1.0)
     contributes = (counts * classes.row_counts) > 0
 
@@ -271,19 +276,20 @@ def _class_gradient(
     lse, counts, _ = stats
     exact = accumulation_dtype(rows)
     classes = _Classes.of(problem)
-    own = _self_cols(problem)
+    found = _own(problem, classes)
     pull = (grad_loss / counts).to(exact)[:, None]
 
     grad_rows = classes.col_sums(cols.to(exact))[classes.of_row]
-    if own is not None:
-        grad_rows -= cols[own].to(exact)
+    if found is not None:
+        own, in_class = found
+        grad_rows -= in_class[:, None] * cols[own]
     grad_rows = (grad_rows * -pull).to(rows.dtype)
     grad_cols = rows.new_zeros(0)
     if wants_cols:
         pulled = pull * rows.to(exact)
         grad_exact = -classes.row_sums(pulled)[classes.of_col]
-        if own is not None:
-            grad_exact[own] += pulled
+        if found is not None:
+            grad_exact[own] += in_class[:, None] * pulled
         grad_cols = grad_exact.to(rows.dtype)
 
     weighted = grad_loss[:, None] * rows
@@ -295,5 +301,4 @@ def _class_gradient(
     grad_rows /= problem.tau
     if wants_cols:
         grad_cols /= problem.tau
-        grad_cols.masked_fill_(problem.col_ignored()[:, None], 0.0)
     return grad_rows, grad_cols

@@ -1,0 +1,189 @@
+"""The compiled core: every instruction set of this CPU, any number of threads, any input."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from cases import CASES, VARIANTS, Case, by_id, takes
+from compare import assert_close
+from supcon_kernels import available_backends, supcon_loss
+from supcon_kernels.backends import native
+
+WHY_NOT = available_backends()["native"]
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+native_loss = functools.partial(supcon_loss, backend="native")
+ISAS = native.core.isa_names() if WHY_NOT is None else []
+
+
+def arguments_of(case: Case, variant: tuple[str, str]) -> dict:
+    return {**case.arguments(), "summation": variant[0], "denominator": variant[1]}
+
+
+def value_and_gradients(arguments):
+    """The loss and the gradients, as bits may be compared."""
+    leaves = {k: v.clone() for k, v in arguments.items() if k.endswith("features")}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    temperature = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    loss = native_loss(**{**arguments, **leaves, "temperature": temperature})
+    return [loss.detach(), *torch.autograd.grad(loss, [*leaves.values(), temperature])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa, dtype, monkeypatch):
+    monkeypatch.setattr(native, "isa", isa)
+    for k, case in enumerate(CASES):
+        arguments = arguments_of(case, VARIANTS[k % len(VARIANTS)])
+        if takes("native", arguments):
+            assert_close(native_loss, arguments, dtype)
+            assert_close(native_loss, case.arguments(), dtype)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(native, "isa", "avx1024")
+    with pytest.raises(ValueError, match="avx1024"):
+        native_loss(torch.randn(4, 3), torch.tensor([0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
+@pytest.mark.parametrize("name", ["singleton", "self_in_memory"])
+def test_derivatives(name, variant):
+    arguments = arguments_of(by_id(name), variant)
+    features = arguments.pop("features").requires_grad_()
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    del arguments["temperature"]
+
+    def loss(features, temperature):
+        options = {"temperature": temperature, "reduction": "none"}
+        return native_loss(features, **arguments, **options)
+
+    assert gradcheck(loss, (features, temperature))
+
+
+def test_what_it_leaves_to_others():
+    features, soft, mask = torch.randn(4, 3), torch.rand(4, 2), torch.ones(4, 4)
+    for positives in ({"labels": soft}, {"mask": mask}):
+        with pytest.raises(ValueError, match="it takes integer labels or none"):
+            native_loss(features, **positives)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("variant", [("out", "all"), ("in", "one_positive")], ids="/".join)
+@pytest.mark.parametrize("name", ["several_tiles", "self_in_memory"])
+def test_the_same_bits_from_any_number_of_threads(name, variant, threads):
+    arguments = arguments_of(by_id(name), variant)
+    results = []
+    for count in (1, 2, 3, 1):
+        threads(count)
+        results.append(value_and_gradients(arguments))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_calls_from_several_threads_at_once(threads):
+    threads(2)
+    arguments = by_id("several_tiles").arguments()
+    expected = value_and_gradients(arguments)
+    results = [None] * 6
+
+    def call(k):
+        results[k] = value_and_gradients(arguments)
+
+    callers = [threading.Thread(target=call, args=(k,)) for k in range(len(results))]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, expected))
+
+
+def loss_in_child(queue):
+    """What a forked worker computes, where the parent's pool of threads does not exist."""
+    torch.manual_seed(0)
+    queue.put(float(native_loss(torch.randn(300, 8), torch.arange(300) % 5)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_does_not_hang(threads):
+    threads(2)
+    torch.manual_seed(0)
+    expected = float(native_loss(torch.randn(300, 8), torch.arange(300) % 5))
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=loss_in_child, args=(queue,))
+    child.start()
+    got = queue.get(timeout=60)
+    child.join(timeout=60)
+    assert child.exitcode == 0
+    assert got == expected
+
+
+@st.composite
+def calls(draw):
+    """Arguments of every kind that the core takes, and some that nobody does."""
+    n, dim = draw(st.integers(0, 70)), draw(st.integers(0, 40))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    wide = torch.randn(2 * n + 1, 2 * dim + 1, generator=g, dtype=torch.float64).to(dtype)
+    rows = {
+        "packed": wide[:n, :dim].contiguous(),
+        "strided": wide[1 : 2 * n + 1 : 2, 1 : 2 * dim + 1 : 2],
+        "transposed": wide[:n, :dim].T.contiguous().T,
+        "expanded": wide[:1, :dim].expand(n, dim),
+    }
+    features = rows[draw(st.sampled_from(sorted(rows)))]
+    num_classes = draw(st.sampled_from([1, 2, 5, 1000]))
+    arguments = {
+        "features": features,
+        "labels": torch.randint(
+            num_classes, (n + draw(st.sampled_from([0, 0, 0, 1])),), generator=g
+        ),
+        "temperature": draw(st.sampled_from([0.01, 0.05, 0.5, 10.0, -1.0])),
+        "summation": draw(st.sampled_from(["out", "in"])),
+        "denominator": draw(st.sampled_from(["all", "one_positive", "only_negatives"])),
+        "normalize": draw(st.booleans()),
+        "reduction": draw(st.sampled_from(["mean", "positive_mean", "sum", "none"])),
+        "ignore_index": draw(st.sampled_from([-100, 0])),
+    }
+    if draw(st.booleans()):
+        m = draw(st.integers(0, 90))
+        contrast = torch.randn(m, dim, generator=g, dtype=torch.float64).to(dtype)
+        names = torch.randint(num_classes, (m,), generator=g)
+        arguments |= {"contrast_features": contrast, "contrast_labels": names}
+        arguments["self_offset"] = draw(st.sampled_from([None, 0, 3]))
+    return arguments
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(calls())
+def test_any_call_is_right_or_refused(arguments):
+    dtype = arguments["features"].dtype
+    try:
+        native_loss(**arguments)
+    except ValueError:
+        with pytest.raises(ValueError):
+            supcon_loss(**arguments, backend="reference")
+        return
+    for name in ("features", "contrast_features"):
+        if name in arguments:
+            arguments[name] = arguments[name].double()
+    assert_close(native_loss, arguments, dtype)
