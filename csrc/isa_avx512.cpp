@@ -1,7 +1,7 @@
-// AVX-512: 16 floats a vector, 24 of 32 registers accumulate.
+// AVX-512: 16 floats a vector, 16 of 32 registers accumulate.
 
 #define SUPCON_VECTOR_BYTES 64
-#define SUPCON_KERNEL_ROWS 12
+#define SUPCON_KERNEL_ROWS 8
 #include "tile.h"
 
 namespace supcon {

@@ -55,10 +55,13 @@ struct Simd<double> {
 };
 
 #define SUPCON_INLINE inline __attribute__((always_inline))
+// Loops around the register kernel stay apart: constants that the compiler hoists from one into
+// another push accumulators out of registers.
+#define SUPCON_APART __attribute__((noinline))
 
 template <typename V, typename Real>
 SUPCON_INLINE V splat(Real x) {
-  return V{} + x;
+  return x - V{};  // x + 0 would be an addition: it turns -0 into 0
 }
 
 template <typename Real>
@@ -442,7 +445,7 @@ struct Weigh {
 // grad_a += H b and grad_b += H^T a, H being the scratch tile. In a triangle H is zero below the
 // diagonal, and the products leave that out.
 template <typename Real>
-SUPCON_INLINE void accumulate_gradients(const TilePair<Real>& t) {
+SUPCON_APART void accumulate_gradients(const TilePair<Real>& t) {
   constexpr int kLanes = Simd<Real>::kLanes;
   constexpr int kPanel = kVectors * kLanes;
   const auto add_to = [](Real* c, ptrdiff_t stride) {
@@ -475,7 +478,7 @@ bool is_dense(const TilePair<Real>& t) {
 }
 
 template <typename Real, bool kDense, typename Fold>
-void reduce(const TilePair<Real>& t) {
+SUPCON_APART void reduce(const TilePair<Real>& t) {
   Reduce<Real, kDense, Fold> pass(t);
   for_each_similarity<Real, kDense>(t, pass);
   pass.write_rows();
@@ -505,7 +508,7 @@ void tile_forward(const TilePair<Real>& t) {
 }
 
 template <typename Real, bool kDense, bool kOwnShift>
-void weigh(const TilePair<Real>& t) {
+SUPCON_APART void weigh(const TilePair<Real>& t) {
   Weigh<Real, kDense, kOwnShift> pass(t);
   for_each_similarity<Real, kDense>(t, pass);
 }

@@ -1,12 +1,14 @@
 """The command line and YAML: who wins, what is refused, what the recipes hold."""
 
+import os
+import sys
 from dataclasses import asdict
 
 import pytest
 import yaml
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from config import LinearConfig, PretrainConfig, UserError, parse, pick_device
+from config import LinearConfig, PretrainConfig, UserError, parse, pick_device, run_script
 from train_fixtures import TRAIN
 
 
@@ -50,11 +52,17 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--method", "moco"], "method"),
         (["--device", "tpu"], "device"),
         (["--dataset", "mnist"], "accepted are digits, fashion_mnist, cifar10, cifar100"),
+        (["--dataset", "imagefolder:"], "--dataset imagefolder:: accepted are"),
+        (["--data_root", "data"], "--data_root contradicts --dataset digits"),
+        (["--dataset", "imagefolder:x", "--data_root", "y"], "--data_root contradicts"),
         (["--val_fraction", "0.1"], "--val_fraction contradicts --dataset digits"),
         (["--dataset", "imagefolder:x", "--val_fraction", "1"], "between 0 and 1"),
         (["--epochs", "5", "--warmup_epochs", "5"], "--warmup_epochs 5 contradicts --epochs 5"),
         (["--stem", "standard", "--width", "32"], "--width contradicts --stem standard"),
         (["--name", "a/b"], "--name a/b"),
+        (["--name", ".."], "--name ..: a folder name"),
+        (["--name", "."], "--name .: a folder name"),
+        (["--seed", str(2**63)], f"--seed {2**63}: must be less than"),
         (["--name", "a", "--resume", "runs/b/last.pt"], "contradicts --resume runs/b/last.pt"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--config"], "--config"),
@@ -112,3 +120,27 @@ def test_device_that_is_not_there(monkeypatch):
         pick_device("cuda")
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     assert pick_device("auto").type == "mps"
+
+
+@pytest.mark.parametrize(
+    ("hint", "line"), [("", "interrupted\n"), ("(go on so)", "interrupted (go on so)\n")]
+)
+def test_interrupt_says_what_its_script_has_to_say(capsys, hint, line):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(interrupted, if_interrupted=hint)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == line
+
+
+def test_closed_pipe_ends_without_a_traceback(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as ended:
+            run_script(lambda: print("a line"))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == ""

@@ -9,10 +9,11 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from config import PretrainConfig, UserError
-from data import TrainingOrder, training_batches
+from data import FolderImages, TrainingOrder, training_batches
 from sources import load_data, stratified_split, subset
 from train_fixtures import metrics, pretrain, write_images
 
@@ -228,6 +229,25 @@ def test_unreadable_image_is_named_in_one_line(tmp_path, capsys, workers):
     error = capsys.readouterr().err
     assert error.startswith(f"error: cannot read the image {damaged}: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "name"), [("I;16", "<u2", "a.png"), ("I;16B", ">u2", "a.tiff")]
+)
+def test_16_bit_grey_is_scaled_to_8(tmp_path, mode, dtype, name):
+    grey = (np.arange(64) * 1040).reshape(8, 8)
+    path = str(tmp_path / name)
+    Image.frombytes(mode, (8, 8), grey.astype(dtype).tobytes()).save(path)
+    (image,) = FolderImages([path], 8)[[0]]
+    assert image.tolist() == 3 * [(grey // 256).tolist()]
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_grey_without_a_fixed_white_is_refused(tmp_path, mode):
+    path = str(tmp_path / "grey.tiff")
+    Image.new(mode, (8, 8)).save(path)
+    with pytest.raises(UserError, match=rf"cannot read the image {path}: mode {mode} "):
+        FolderImages([path], 8)[[0]]
 
 
 def test_class_with_one_image_is_named(tmp_path, capsys):

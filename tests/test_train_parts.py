@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -51,8 +52,12 @@ def test_knn_compares_directions_in_any_chunking():
 
 def test_accuracy_counts_samples_not_classes():
     predictions = torch.tensor([0, 0, 0, 1])
-    assert accuracy(predictions, torch.tensor([0, 0, 1, 1]), 2) == 0.75
-    assert accuracy(predictions, torch.tensor([0, 0, 0, 0]), 2) == 0.75
+    assert accuracy(predictions, torch.tensor([0, 0, 1, 1])) == 0.75
+    assert accuracy(predictions, torch.tensor([0, 0, 0, 0])) == 0.75
+
+
+def test_accuracy_is_not_rounded_to_float32():
+    assert accuracy(torch.arange(50) // 31, torch.zeros(50, dtype=torch.long)) == 0.62
 
 
 def views_and_images(**options):
@@ -115,6 +120,14 @@ def test_learning_rates_follow_the_written_list():
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, *cosine])
 
 
+def test_schedule_of_one_step_is_at_the_peak_without_a_warning(caplog):
+    config = PretrainConfig(learning_rate=1.0)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), config)
+    build_schedule(optimizer, config, steps_per_epoch=4, total_steps=1).step_update(0)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    assert not caplog.records
+
+
 def test_optimizer_is_plain_momentum_and_decays_everything():
     config = PretrainConfig(weight_decay=0.1, learning_rate=0.5)
     network = build_model(config, channels=1)
@@ -169,6 +182,15 @@ def test_checkpoint_of_another_kind_is_named(tmp_path):
         load_checkpoint(path)
     torch.save({"weight": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="was not written by pretrain"):
+        load_checkpoint(path)
+
+
+def test_checkpoint_of_another_version_is_named_with_its_options(tmp_path):
+    path = tmp_path / "last.pt"
+    options = asdict(PretrainConfig()) | {"momentum": 0.9}
+    del options["width"]
+    save_checkpoint(path, config=options, model={})
+    with pytest.raises(UserError, match=r"another version.*unknown.*: momentum; missing: width"):
         load_checkpoint(path)
 
 

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import timm
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from train_fixtures import metrics, pretrain, weights
 
@@ -56,6 +59,31 @@ def test_encoder_is_the_trained_one(run):
     }
     assert encoder.keys() == trained.keys()
     assert all(torch.equal(encoder[name], trained[name]) for name in trained)
+
+
+def test_encoder_is_rebuilt_from_its_metadata_alone(run):
+    from augment import Views, build_views
+    from config import PretrainConfig
+    from knn import encode_stored
+    from model import build_model
+    from sources import load_data
+
+    path = run / "encoder.safetensors"
+    assert path.stat().st_mode == (run / "last.pt").stat().st_mode
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    encoder = timm.create_model(about["model"], **json.loads(about["options"]))
+    encoder.load_state_dict(load_file(path))
+    size, mean, std = (json.loads(about[key]) for key in ("image_size", "mean", "std"))
+    views = Views(nn.Identity(), image_size=size, mean=mean, std=std, seed=0)
+
+    config = PretrainConfig(**yaml.safe_load((run / "config.yaml").read_text()))
+    data = load_data(config)
+    model = build_model(config, channels=1)
+    model.load_state_dict(weights(run))
+    images = data.test.images[:8]
+    expected = encode_stored(model, build_views(config, data), images)
+    assert torch.equal(encoder.eval()(views.plain(images)), expected)
 
 
 def test_results_repeat_the_last_evaluation(run):
@@ -156,6 +184,31 @@ def test_default_names_are_numbered_and_taken_names_refused(tmp_path):
         open_run(named)
 
 
+@pytest.mark.parametrize("kind", ["file", "dangling"])
+@pytest.mark.parametrize("options", [{}, {"name": "a"}, {"name": "a", "resume": "auto"}], ids=str)
+def test_output_dir_that_cannot_be(tmp_path, kind, options):
+    from config import PretrainConfig, UserError
+    from rundir import open_run
+
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "file/nowhere")
+    config = PretrainConfig(output_dir=str(tmp_path / kind), **options)
+    with pytest.raises(UserError, match=rf"cannot write a run: .*{kind}.*--output_dir"):
+        open_run(config)
+
+
+def test_run_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    from config import PretrainConfig, UserError
+    from rundir import open_run
+
+    def read_only(**options):
+        raise PermissionError(13, "Permission denied", str(options["dir"]))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    with pytest.raises(UserError, match=r"Permission denied.*--output_dir"):
+        open_run(PretrainConfig(output_dir=str(tmp_path)))
+
+
 def test_simclr_ignores_labels(tmp_path, monkeypatch):
     import pretrain as script
 
@@ -187,3 +240,11 @@ def test_ends_with_the_command_of_the_linear_stage_which_works(run, tmp_path, ca
     assert f"linear top-1 {top1:.2%}" in capsys.readouterr().out
     assert written["top1_train"] >= top1
     (run / "linear.json").unlink()
+
+
+def test_linear_refuses_a_data_root_that_it_would_not_use(run):
+    from config import UserError
+    from linear import main
+
+    with pytest.raises(UserError, match="--data_root contradicts --dataset digits"):
+        main(["--checkpoint", str(run), "--data_root", "elsewhere"])

@@ -1,9 +1,10 @@
 """Checkpoints: written so that a crash leaves the old file whole, read without running code."""
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -25,11 +26,16 @@ class RunState:
 
 
 def save_checkpoint(path: Path, **state: Any) -> None:
+    """Write the state of a run, whole or not at all."""
+    replace_file(path, lambda file: torch.save(state, file))
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Replace `path` in one step, once every byte of the new file is on the disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -42,7 +48,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU.
 
     Raises:
-        UserError: there is none, or it is not one of ours.
+        UserError: there is none, it is not one of ours, or another version wrote it.
     """
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
@@ -52,6 +58,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a readable checkpoint: {error}") from error
     if not isinstance(state, dict) or "config" not in state or "model" not in state:
         raise UserError(f"{path} was not written by pretrain.py")
+    ours, theirs = {field.name for field in fields(PretrainConfig)}, set(state["config"])
+    if ours != theirs:
+        raise UserError(
+            f"{path} was written by another version of pretrain.py; options unknown to this one: "
+            f"{_listed(theirs - ours)}; missing: {_listed(ours - theirs)}"
+        )
     return state
 
 
@@ -68,6 +80,10 @@ def check_same_run(config: PretrainConfig, saved: dict[str, Any], path: Path) ->
             f"cannot resume {path} with other options: {'; '.join(changed)} "
             f"(--config {path.parent / 'config.yaml'} repeats them)"
         )
+
+
+def _listed(options: set[str]) -> str:
+    return ", ".join(sorted(options)) or "none"
 
 
 def _sync_folder(folder: Path) -> None:

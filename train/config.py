@@ -4,6 +4,7 @@ Also the one exception that stands for a mistake of the user, printed without a 
 """
 
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ class PretrainConfig:
         dataset: digits | fashion_mnist | cifar10 | cifar100 | imagefolder:PATH. PATH holds train/
             and val/ with a folder per class, or the class folders alone (see val_fraction).
         data_root: Where fashion_mnist and cifar are looked for, and downloaded to if not there.
+            Default: data.
         image_size: Side of the images that the encoder sees, in pixels. Default: the data set's
             own (digits: 16); imagefolder: 64.
         val_fraction: imagefolder without val/: the share of every class to hold out.
@@ -60,7 +62,7 @@ class PretrainConfig:
     """
 
     dataset: str = "digits"
-    data_root: str = "data"
+    data_root: str | None = None
     image_size: int | None = None
     val_fraction: float | None = None
     augment: Literal["auto", "digits", "simclr"] = "auto"
@@ -86,14 +88,19 @@ class PretrainConfig:
 
     def mistakes(self) -> list[str]:
         """What is out of range or contradicts itself, one sentence each."""
-        is_folder = self.dataset.startswith("imagefolder:")
+        kind, _, path = self.dataset.partition(":")
+        is_folder = kind == "imagefolder" and path != ""
         rules = [
             (
                 self.dataset in DATASETS or is_folder,
                 f"--dataset {self.dataset}: accepted are {', '.join(DATASETS)}, imagefolder:PATH",
             ),
             (
-                self.val_fraction is None or is_folder,
+                self.data_root is None or kind not in ("digits", "imagefolder"),
+                f"--data_root contradicts --dataset {self.dataset}, which is not looked for there",
+            ),
+            (
+                self.val_fraction is None or kind == "imagefolder",
                 f"--val_fraction contradicts --dataset {self.dataset}, which has a test split",
             ),
             (
@@ -110,13 +117,15 @@ class PretrainConfig:
                 "it must be smaller",
             ),
             (
-                self.name is None or self.name == Path(self.name).name != "",
+                self.name is None
+                or (self.name == Path(self.name).name and self.name not in ("", "..")),
                 f"--name {self.name}: a folder name without slashes is needed",
             ),
             (
                 self.name is None or self.resume in ("none", "auto") or self._resumes_itself(),
                 f"--name {self.name} contradicts --resume {self.resume}: a run stays in its folder",
             ),
+            (self.seed < 2**63, f"--seed {self.seed}: must be less than 2**63"),
         ]
         return [sentence for holds, sentence in rules if not holds] + self._out_of_range()
 
@@ -229,16 +238,23 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def run_script(main: Callable[[], Any]) -> None:
-    """Call a script's main and turn a user's mistake into one line and exit code 1."""
+def run_script(main: Callable[[], Any], *, if_interrupted: str = "") -> None:
+    """Call a script's main and turn a user's mistake into one line and exit code 1.
+
+    Args:
+        if_interrupted: what the user may do after Ctrl-C, printed then.
+    """
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         # An error raised in a DataLoader worker arrives wrapped in that worker's traceback.
         print("error:", str(error).rsplit("UserError: ", 1)[-1].strip(), file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:
+        # Nobody reads on (`| head`); what is still buffered must not fail again at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
-        print(
-            "interrupted (pretrain.py --resume auto goes on from the last epoch)", file=sys.stderr
-        )
+        print(f"interrupted {if_interrupted}".rstrip(), file=sys.stderr)
         sys.exit(130)

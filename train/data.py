@@ -6,6 +6,7 @@ The order of training is a pure function of (seed, epoch), whatever the number o
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -32,11 +33,20 @@ class FolderImages:
     def _decode(self, path: str) -> Tensor:
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
+                image = _to_rgb(file)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"cannot read the image {path}: {error}") from error
         image = transforms.resize(image, [self.size], antialias=True)
         return transforms.pil_to_tensor(transforms.center_crop(image, [self.size]))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    # Pillow clips deeper grey values at 255 instead of scaling them.
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no fixed white; save it in 8 or 16 bits a channel")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from augment import Views
 from data import Split, sequential_batches
@@ -53,9 +52,10 @@ def knn_predict(
     return torch.cat(predictions)
 
 
-def accuracy(predictions: Tensor, labels: Tensor, num_classes: int) -> float:
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
     """The share of (N,) predictions that equal the (N,) labels."""
-    return float(multiclass_accuracy(predictions, labels, num_classes, average="micro"))
+    # Divided in Python: a float32 share is written as 0.6200000047683716.
+    return int((predictions == labels).sum()) / len(labels)
 
 
 def encode_stored(model: Embedder, views: Views, images: Tensor) -> Tensor:
@@ -101,4 +101,4 @@ def knn_accuracy(
         bank.labels.to(device),
         num_classes=num_classes,
     )
-    return accuracy(predictions.cpu(), test.labels, num_classes)
+    return accuracy(predictions.cpu(), test.labels)

@@ -39,7 +39,10 @@ def linear(config: LinearConfig) -> float:
     saved = load_checkpoint(path)
     device = pick_device(config.device)
     run = PretrainConfig(**saved["config"])
-    run = replace(run, data_root=config.data_root or run.data_root)
+    if config.data_root is not None:
+        run = replace(run, data_root=config.data_root)
+        if mistakes := run.mistakes():
+            raise UserError("; ".join(mistakes))
     data = load_data(run)
     if data.classes != saved["data"]["classes"]:
         raise UserError(f"{run.dataset} has other classes now than when {path} was trained")
@@ -58,7 +61,7 @@ def linear(config: LinearConfig) -> float:
 
     with torch.no_grad():
         shares = {
-            name: accuracy(classifier(features).argmax(1).cpu(), split.labels, len(data.classes))
+            name: accuracy(classifier(features).argmax(1).cpu(), split.labels)
             for name, features, split in (("train", train, data.train), ("test", test, data.test))
         }
     results = {

@@ -68,8 +68,8 @@ def small_stem_resnet(
     return built
 
 
-def build_model(config: PretrainConfig, *, channels: int) -> Embedder:
-    """The network that a config asks for, for images of so many channels."""
+def encoder_recipe(config: PretrainConfig, *, channels: int) -> tuple[str, dict[str, Any]]:
+    """The name and the options from which timm.create_model builds a config's encoder."""
     options: dict[str, Any] = {"in_chans": channels, "num_classes": 0}
     name = config.model
     if config.stem == "small":
@@ -80,5 +80,10 @@ def build_model(config: PretrainConfig, *, channels: int) -> Embedder:
         options |= {"depth": depths[config.model], "width": config.width}
     elif not timm.is_model(config.model):
         raise UserError(f"--model {config.model}: timm has no model of that name")
-    encoder = timm.create_model(name, **options)
-    return Embedder(encoder)
+    return name, options
+
+
+def build_model(config: PretrainConfig, *, channels: int) -> Embedder:
+    """The network that a config asks for, for images of so many channels."""
+    name, options = encoder_recipe(config, channels=channels)
+    return Embedder(timm.create_model(name, **options))

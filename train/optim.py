@@ -31,7 +31,8 @@ def build_schedule(
     warmup_steps = min(config.warmup_epochs * steps_per_epoch, total_steps - 1)
     return CosineLRScheduler(
         optimizer,
-        t_initial=total_steps - warmup_steps,
+        # A single step is at the peak with either length; timm warns of a length of 1.
+        t_initial=max(total_steps - warmup_steps, 2),
         warmup_t=warmup_steps,
         # A warm-up from zero would lose the first step.
         warmup_lr_init=config.learning_rate / (warmup_steps + 1),

@@ -5,6 +5,8 @@ python train/pretrain.py --dataset fashion_mnist --data_root DIR
 python train/pretrain.py --config train/recipes/cifar10.yaml --resume auto
 
 Without arguments it trains on scikit-learn's handwritten digits: real images, no network needed.
+What it reaches there, in what time, on which hardware, with which versions and seeds, stands in
+benchmarks/results/digits.csv, as measured by benchmarks/bench_digits.py.
 """
 
 import json
@@ -15,15 +17,15 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from augment import Views, build_views
-from checkpoint import RunState, check_same_run, load_checkpoint, save_checkpoint
+from checkpoint import RunState, check_same_run, load_checkpoint, replace_file, save_checkpoint
 from config import PretrainConfig, parse, pick_device, run_script, write_yaml
 from data import ImageData, training_batches
 from knn import embed, encode_stored, knn_accuracy, pixels
-from model import Embedder, build_model
+from model import Embedder, build_model, encoder_recipe
 from optim import build_optimizer, build_schedule
 from pictures import MAX_POINTS, draw_curves, draw_embedding
 from report import Report
@@ -168,8 +170,14 @@ def write_results(
     model: Embedder,
 ) -> None:
     """Write the encoder and the numbers, and say where everything is."""
-    encoder = {name: value.contiguous() for name, value in model.encoder.state_dict().items()}
-    save_file(encoder, folder / "encoder.safetensors", metadata={"model": config.model})
+    # With its metadata alone timm.create_model rebuilds the encoder (small_stem_resnet: after
+    # `import model`) and an image is made its input; every value but the name is JSON.
+    name, options = encoder_recipe(config, channels=data.channels)
+    inputs = {"image_size": data.image_size, "mean": data.mean, "std": data.std}
+    metadata = {key: json.dumps(value) for key, value in {"options": options, **inputs}.items()}
+    encoder = {key: value.contiguous() for key, value in model.encoder.state_dict().items()}
+    packed = save(encoder, {"model": name, **metadata})
+    replace_file(folder / "encoder.safetensors", lambda file: file.write(packed))
     numbers = {
         "knn_accuracy": state.accuracy,
         "knn_raw_pixels": state.raw_pixels,
@@ -190,4 +198,4 @@ def write_results(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, if_interrupted="(--resume auto goes on from the last epoch)")

@@ -1,6 +1,7 @@
 """Where a run lives: its name, its folder, and which checkpoint --resume means."""
 
 import re
+import tempfile
 from pathlib import Path
 
 from config import PretrainConfig, UserError
@@ -13,7 +14,19 @@ def open_run(config: PretrainConfig) -> tuple[Path, Path | None]:
 
     Returns:
         The folder, and the checkpoint to go on from or None.
+
+    Raises:
+        UserError: there is no such checkpoint, the name is taken, or nothing can be written there.
     """
+    try:
+        folder, checkpoint = _find_or_make(config)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder, checkpoint
+    except OSError as error:
+        raise UserError(f"cannot write a run: {error}; choose another --output_dir") from error
+
+
+def _find_or_make(config: PretrainConfig) -> tuple[Path, Path | None]:
     if config.resume not in ("none", "auto"):
         return _from_path(config)
     parent = Path(config.output_dir)
@@ -52,11 +65,12 @@ def _from_path(config: PretrainConfig) -> tuple[Path, Path]:
 
 
 def _make_numbered(parent: Path, name: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
         folder = parent / (name if number == 1 else f"{name}-{number}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:
             number += 1

@@ -24,6 +24,7 @@ SPLIT_SEED = 0
 DIGITS_SIZE = 16
 DIGITS_TEST_FRACTION = 0.25
 FOLDER_SIZE = 64
+DATA_ROOT = "data"
 
 
 def load_data(config: PretrainConfig) -> ImageData:
@@ -42,7 +43,7 @@ def load_data(config: PretrainConfig) -> ImageData:
             "cifar10": lambda root: _cifar(CIFAR10, root),
             "cifar100": lambda root: _cifar(CIFAR100, root),
         }
-        train, test, classes = readers[name](Path(config.data_root))
+        train, test, classes = readers[name](Path(config.data_root or DATA_ROOT))
         data = _in_memory(train, test, classes, config.image_size)
     _check_classes(data, config)
     return data
@@ -143,7 +144,8 @@ def _fetch(kind: type[CIFAR10] | type[FashionMNIST], root: Path, wanted: str) ->
     except Exception as error:
         raise UserError(
             f"{kind.__name__} was not found in {root.resolve()} and could not be downloaded "
-            f"({' '.join(str(error).split())}); put its {wanted} there or name another folder by --data_root"
+            f"({' '.join(str(error).split())}); put its {wanted} there or "
+            "name another folder by --data_root"
         ) from error
 
 
