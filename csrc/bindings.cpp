@@ -50,7 +50,8 @@ T* pointer(uintptr_t address) {
 
 // A supcon::Problem whose pointers are addresses, of either element type.
 struct Call {
-  uintptr_t rows, cols, row_labels, col_labels;
+  uintptr_t rows, cols, row_labels, col_labels, row_soft, col_soft;
+  int64_t num_soft;
   bool square;
   int64_t num_rows, num_cols, dim, ignore_label, self_offset;
   double temperature;
@@ -66,6 +67,9 @@ struct Call {
             pointer<const Real>(cols),
             pointer<const int64_t>(row_labels),
             pointer<const int64_t>(col_labels),
+            pointer<const double>(row_soft),
+            pointer<const double>(col_soft),
+            num_soft,
             square,
             num_rows,
             num_cols,
@@ -135,17 +139,20 @@ PYBIND11_MODULE(_supcon_kernels, module) {
   // Attributes may be set on it: the caller hangs the tensors there whose memory it points into.
   py::class_<Call>(module, "Call", py::dynamic_attr())
       .def(py::init([](uintptr_t rows, uintptr_t cols, uintptr_t row_labels, uintptr_t col_labels,
-                       bool square, int64_t num_rows, int64_t num_cols, int64_t dim,
-                       int64_t ignore_label, int64_t self_offset, double temperature,
-                       bool normalize, const std::string& summation, const std::string& denominator,
-                       bool is_double, const std::string& isa, int threads) {
-             return Call{rows,      cols,        row_labels,   col_labels,  square,      num_rows,
-                         num_cols,  dim,         ignore_label, self_offset, temperature, normalize,
-                         summation, denominator, is_double,    isa,         threads};
+                       uintptr_t row_soft, uintptr_t col_soft, int64_t num_soft, bool square,
+                       int64_t num_rows, int64_t num_cols, int64_t dim, int64_t ignore_label,
+                       int64_t self_offset, double temperature, bool normalize,
+                       const std::string& summation, const std::string& denominator, bool is_double,
+                       const std::string& isa, int threads) {
+             return Call{rows,      cols,         row_labels,  col_labels,  row_soft,
+                         col_soft,  num_soft,     square,      num_rows,    num_cols,
+                         dim,       ignore_label, self_offset, temperature, normalize,
+                         summation, denominator,  is_double,   isa,         threads};
            }),
            py::kw_only(), py::arg("rows"), py::arg("cols"), py::arg("row_labels"),
-           py::arg("col_labels"), py::arg("square"), py::arg("num_rows"), py::arg("num_cols"),
-           py::arg("dim"), py::arg("ignore_label"), py::arg("self_offset"), py::arg("temperature"),
+           py::arg("col_labels"), py::arg("row_soft"), py::arg("col_soft"), py::arg("num_soft"),
+           py::arg("square"), py::arg("num_rows"), py::arg("num_cols"), py::arg("dim"),
+           py::arg("ignore_label"), py::arg("self_offset"), py::arg("temperature"),
            py::arg("normalize"), py::arg("summation"), py::arg("denominator"), py::arg("is_double"),
            py::arg("isa"), py::arg("threads"))
       .def(

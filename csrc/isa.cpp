@@ -13,9 +13,14 @@ const std::vector<const Isa*>& available_isas() {
   static const std::vector<const Isa*> isas = [] {
     std::vector<const Isa*> found;
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
-      found.push_back(&kAvx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2);
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef SUPCON_EMULATE_AVX512
+    const bool avx512 = avx2;
+#else
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+#endif
+    if (avx512) found.push_back(&kAvx512);
+    if (avx2) found.push_back(&kAvx2);
     found.push_back(&kBaseline);
     return found;
   }();

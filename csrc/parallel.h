@@ -101,17 +101,19 @@ void fill(const Team& team, Real* data, int64_t size, Real value) {
   });
 }
 
-// The pairs of tiles as numbered jobs in rounds. In round r tile I meets tile (r - I) mod T of the
-// same side, or (I + r) mod T of the other: every tile is in one job of a round, and after T rounds
-// every pair has met once. A job waits until both of its tiles are through the earlier rounds, so
-// that sums into a tile are made in the order of the rounds, whichever thread makes them. Sides of
-// different length meet in a square whose jobs beyond either are empty.
+// The pairs of tiles as numbered jobs in rounds. Neighbouring tiles form groups, so that a tile
+// that is in the cache meets several others. In round r group I meets group (r - I) mod T of the
+// same side, or (I + r) mod T of the other: every group is in one job of a round, and after T
+// rounds every pair has met once. A job waits until both of its groups are through the earlier
+// rounds, so that sums into a tile are made in the order of the rounds, whichever thread makes
+// them. Sides of different length meet in a square whose jobs beyond either are empty.
 class Schedule {
  public:
   Schedule(int64_t row_tiles, int64_t col_tiles, bool square)
       : row_tiles_(row_tiles),
         col_tiles_(col_tiles),
-        size_(std::max(row_tiles, col_tiles)),
+        group_(std::min<int64_t>(std::max(row_tiles, col_tiles) / kGroups + 1, kMaxGroup)),
+        size_((std::max(row_tiles, col_tiles) + group_ - 1) / group_),
         square_(square) {}
 
   // Calls body(row tile, column tile) for every pair, on all threads.
@@ -127,7 +129,7 @@ class Schedule {
         std::atomic<int64_t>& col_round = square_ ? row_rounds[job.j] : col_rounds[job.j];
         wait(row_round, job.round);
         wait(col_round, job.round);
-        if (job.i < row_tiles_ && job.j < col_tiles_) body(job.i, job.j);
+        run_job(job, body);
         row_round.store(job.round + 1, std::memory_order_release);
         col_round.store(job.round + 1, std::memory_order_release);
       }
@@ -142,6 +144,15 @@ class Schedule {
   struct Job {
     int64_t round, i, j;
   };
+
+  template <typename Body>
+  void run_job(const Job& job, Body& body) const {
+    const int64_t row_end = std::min(row_tiles_, (job.i + 1) * group_);
+    const int64_t col_end = std::min(col_tiles_, (job.j + 1) * group_);
+    for (int64_t i = job.i * group_; i < row_end; ++i)
+      for (int64_t j = square_ ? std::max(i, job.j * group_) : job.j * group_; j < col_end; ++j)
+        body(i, j);
+  }
 
   static void wait(const std::atomic<int64_t>& rounds, int64_t round) {
     while (rounds.load(std::memory_order_acquire) < round) std::this_thread::yield();
@@ -168,7 +179,10 @@ class Schedule {
     return {round, i, (i + round) % size_};
   }
 
-  const int64_t row_tiles_, col_tiles_, size_;
+  static constexpr int64_t kGroups = 24, kMaxGroup = 8;
+  const int64_t row_tiles_, col_tiles_;
+  const int64_t group_;  // tiles
+  const int64_t size_;   // groups of the longer side
   const bool square_;
 };
 

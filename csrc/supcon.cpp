@@ -15,6 +15,7 @@
 
 #include "parallel.h"
 #include "side.h"
+#include "soft.h"
 
 namespace supcon {
 namespace {
@@ -93,6 +94,9 @@ struct Sides {
     if (found == cols.segments.end() || found->label != of_rows.label) return {0, 0, 0};
     return *found;
   }
+
+  // Column own_offset() + i is row i itself, in the order of the input; -1: no such column.
+  int64_t own_offset() const { return square ? 0 : problem.self_offset; }
 
   // Sorted position of the column that sorted row k is itself; -1: none.
   int64_t own(int64_t k) const { return square ? k : own_col.empty() ? -1 : own_col[k]; }
@@ -314,6 +318,35 @@ void mean_exponents(const Sides<Real>& sides, const Segment& segment,
   }
 }
 
+// Likewise for soft labels, whose rows are in the order of the input; and the positives' weight.
+template <typename Real>
+void mean_soft_exponents(const Sides<Real>& sides, Statistics<Real>* statistics) {
+  const Problem<Real>& problem = sides.problem;
+  const Side<Real>&rows = sides.rows, &cols = sides.cols;
+  const int64_t n = rows.size, dim = problem.dim;
+  const double* const of_cols = problem.square ? problem.row_soft : problem.col_soft;
+  const bool leave_out = sides.own_offset() >= 0;
+  // Feature by feature, and added up in that order: threads share features.
+  std::vector<double> products(n * dim, 0.0), &weight = statistics->num_positives;
+  std::fill(weight.begin(), weight.end(), 0.0);
+  statistics->mean_log.assign(n, 0.0);
+  const auto sum = [&](int64_t width, auto point, auto add) {
+    sum_of_soft(sides.team, problem.row_soft, n, of_cols, cols.size, problem.num_soft, width,
+                leave_out, sides.own_offset(), point, add);
+  };
+  sum(
+      1, [](int64_t, int64_t) { return 1.0; },
+      [&](int64_t i, int64_t, double x) { weight[i] += x; });
+  sum(
+      dim, [&](int64_t j, int64_t d) { return static_cast<double>(cols.row(j)[d]); },
+      [&](int64_t i, int64_t d, double x) {
+        products[d * n + i] += x * static_cast<double>(rows.row(i)[d]);
+      });
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t i = 0; i < n; ++i) statistics->mean_log[i] += products[d * n + i];
+  for (int64_t i = 0; i < n; ++i) statistics->mean_log[i] /= weight[i];
+}
+
 // Whether positives are dealt with by class, without a look at pairs.
 template <typename Real>
 bool positives_by_class(const Problem<Real>& problem) {
@@ -430,6 +463,33 @@ void attract_class(const Sides<Real>& sides, const Segment& segment, const std::
     subtract(grad_cols + k * cols.stride, 1.0, pulled.data());
 }
 
+// The same for soft labels.
+template <typename Real>
+void attract_soft(const Sides<Real>& sides, const std::vector<Real>& pull, Real* grad_rows,
+                  Real* grad_cols) {
+  const Problem<Real>& problem = sides.problem;
+  const Side<Real>&rows = sides.rows, &cols = sides.cols;
+  const double* const of_cols = problem.square ? problem.row_soft : problem.col_soft;
+  const int64_t offset = sides.own_offset();
+  sum_of_soft(
+      sides.team, problem.row_soft, rows.size, of_cols, cols.size, problem.num_soft, problem.dim,
+      offset >= 0, offset,
+      [&](int64_t j, int64_t d) { return static_cast<double>(cols.row(j)[d]); },
+      [&](int64_t i, int64_t d, double x) {
+        grad_rows[i * rows.stride + d] -= static_cast<Real>(static_cast<double>(pull[i]) * x);
+      });
+  if (grad_cols == nullptr) return;
+  sum_of_soft(
+      sides.team, of_cols, cols.size, problem.row_soft, rows.size, problem.num_soft, problem.dim,
+      offset >= 0, -offset,
+      [&](int64_t i, int64_t d) {
+        return static_cast<double>(pull[i]) * static_cast<double>(rows.row(i)[d]);
+      },
+      [&](int64_t j, int64_t d, double x) {
+        grad_cols[j * cols.stride + d] -= static_cast<Real>(x);
+      });
+}
+
 // Turns the gradient of a side's scaled embeddings into that of its input, and returns the sum of
 // the products of both, which the temperature's gradient is made of.
 template <typename Real>
@@ -478,7 +538,9 @@ void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
     return;
   }
   Statistics<Real> statistics(sides);
-  if (positives_by_class(problem)) {
+  if (problem.row_soft != nullptr) {
+    mean_soft_exponents(sides, &statistics);
+  } else if (positives_by_class(problem)) {
     const std::vector<Segment>& segments = sides.rows.segments;
     statistics.mean_log.resize(sides.rows.size);
     parallel_for(team, segments.size(), [&](int64_t c) {
@@ -504,7 +566,9 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
 
   if (sides.finite) {
     pair_gradients(sides, upstream, grad_rows.get(), grad_cols);
-    if (positives_by_class(problem))
+    if (problem.row_soft != nullptr)
+      attract_soft(sides, upstream.pull, grad_rows.get(), grad_cols);
+    else if (positives_by_class(problem))
       parallel_for(team, rows.segments.size(), [&](int64_t c) {
         attract_class(sides, rows.segments[c], upstream.pull, grad_rows.get(), grad_cols);
       });

@@ -13,14 +13,19 @@ namespace supcon {
 enum class Summation { kOut, kIn };
 enum class Denominator { kAll, kOnePositive, kOnlyNegatives };
 
-// A call: N rows (anchors) against M columns (contrasts), or against each other where cols is null.
-// Labels are integers; equal ones are positives, `ignore_label` takes no part.
+// A call: N rows (anchors) against M columns (contrasts), or against each other where square.
+// Labels are integers; equal ones are positives, `ignore_label` takes no part. Soft labels, if any,
+// say instead by their products which pairs are positives, with which weight; then no label is
+// ignored, summation is kOut and denominator kAll.
 template <typename Real>
 struct Problem {
   const Real* rows;           // (N, D), contiguous
   const Real* cols;           // (M, D), contiguous; unused where square
   const int64_t* row_labels;  // (N,)
   const int64_t* col_labels;  // (M,); unused where square
+  const double* row_soft;     // (N, C), or null
+  const double* col_soft;     // (M, C)
+  int64_t num_soft;           // C
   bool square;                // the columns are the rows
   int64_t num_rows;
   int64_t num_cols;

@@ -186,9 +186,10 @@ def _check_labels(name: str, labels: Any, length: int, features: Tensor) -> None
         not isinstance(labels, Tensor)
         or labels.dtype not in dtypes.get(labels.ndim, ())
         or labels.shape[0] != length
+        or labels.shape[-1] == 0 < labels.ndim - 1
     ):
         raise ValueError(
-            f"{name} must be a tensor of ({length},) integers or ({length}, C) floats, "
+            f"{name} must be a tensor of ({length},) integers or ({length}, C) floats, C > 0, "
             f"got {_described(labels)}"
         )
     _check_no_grad(name, labels)

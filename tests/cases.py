@@ -314,6 +314,20 @@ def soft_memory(g):
     }
 
 
+@case("soft labels against a memory that holds the anchors, one of them alone in its classes")
+def soft_self_in_memory(g):
+    features, labels = randn(g, 18, 8), torch.rand(18, 4, generator=g, dtype=torch.float64)
+    labels[5] = torch.tensor([1.0, 1e-13, 1e-13, 1e-13])
+    labels[:5, 0], labels[6:, 0] = 1e-13, 1e-13
+    return {
+        "features": features,
+        "labels": labels,
+        "contrast_features": torch.cat((randn(g, 3, 8), features, randn(g, 4, 8))),
+        "contrast_labels": torch.cat((labels[:3], labels, labels[6:10])),
+        "self_offset": 3,
+    }
+
+
 @case("a mask against a memory, itself included")
 def masked_memory(g):
     features, mask = randn(g, 15, 8), torch.rand(15, 40, generator=g).sub(0.5)

@@ -29,6 +29,7 @@ CALLS = [
     ("labels", "list", ValueError, {"labels": [0, 0, 1, 1]}),
     ("labels", r"\(3,\)", ValueError, {"labels": LABELS[:3]}),
     ("labels", r"\(4, 1\)", ValueError, {"labels": LABELS[:, None]}),
+    ("labels", r"\(4, 0\)", ValueError, {"labels": torch.zeros(4, 0)}),
     ("labels", "float32", ValueError, {"labels": LABELS.float()}),
     ("labels", "bool", ValueError, {"labels": LABELS.bool()}),
     ("labels", ">= 0", ValueError, {"labels": -SOFT}),

@@ -72,9 +72,11 @@ def test_derivatives(name, variant):
 
 def test_what_it_leaves_to_others():
     features, soft, mask = torch.randn(4, 3), torch.rand(4, 2), torch.ones(4, 4)
-    for positives in ({"labels": soft}, {"mask": mask}):
-        with pytest.raises(ValueError, match="it takes integer labels or none"):
-            native_loss(features, **positives)
+    with pytest.raises(ValueError, match="it takes labels or none"):
+        native_loss(features, mask=mask)
+    for option in ({"summation": "in"}, {"denominator": "only_negatives"}):
+        with pytest.raises(ValueError, match="it takes soft labels with"):
+            native_loss(features, soft, **option)
 
 
 @pytest.fixture

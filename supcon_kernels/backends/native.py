@@ -1,4 +1,4 @@
-"""The compiled core of csrc/ on CPU tensors: integer labels or none, every variant, float32 and float64.
+"""The compiled core of csrc/ on CPU tensors: every variant, float32 and float64; no masks.
 
 This file hands it pointers; docs/kernels.md says what it does with them. 16-bit features are
 widened to float32 on the way in.
@@ -52,8 +52,11 @@ def why_not(problem: Problem) -> str | None:
     """Why this backend cannot take ``problem``, in one sentence; None: it can."""
     if problem.rows.device.type != "cpu":
         return f"the features are on {problem.rows.device}, and it runs on the CPU."
-    if not problem.has_integer_labels:
-        return "it takes integer labels or none, not soft labels or a mask."
+    if problem.weights is not None:
+        return "it takes labels or none, not a mask."
+    default = problem.summation == "out" and problem.denominator == "all"
+    if not problem.has_integer_labels and not default:
+        return "it takes soft labels with summation 'out' and denominator 'all' only."
     return None
 
 
@@ -103,21 +106,32 @@ def _call(problem: Problem) -> Any:
     assert problem.row_labels is not None
     tau = problem.temperature_tensor
     rows = problem.rows.to(problem.dtype).contiguous()
-    row_labels = problem.row_labels.contiguous()
-    cols, col_labels = rows, row_labels
-    if problem.cols is not None and problem.col_labels is not None:
-        cols = problem.cols.to(problem.dtype).contiguous()
-        col_labels = problem.col_labels.contiguous()
+    cols = rows if problem.cols is None else problem.cols.to(problem.dtype).contiguous()
+    of_rows, of_cols = problem.row_labels, problem.col_labels
+    of_cols = of_rows if of_cols is None else of_cols
+    soft = not problem.has_integer_labels
+    held = [rows, cols, of_rows.contiguous(), of_cols.contiguous()]
+    if soft:
+        # Every row takes part and is of the one class that the core then sees.
+        held[2:] = (
+            torch.zeros(len(rows), dtype=torch.int64),
+            torch.zeros(len(cols), dtype=torch.int64),
+            of_rows.double().contiguous(),
+            of_cols.double().contiguous(),
+        )
     call = core.Call(
-        rows=rows.data_ptr(),
-        cols=cols.data_ptr(),
-        row_labels=row_labels.data_ptr(),
-        col_labels=col_labels.data_ptr(),
+        rows=held[0].data_ptr(),
+        cols=held[1].data_ptr(),
+        row_labels=held[2].data_ptr(),
+        col_labels=held[3].data_ptr(),
+        row_soft=held[4].data_ptr() if soft else 0,
+        col_soft=held[5].data_ptr() if soft else 0,
+        num_soft=of_rows.shape[1] if soft else 0,
         square=problem.square,
         num_rows=rows.shape[0],
         num_cols=cols.shape[0],
         dim=rows.shape[1],
-        ignore_label=problem.ignore_index,
+        ignore_label=-1 if soft else problem.ignore_index,
         self_offset=-1 if problem.self_offset is None else problem.self_offset,
         temperature=problem.temperature if tau is None else float(tau),
         normalize=problem.normalize,
@@ -127,5 +141,5 @@ def _call(problem: Problem) -> Any:
         isa=isa,
         threads=torch.get_num_threads(),
     )
-    call.held = (rows, cols, row_labels, col_labels)
+    call.held = held
     return call
