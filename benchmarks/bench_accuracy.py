@@ -1,0 +1,124 @@
+"""How exact the loss is at full size: errors against float64, beside those of the dense formula.
+
+python benchmarks/bench_accuracy.py writes benchmarks/results/accuracy_cpu_float32.csv and exits 1
+where a backend's error exceeds twice that of the dense formula in float32 plus one part in 2^23
+of the quantity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from machine import REPOSITORY, describe_machine
+from supcon_kernels import supcon_loss
+
+RESULTS = REPOSITORY / "benchmarks" / "results" / "accuracy_cpu_float32.csv"
+TEMPERATURES = (0.01, 0.022, 0.05, 0.1, 0.3, 1.0)
+Arguments = dict[str, Any]
+
+
+def cases(num_rows: int, dim: int) -> Iterator[tuple[str, Arguments]]:
+    """Features in float32 and everything else, by name."""
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(num_rows, dim, generator=g)
+    labels = torch.randint(10, (num_rows,), generator=g)
+    for temperature in TEMPERATURES:
+        yield (
+            f"τ={temperature:g}",
+            {
+                "features": features,
+                "labels": labels,
+                "temperature": temperature,
+            },
+        )
+    outlier = torch.nn.functional.normalize(features)
+    outlier[7] *= 1e4
+    yield (
+        "norm 1e4, not normalised",
+        {
+            "features": outlier,
+            "labels": labels,
+            "normalize": False,
+            "temperature": 1.0,
+        },
+    )
+    logits = torch.nn.functional.one_hot(labels, 10).double() * 28
+    logits += torch.randn(num_rows, 10, generator=g, dtype=torch.float64)
+    yield (
+        "saturated soft labels",
+        {"features": features, "labels": logits.softmax(dim=1), "temperature": 0.1},
+    )
+
+
+def evaluate(
+    loss_function: Callable[..., Tensor], arguments: Arguments, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The loss and its gradients, in float64."""
+    features = arguments["features"].to(dtype).requires_grad_()
+    temperature = torch.tensor(arguments["temperature"], dtype=torch.float64, requires_grad=True)
+    loss = loss_function(**{**arguments, "features": features, "temperature": temperature})
+    grads = torch.autograd.grad(loss, (features, temperature))
+    return {
+        "loss": loss.detach().double(),
+        "features": grads[0].double(),
+        "temperature": grads[1].double(),
+    }
+
+
+def rows(num_rows: int, dim: int) -> Iterator[dict[str, Any]]:
+    """One row for each case and quantity."""
+    dense = functools.partial(supcon_loss, backend="reference")
+    for name, arguments in cases(num_rows, dim):
+        truth = evaluate(dense, arguments, torch.float64)
+        plain = evaluate(dense, arguments, torch.float32)
+        ours = evaluate(functools.partial(supcon_loss, backend="native"), arguments, torch.float32)
+        for quantity, exact in truth.items():
+            size = exact.abs().max().item()
+            error = (ours[quantity] - exact).abs().max().item() / size
+            dense_error = (plain[quantity] - exact).abs().max().item() / size
+            passed = error <= 2 * dense_error + torch.finfo(torch.float32).eps
+            yield {
+                "case": name,
+                "num_rows": num_rows,
+                "dim": dim,
+                "quantity": quantity,
+                "native_error": f"{error:.3g}",
+                "dense_error": f"{dense_error:.3g}",
+                "passed": passed,
+            }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--num-rows", type=int, default=8192)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    machine = describe_machine("cpu")
+    measured = []
+    for row in rows(options.num_rows, options.dim):
+        print(
+            f"{row['case']:<26} {row['quantity']:<12} native {row['native_error']:>9} "
+            f"dense {row['dense_error']:>9} {'ok' if row['passed'] else 'TOO LARGE'}",
+            flush=True,
+        )
+        measured.append({**row, **machine})
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with open(options.output, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(measured[0]))
+        writer.writeheader()
+        writer.writerows(measured)
+    return 0 if all(row["passed"] for row in measured) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
