@@ -34,8 +34,7 @@ struct Sides {
                                       functions, team)),
         cols(square ? rows : *other),
         schedule(rows.num_tiles, cols.num_tiles, square),
-        own_shift(!common_shift_is_safe()),
-        shift(static_cast<Real>(kLog2E / problem.temperature)),
+        shifted(!sums_are_safe()),
         finite(rows.finite && cols.finite) {
     find_own();
     number_classes();
@@ -53,8 +52,7 @@ struct Sides {
     t.b_packed = cols.packed_tile(j);
     t.triangle = square && i == j;
     t.square = square;
-    t.own_shift = own_shift;
-    t.shift = shift;
+    t.shifted = shifted;
     return t;
   }
 
@@ -109,18 +107,18 @@ struct Sides {
   const std::unique_ptr<const Side<Real>> other;
   const Side<Real>& cols;
   const Schedule schedule;
-  const bool own_shift;  // each row and column has a shift of its own
-  const Real shift;      // otherwise: the largest exponent there can be
+  const bool shifted;  // sums of 2^x need a shift for each row and column
   const bool finite;
   // Of sorted rows and columns: ascending numbers, equal where labels are. Padded to whole panels.
   std::vector<Real> row_class, col_class;
   std::vector<int64_t> own_col;  // sorted row -> sorted column that it is itself, in rectangles
 
  private:
-  // Exponents of unit rows lie within 2 log2(e) / tau of the largest.
-  bool common_shift_is_safe() const {
-    const double reach = 2 * kLog2E / problem.temperature;
-    return problem.normalize && reach < std::numeric_limits<Real>::max_exponent - 2.5;
+  // Exponents of unit rows reach from -log2(e) / tau to log2(e) / tau: half of the range of Real
+  // for them leaves the other half for the weights that divide by their sums.
+  bool sums_are_safe() const {
+    const double reach = kLog2E / problem.temperature;
+    return problem.normalize && 2 * reach < std::numeric_limits<Real>::max_exponent - 2.5;
   }
 
   void number_classes() {
@@ -177,7 +175,7 @@ void reduce_pairs(const Sides<Real>& sides, Pairs pairs, Term term, const Inputs
     if (sides.own_in_tile(i, j, own)) t.own = own;
     t.pairs = pairs;
     t.term = term;
-    t.own_shift = sides.own_shift || (term != Term::kMaximum && term != Term::kExp);
+    t.shifted = sides.shifted || (term != Term::kMaximum && term != Term::kExp);
     t.scratch = tile_scratch<Real>();
     if (inputs.lse != nullptr) t.lse = sides.lines(*inputs.lse, i, j);
     if (inputs.shifts != nullptr) t.shifts = sides.lines(*inputs.shifts, i, j);
@@ -220,7 +218,7 @@ std::vector<Real> with_logarithm(std::vector<Real> shift, const std::vector<doub
 template <typename Real>
 std::vector<Real> log_sum_exp(const Sides<Real>& sides, Pairs pairs) {
   std::vector<Real> shift =
-      sides.own_shift ? maxima(sides, pairs) : std::vector<Real>(sides.rows.padded, sides.shift);
+      sides.shifted ? maxima(sides, pairs) : std::vector<Real>(sides.rows.padded, Real(0));
   const std::vector<double> sum = sums(sides, pairs, Term::kExp, {nullptr, &shift});
   return with_logarithm(std::move(shift), sum);
 }
@@ -371,9 +369,8 @@ void write_results(const Sides<Real>& sides, const Statistics<Real>& of, int64_t
   else
     loss += std::log2(of.num_positives[k]) - static_cast<double>(of.log_mean[k]);
   out.loss[i] = static_cast<Real>(kLn2 * loss);
-  out.lse[i] = static_cast<Real>(kLn2 * static_cast<double>(of.lse[k]));
-  out.normalizer[i] = mean_of_logs ? static_cast<Real>(of.num_positives[k])
-                                   : static_cast<Real>(kLn2 * static_cast<double>(of.log_mean[k]));
+  out.lse[i] = of.lse[k];
+  out.normalizer[i] = mean_of_logs ? static_cast<Real>(of.num_positives[k]) : of.log_mean[k];
   out.softmax_weight[i] = of.softmax_weight[k];
 }
 
@@ -382,24 +379,24 @@ template <typename Real>
 struct Upstream {
   Upstream(const Sides<Real>& sides, const Gradients<Real>& out)
       : lse(sides.rows.padded, std::numeric_limits<Real>::infinity()),
-        own_weight(sides.rows.padded, 0),
-        common_weight(sides.rows.padded, 0),
+        shifted_weight(sides.rows.padded, 0),
+        plain_weight(sides.rows.padded, 0),
         normalizer(sides.rows.padded, std::numeric_limits<Real>::infinity()),
         pull(sides.rows.padded, 0) {
     const bool mean_of_logs = sides.problem.summation == Summation::kOut;
     for (int64_t k = 0; k < sides.rows.size; ++k) {
       const int64_t i = sides.rows.order[k];
       if (!(out.normalizer[i] < std::numeric_limits<Real>::infinity())) continue;
-      lse[k] = static_cast<Real>(kLog2E * static_cast<double>(out.lse[i]));
-      normalizer[k] = static_cast<Real>(kLog2E * static_cast<double>(out.normalizer[i]));
-      own_weight[k] = out.loss[i] * out.softmax_weight[i];
-      if (own_weight[k] != 0) common_weight[k] = own_weight[k] * std::exp2(sides.shift - lse[k]);
+      lse[k] = out.lse[i];
+      normalizer[k] = out.normalizer[i];
+      shifted_weight[k] = out.loss[i] * out.softmax_weight[i];
+      if (shifted_weight[k] != 0) plain_weight[k] = shifted_weight[k] * std::exp2(-lse[k]);
       pull[k] = mean_of_logs ? out.loss[i] / out.normalizer[i] : out.loss[i];
     }
   }
-  std::vector<Real> lse;            // infinite where the row does not contribute
-  std::vector<Real> own_weight;     // of 2^(x - lse)
-  std::vector<Real> common_weight;  // of 2^(x - shift)
+  std::vector<Real> lse;             // infinite where the row does not contribute
+  std::vector<Real> shifted_weight;  // of 2^(x - lse)
+  std::vector<Real> plain_weight;    // of 2^x
   std::vector<Real> normalizer, pull;
 };
 
@@ -423,10 +420,10 @@ void pair_gradients(const Sides<Real>& sides, const Upstream<Real>& upstream, Re
     if (!all || attraction != Attraction::kNone) t.classes = sides.classes(i, j);
     t.pairs = all ? Pairs::kAll : Pairs::kNegatives;
     t.attraction = t.classes.row == nullptr ? Attraction::kNone : attraction;
-    t.own_shift = sides.own_shift || t.attraction != Attraction::kNone;
+    t.shifted = sides.shifted || t.attraction != Attraction::kNone;
     t.scratch = tile_scratch<Real>();
     t.lse = sides.lines(upstream.lse, i, j);
-    t.weight = sides.lines(t.own_shift ? upstream.own_weight : upstream.common_weight, i, j);
+    t.weight = sides.lines(t.shifted ? upstream.shifted_weight : upstream.plain_weight, i, j);
     t.normalizer = sides.lines(upstream.normalizer, i, j);
     t.pull = sides.lines(upstream.pull, i, j);
     t.grad_a = grad_rows + sides.rows.tile_begin(i) * t.stride;

@@ -45,8 +45,8 @@ struct Team {
   void (*run)(int threads, void (*body)(void* context), void* context);
 };
 
-// What the forward computes for each row, in the order of the rows. A row that does not contribute
-// has loss 0 and infinite normalisers.
+// What the forward computes for each row, in the order of the rows. Logarithms are base 2: a change
+// of base would round them. A row that does not contribute has loss 0 and infinite normalisers.
 template <typename Real>
 struct RowResults {
   Real* loss;            // (N,) NaN after a non-finite input
@@ -121,9 +121,8 @@ struct TilePair {
   const int32_t* own;     // column of this tile that is the row itself, or negative; null: none
   PerLine<Real> classes;  // equal numbers are positives; null: the tiles share no class
   Pairs pairs;
-  bool own_shift;  // a shift for each row and column instead of one for all
-  Real shift;      // of all: subtracted from every exponent
-  Real* scratch;   // (kMaxTile, kScratchStride)
+  bool shifted;   // exponents are so large that sums of 2^x need a shift for each row and column
+  Real* scratch;  // (kMaxTile, kScratchStride)
   // Forward: a row's result is written, a column's where `square`.
   Term term;
   bool square;

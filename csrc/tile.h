@@ -98,7 +98,7 @@ SUPCON_INLINE V exp2_fraction(V f, double) {
   return p * f + 1.0;
 }
 
-// 2^x for x in [kLowest, 0]: the integer part is added to the exponent's bits.
+// 2^x for x in [kLowest, -kLowest]: the integer part is added to the exponent's bits.
 template <typename Real>
 SUPCON_INLINE typename Simd<Real>::V exp2_in_range(typename Simd<Real>::V x) {
   typedef typename Simd<Real>::V V;
@@ -143,15 +143,15 @@ struct Logistic {
 // C(R x NR) = A(R x K) B(K x NR), one row of vectors of B at a time against R broadcast elements of
 // A. The accumulators are local and leave through the epilogue: finish(row, vector, value).
 template <typename Real, int R, typename Finish>
-SUPCON_INLINE void multiply(Real start, ptrdiff_t k_size, const Real* a, ptrdiff_t a_row,
-                            ptrdiff_t a_k, const Real* b, ptrdiff_t b_k, Finish finish) {
+SUPCON_INLINE void multiply(ptrdiff_t k_size, const Real* a, ptrdiff_t a_row, ptrdiff_t a_k,
+                            const Real* b, ptrdiff_t b_k, Finish finish) {
   typedef typename Simd<Real>::V V;
   constexpr int kLanes = Simd<Real>::kLanes;
   V acc[R][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = splat<V>(start);
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = V{};
   }
   for (ptrdiff_t k = 0; k < k_size; ++k) {
     V row[kVectors];
@@ -239,15 +239,13 @@ SUPCON_INLINE void for_each_similarity(const TilePair<Real>& t, Pass& pass) {
   typedef typename Simd<Real>::V V;
   constexpr int kLanes = Simd<Real>::kLanes;
   constexpr int kPanel = kVectors * kLanes;
-  // The shift that all have in common costs nothing where the sums begin with it.
-  const Real start = t.own_shift ? Real(0) : -t.shift;
   for (int j = 0; j < t.num_cols; j += kPanel) {
     const Real* b = t.b_packed + j * t.dim;
     const int end = t.triangle && j + kPanel < t.num_rows ? j + kPanel : t.num_rows;
     if constexpr (kDense) pass.begin(j);
     for_each_block(end, [&](auto rows, int i) {
       multiply<Real, decltype(rows)::value>(
-          start, t.dim, t.a + i * t.stride, t.stride, 1, b, kPanel, [&](int r, int v, V x) {
+          t.dim, t.a + i * t.stride, t.stride, 1, b, kPanel, [&](int r, int v, V x) {
             if constexpr (kDense)
               pass.finish(i + r, j, v, x);
             else
@@ -294,7 +292,7 @@ struct Sum {
   static constexpr bool kCommon = false;
 };
 
-struct SumExpCommonShift : Sum {
+struct SumExpUnshifted : Sum {
   static constexpr bool kCommon = true;
   template <typename Real, typename V>
   static SUPCON_INLINE V of(V x, V, V) {
@@ -392,7 +390,7 @@ struct Reduce {
 };
 
 // A backward pass: G + G^T, written to the scratch tile.
-template <typename Real, bool kDense, bool kOwnShift>
+template <typename Real, bool kDense, bool kShifted>
 struct Weigh {
   typedef typename Simd<Real>::V V;
   static constexpr int kLanes = Simd<Real>::kLanes;
@@ -411,7 +409,7 @@ struct Weigh {
 
   SUPCON_INLINE V softmax(int i, int j, V x) const {
     V weight = splat<V>(t.weight.row[i]);
-    if constexpr (!kOwnShift) {
+    if constexpr (!kShifted) {
       if (t.square) weight += load(t.weight.col + j);
       return weight * exp2_in_range<Real>(x);
     }
@@ -457,15 +455,15 @@ SUPCON_APART void accumulate_gradients(const TilePair<Real>& t) {
   for (ptrdiff_t d = 0; d < t.dim; d += kPanel) {
     for_each_block(t.num_rows, [&](auto rows, int i) {
       const int k = t.triangle ? i / kPanel * kPanel : 0;
-      multiply<Real, decltype(rows)::value>(
-          Real(0), t.num_cols - k, t.scratch + i * kScratchStride + k, kScratchStride, 1,
-          t.b + k * t.stride + d, t.stride, add_to(t.grad_a + i * t.stride + d, t.stride));
+      multiply<Real, decltype(rows)::value>(t.num_cols - k, t.scratch + i * kScratchStride + k,
+                                            kScratchStride, 1, t.b + k * t.stride + d, t.stride,
+                                            add_to(t.grad_a + i * t.stride + d, t.stride));
     });
     if (t.grad_b == nullptr) continue;
     for_each_block(t.num_cols, [&](auto cols, int j) {
       constexpr int kCols = decltype(cols)::value;
       const int k_size = t.triangle && j + kCols < t.num_rows ? j + kCols : t.num_rows;
-      multiply<Real, kCols>(Real(0), k_size, t.scratch + j, 1, kScratchStride, t.a + d, t.stride,
+      multiply<Real, kCols>(k_size, t.scratch + j, 1, kScratchStride, t.a + d, t.stride,
                             add_to(t.grad_b + j * t.stride + d, t.stride));
     });
   }
@@ -491,10 +489,9 @@ void tile_forward(const TilePair<Real>& t) {
     case Term::kMaximum:
       return dense ? reduce<Real, true, Maximum>(t) : reduce<Real, false, Maximum>(t);
     case Term::kExp:
-      if (t.own_shift)
-        return dense ? reduce<Real, true, SumExp>(t) : reduce<Real, false, SumExp>(t);
-      return dense ? reduce<Real, true, SumExpCommonShift>(t)
-                   : reduce<Real, false, SumExpCommonShift>(t);
+      if (t.shifted) return dense ? reduce<Real, true, SumExp>(t) : reduce<Real, false, SumExp>(t);
+      return dense ? reduce<Real, true, SumExpUnshifted>(t)
+                   : reduce<Real, false, SumExpUnshifted>(t);
     // Positives only, which a dense tile has none of.
     case Term::kLogQ:
       return reduce<Real, false, SumLogQ>(t);
@@ -507,9 +504,9 @@ void tile_forward(const TilePair<Real>& t) {
   }
 }
 
-template <typename Real, bool kDense, bool kOwnShift>
+template <typename Real, bool kDense, bool kShifted>
 SUPCON_APART void weigh(const TilePair<Real>& t) {
-  Weigh<Real, kDense, kOwnShift> pass(t);
+  Weigh<Real, kDense, kShifted> pass(t);
   for_each_similarity<Real, kDense>(t, pass);
 }
 
@@ -519,9 +516,9 @@ void tile_backward(const TilePair<Real>& t) {
     for (int i = 0; i < t.num_rows; ++i)
       for (int j = 0; j < t.num_cols; ++j) t.scratch[i * kScratchStride + j] = 0;
   if (is_dense(t))
-    t.own_shift ? weigh<Real, true, true>(t) : weigh<Real, true, false>(t);
+    t.shifted ? weigh<Real, true, true>(t) : weigh<Real, true, false>(t);
   else
-    t.own_shift ? weigh<Real, false, true>(t) : weigh<Real, false, false>(t);
+    t.shifted ? weigh<Real, false, true>(t) : weigh<Real, false, false>(t);
   accumulate_gradients(t);
 }
 

@@ -70,6 +70,16 @@ def test_derivatives(name, variant):
     assert gradcheck(loss, (features, temperature))
 
 
+def test_without_the_core_the_next_backend_takes_over(monkeypatch):
+    arguments = by_id("two_views").arguments()
+    expected = supcon_loss(**arguments, backend="tiled")
+    monkeypatch.setattr(native.core, "__version__", "0.0.0")
+    assert "of version 0.0.0" in available_backends()["native"]
+    monkeypatch.setattr(native, "core", None)
+    assert "C++17 compiler" in available_backends()["native"]
+    assert torch.equal(supcon_loss(**arguments), expected)
+
+
 def test_what_it_leaves_to_others():
     features, soft, mask = torch.randn(4, 3), torch.rand(4, 2), torch.ones(4, 4)
     with pytest.raises(ValueError, match="it takes labels or none"):

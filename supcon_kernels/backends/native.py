@@ -65,7 +65,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
     The statistics of a row are the log-sum-exp of its denominator, the normaliser of its
     positives (their number, or the log-sum-exp over them), and the weight of the softmax part of
-    its gradient.
+    its gradient. Logarithms are base 2.
     """
     n = problem.rows.shape[0]
     loss = torch.empty(n, dtype=problem.dtype)
