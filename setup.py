@@ -4,9 +4,9 @@ The core is a top-level module beside the package, so that the source folder in 
 directory never hides it. Without a C++ compiler the package installs without it.
 """
 
-import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pybind11
@@ -22,7 +22,11 @@ class BuildCore(build_ext):
         """Build ``ext`` where setuptools expects it."""
         source = Path(__file__).parent.resolve() / "csrc"
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # never an older one
+        with tempfile.TemporaryDirectory() as build:
+            self._run_cmake(source, build, target)
+
+    def _run_cmake(self, source: Path, build: str, target: Path) -> None:
         configure = [
             *("cmake", "-S", source, "-B", build, "-G", "Ninja"),
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
@@ -30,7 +34,6 @@ class BuildCore(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DSUPCON_VERSION={self.distribution.get_version()}",
         ]
-        os.makedirs(build, exist_ok=True)
         try:
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", build], check=True)

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -29,7 +30,11 @@ void run_team(int threads, void (*body)(void*), void* context) {
   body(context);
 #else
   std::vector<std::thread> others;
-  for (int k = 1; k < threads; ++k) others.emplace_back(body, context);
+  try {
+    for (int k = 1; k < threads; ++k) others.emplace_back(body, context);
+  } catch (const std::system_error&) {
+    // As many as there are will do.
+  }
   body(context);
   for (std::thread& other : others) other.join();
 #endif

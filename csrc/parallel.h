@@ -24,7 +24,9 @@ class Pool {
   }
 
   void* take(size_t* bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    // Never waited for: a child that was forked while another thread had the lock would for ever.
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return ::operator new(*bytes, kAlignment);
     auto best = free_.end();
     for (auto block = free_.begin(); block != free_.end(); ++block)
       if (block->bytes >= *bytes && (best == free_.end() || block->bytes < best->bytes))
@@ -39,8 +41,8 @@ class Pool {
   }
 
   void give(void* data, size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (kept_ + bytes > kKept) return ::operator delete(data, kAlignment);
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock || kept_ + bytes > kKept) return ::operator delete(data, kAlignment);
     free_.push_back({data, bytes});
     kept_ += bytes;
   }
@@ -112,8 +114,10 @@ class Schedule {
   Schedule(int64_t row_tiles, int64_t col_tiles, bool square)
       : row_tiles_(row_tiles),
         col_tiles_(col_tiles),
-        group_(std::min<int64_t>(std::max(row_tiles, col_tiles) / kGroups + 1, kMaxGroup)),
-        size_((std::max(row_tiles, col_tiles) + group_ - 1) / group_),
+        row_group_(group_of(row_tiles)),
+        col_group_(group_of(col_tiles)),
+        size_(std::max((row_tiles + row_group_ - 1) / row_group_,
+                       (col_tiles + col_group_ - 1) / col_group_)),
         square_(square) {}
 
   // Calls body(row tile, column tile) for every pair, on all threads.
@@ -147,12 +151,15 @@ class Schedule {
 
   template <typename Body>
   void run_job(const Job& job, Body& body) const {
-    const int64_t row_end = std::min(row_tiles_, (job.i + 1) * group_);
-    const int64_t col_end = std::min(col_tiles_, (job.j + 1) * group_);
-    for (int64_t i = job.i * group_; i < row_end; ++i)
-      for (int64_t j = square_ ? std::max(i, job.j * group_) : job.j * group_; j < col_end; ++j)
-        body(i, j);
+    const int64_t row_end = std::min(row_tiles_, (job.i + 1) * row_group_);
+    const int64_t col_begin = job.j * col_group_;
+    const int64_t col_end = std::min(col_tiles_, col_begin + col_group_);
+    for (int64_t i = job.i * row_group_; i < row_end; ++i)
+      for (int64_t j = square_ ? std::max(i, col_begin) : col_begin; j < col_end; ++j) body(i, j);
   }
+
+  // Of a long side only: a short one has few groups as it is.
+  static int64_t group_of(int64_t tiles) { return std::min(tiles / kGroups + 1, kMaxGroup); }
 
   static void wait(const std::atomic<int64_t>& rounds, int64_t round) {
     while (rounds.load(std::memory_order_acquire) < round) std::this_thread::yield();
@@ -181,8 +188,8 @@ class Schedule {
 
   static constexpr int64_t kGroups = 24, kMaxGroup = 8;
   const int64_t row_tiles_, col_tiles_;
-  const int64_t group_;  // tiles
-  const int64_t size_;   // groups of the longer side
+  const int64_t row_group_, col_group_;  // tiles of a group
+  const int64_t size_;                   // groups of the side that has more
   const bool square_;
 };
 

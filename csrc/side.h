@@ -151,8 +151,15 @@ struct Side {
       unit /= norm[k];
       x = out;
     }
-    for (int64_t d = 0; d < dim; ++d) out[d] = x[d] * unit;
-    return finite_sum == 0;
+    // The square bounds every product with the row: where it overflows, similarities may be
+    // differences of infinities, which maxima and exponentials would not show.
+    Real reach = 0;
+#pragma omp simd reduction(+ : reach)
+    for (int64_t d = 0; d < dim; ++d) {
+      out[d] = x[d] * unit;
+      reach += out[d] * out[d];
+    }
+    return finite_sum == 0 && reach - reach == 0;
   }
 };
 

@@ -442,22 +442,30 @@ void attract_class(const Sides<Real>& sides, const Segment& segment, const std::
   std::vector<double> sum(dim, 0.0), pulled(dim, 0.0);
   add_rows(cols, positives, static_cast<const Real*>(nullptr), sum.data());
   add_rows(rows, segment, pull.data(), pulled.data());
-  const auto subtract = [=](Real* grad, double weight, const double* x) {
-    for (int64_t d = 0; d < dim; ++d) grad[d] -= static_cast<Real>(weight * x[d]);
+  // What a line is itself comes off before anything is rounded.
+  const auto subtract = [=](Real* grad, double weight, const double* total, double own_weight,
+                            const Real* own) {
+    for (int64_t d = 0; d < dim; ++d) {
+      const double others = total[d] - (own == nullptr ? 0.0 : own_weight * own[d]);
+      grad[d] -= static_cast<Real>(weight * others);
+    }
   };
-  const auto give_back = [=](Real* grad, double weight, const Real* x) {
-    for (int64_t d = 0; d < dim; ++d) grad[d] += static_cast<Real>(weight * x[d]);
-  };
+  std::vector<const Real*> row_of_col(positives.end - positives.begin, nullptr);
+  std::vector<double> pull_of_col(row_of_col.size(), 0.0);
   for (int64_t k = segment.begin; k < segment.end; ++k) {
-    subtract(grad_rows + k * rows.stride, pull[k], sum.data());
     const int64_t own = sides.own(k);
-    if (own < positives.begin || own >= positives.end) continue;
-    give_back(grad_rows + k * rows.stride, pull[k], cols.row(own));
-    if (grad_cols != nullptr) give_back(grad_cols + own * cols.stride, pull[k], rows.row(k));
+    const bool among = own >= positives.begin && own < positives.end;
+    if (among) {
+      row_of_col[own - positives.begin] = rows.row(k);
+      pull_of_col[own - positives.begin] = static_cast<double>(pull[k]);
+    }
+    subtract(grad_rows + k * rows.stride, static_cast<double>(pull[k]), sum.data(), 1.0,
+             among ? cols.row(own) : nullptr);
   }
   if (grad_cols == nullptr) return;
   for (int64_t k = positives.begin; k < positives.end; ++k)
-    subtract(grad_cols + k * cols.stride, 1.0, pulled.data());
+    subtract(grad_cols + k * cols.stride, 1.0, pulled.data(), pull_of_col[k - positives.begin],
+             row_of_col[k - positives.begin]);
 }
 
 // The same for soft labels.

@@ -38,7 +38,7 @@ struct Problem {
   Denominator denominator;
 };
 
-// Runs body(context, thread) once for each of at most `threads` threads, in parallel. The core does
+// Runs body(context) once on each of at most `threads` threads, in parallel. The core does
 // not assume that it gets as many as it asks for.
 struct Team {
   int threads;

@@ -109,6 +109,31 @@ def test_the_same_bits_from_any_number_of_threads(name, variant, threads):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+@pytest.mark.parametrize("num_cols", [None, 5000])
+def test_tiles_in_groups(num_cols, threads):
+    # Long sides are worked on in groups of tiles, short ones (here 200 rows) are not.
+    g = torch.Generator().manual_seed(0)
+    n = 5000 if num_cols is None else 200
+    arguments = {
+        "features": torch.randn(n, 3, generator=g),
+        "labels": torch.randint(7, (n,), generator=g),
+    }
+    if num_cols is not None:
+        arguments["contrast_features"] = torch.randn(num_cols, 3, generator=g)
+        arguments["contrast_labels"] = torch.randint(7, (num_cols,), generator=g)
+    results = []
+    for count in (1, 3):
+        threads(count)
+        results.append(value_and_gradients(arguments))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}
+    leaf = exact["features"].requires_grad_()
+    expected = supcon_loss(**exact, temperature=0.1, backend="tiled")
+    torch.testing.assert_close(results[0][0].double(), expected.detach(), rtol=1e-6, atol=0)
+    gradient = torch.autograd.grad(expected, leaf)[0]
+    torch.testing.assert_close(results[0][1].double(), gradient, rtol=1e-3, atol=1e-7)
+
+
 def test_calls_from_several_threads_at_once(threads):
     threads(2)
     arguments = by_id("several_tiles").arguments()

@@ -1,5 +1,6 @@
-"""The compiled core of csrc/ on CPU tensors: every variant, float32 and float64; no masks.
+"""The compiled core of csrc/ on CPU tensors: float32 and float64.
 
+It takes integer labels or none in every variant, soft labels in the default loss, and no masks.
 This file hands it pointers; docs/kernels.md says what it does with them. 16-bit features are
 widened to float32 on the way in.
 """
@@ -16,14 +17,14 @@ from supcon_kernels._version import __version__
 from supcon_kernels.problem import Problem
 
 
-def _load_core() -> Any:
+def _load_core() -> tuple[Any, str]:
     try:
-        return importlib.import_module("_supcon_kernels")
-    except ImportError:
-        return None
+        return importlib.import_module("_supcon_kernels"), ""
+    except ImportError as error:
+        return None, str(error)
 
 
-core = _load_core()
+core, import_error = _load_core()
 # The instruction set that the core uses: the best that this CPU runs. Tests set a lower one.
 isa: str | None = core.isa_names()[0] if core is not None else None
 
@@ -32,8 +33,8 @@ def unavailable() -> str | None:
     """Why this backend cannot run on this machine, in one sentence; None: it can."""
     if core is None:
         return (
-            "the compiled core is not installed: install supcon-kernels again where there is a "
-            "C++17 compiler (g++ or clang++)."
+            f"the compiled core is not there ({import_error}): install supcon-kernels again where "
+            "there is a C++17 compiler (g++ or clang++)."
         )
     if core.__version__ != __version__:
         return (
