@@ -170,7 +170,8 @@ def test_rows_survive_the_csv_and_carry_their_origin(
     assert bench("dense,matmuls") == 0
     report = read_csv(tmp_path / "trial.csv")
     write_csv(report, tmp_path / "again.csv")
-    assert (tmp_path / "again.csv").read_text() == (tmp_path / "trial.csv").read_text()
+    # Not the text: shares are derived anew from rounded times, and may end on another digit.
+    assert read_csv(tmp_path / "again.csv") == report
     assert {"cpu", "isa", "num_threads", "torch", "python", "commit", "dirty", "date"} <= set(
         report.machine
     )
