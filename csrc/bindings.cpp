@@ -90,27 +90,21 @@ struct Call {
   }
 };
 
-// The addresses of five arrays over the rows, in the order of supcon::RowResults.
+// The addresses of supcon::Results.
 template <typename Real>
-void forward(const Call& call, uintptr_t loss, uintptr_t contributes, uintptr_t lse,
-             uintptr_t normalizer, uintptr_t softmax_weight) {
-  const supcon::RowResults<Real> out = {pointer<Real>(loss), pointer<bool>(contributes),
-                                        pointer<Real>(lse), pointer<Real>(normalizer),
-                                        pointer<Real>(softmax_weight)};
+void forward(const Call& call, uintptr_t loss, uintptr_t counts, uintptr_t of_row) {
+  const supcon::Results<Real> out = {pointer<Real>(loss), pointer<Real>(counts),
+                                     pointer<supcon::RowStatistics>(of_row)};
   supcon::forward(call.problem<Real>(), isa_of(call.isa), team_of(call.threads), out);
 }
 
 // The addresses of supcon::Gradients, 0 for a gradient that is not wanted.
 template <typename Real>
-void backward(const Call& call, uintptr_t loss, uintptr_t lse, uintptr_t normalizer,
-              uintptr_t softmax_weight, uintptr_t rows, uintptr_t cols, uintptr_t temperature) {
-  const supcon::Gradients<Real> out = {pointer<const Real>(loss),
-                                       pointer<const Real>(lse),
-                                       pointer<const Real>(normalizer),
-                                       pointer<const Real>(softmax_weight),
-                                       pointer<Real>(rows),
-                                       pointer<Real>(cols),
-                                       pointer<double>(temperature)};
+void backward(const Call& call, uintptr_t loss, uintptr_t of_row, uintptr_t rows, uintptr_t cols,
+              uintptr_t temperature) {
+  const supcon::Gradients<Real> out = {
+      pointer<const Real>(loss), pointer<const supcon::RowStatistics>(of_row), pointer<Real>(rows),
+      pointer<Real>(cols), pointer<double>(temperature)};
   supcon::backward(call.problem<Real>(), isa_of(call.isa), team_of(call.threads), out);
 }
 
@@ -162,18 +156,17 @@ PYBIND11_MODULE(_supcon_kernels, module) {
            py::arg("isa"), py::arg("threads"))
       .def(
           "forward",
-          [](const Call& call, uintptr_t loss, uintptr_t contributes, uintptr_t lse,
-             uintptr_t normalizer, uintptr_t softmax_weight) {
+          [](const Call& call, uintptr_t loss, uintptr_t counts, uintptr_t of_row) {
             const auto run = call.is_double ? forward<double> : forward<float>;
-            run(call, loss, contributes, lse, normalizer, softmax_weight);
+            run(call, loss, counts, of_row);
           },
           py::call_guard<py::gil_scoped_release>())
       .def(
           "backward",
-          [](const Call& call, uintptr_t loss, uintptr_t lse, uintptr_t normalizer,
-             uintptr_t softmax_weight, uintptr_t rows, uintptr_t cols, uintptr_t temperature) {
+          [](const Call& call, uintptr_t loss, uintptr_t of_row, uintptr_t rows, uintptr_t cols,
+             uintptr_t temperature) {
             const auto run = call.is_double ? backward<double> : backward<float>;
-            run(call, loss, lse, normalizer, softmax_weight, rows, cols, temperature);
+            run(call, loss, of_row, rows, cols, temperature);
           },
           py::call_guard<py::gil_scoped_release>());
 }

@@ -2,9 +2,9 @@
 
 #define SUPCON_VECTOR_BYTES 32
 #define SUPCON_KERNEL_ROWS 6
-#include "tile.h"
+#include "functions.h"
 
 namespace supcon {
 extern const Isa kAvx2;
-const Isa kAvx2 = {"avx2", tile_functions<float>(), tile_functions<double>()};
+const Isa kAvx2 = {"avx2", functions<float>(), functions<double>()};
 }  // namespace supcon

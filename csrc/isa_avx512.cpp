@@ -2,9 +2,9 @@
 
 #define SUPCON_VECTOR_BYTES 64
 #define SUPCON_KERNEL_ROWS 8
-#include "tile.h"
+#include "functions.h"
 
 namespace supcon {
 extern const Isa kAvx512;
-const Isa kAvx512 = {"avx512", tile_functions<float>(), tile_functions<double>()};
+const Isa kAvx512 = {"avx512", functions<float>(), functions<double>()};
 }  // namespace supcon

@@ -6,13 +6,13 @@
 #else
 #define SUPCON_KERNEL_ROWS 6
 #endif
-#include "tile.h"
+#include "functions.h"
 
 namespace supcon {
 extern const Isa kBaseline;
 #ifdef __aarch64__
-const Isa kBaseline = {"neon", tile_functions<float>(), tile_functions<double>()};
+const Isa kBaseline = {"neon", functions<float>(), functions<double>()};
 #else
-const Isa kBaseline = {"baseline", tile_functions<float>(), tile_functions<double>()};
+const Isa kBaseline = {"baseline", functions<float>(), functions<double>()};
 #endif
 }  // namespace supcon

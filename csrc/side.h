@@ -1,4 +1,4 @@
-// One side of a problem: its rows sorted by label, normalised, scaled and packed for the kernels.
+// The sides of a problem: rows sorted by label, normalised, scaled and packed for the kernels.
 
 #pragma once
 
@@ -26,9 +26,13 @@ inline int tile_rows(int64_t n) {
   return n <= 1536 ? 96 : kMaxTile;
 }
 
+// The rows of one label: positions in the sorted order.
 struct Segment {
+  int64_t size() const { return end - begin; }
+  bool contains(int64_t k) const { return begin <= k && k < end; }
+
   int64_t label;
-  int64_t begin, end;  // positions in the sorted order
+  int64_t begin, end;
 };
 
 // One side of the problem, sorted by label: embeddings scaled so that their products are base-2
@@ -37,7 +41,7 @@ struct Segment {
 template <typename Real>
 struct Side {
   Side(const Real* x, const int64_t* labels, int64_t count, const Problem<Real>& problem,
-       const TileFunctions<Real>& functions, const Team& team)
+       const Functions<Real>& functions, const Team& team)
       : input(x),
         panel(functions.panel),
         dim(round_up(std::max<int64_t>(problem.dim, 1), functions.panel)),
@@ -48,7 +52,7 @@ struct Side {
     num_tiles = (size + tile - 1) / tile;
     padded = round_up(size, panel);
     allocate();
-    embed(problem, team);
+    embed(problem, functions, team);
   }
 
   int64_t tile_begin(int64_t t) const { return t * tile; }
@@ -106,60 +110,150 @@ struct Side {
     norm.assign(size, 1);
   }
 
-  void embed(const Problem<Real>& problem, const Team& team) {
+  void embed(const Problem<Real>& problem, const Functions<Real>& functions, const Team& team) {
     const Real unit = static_cast<Real>(std::sqrt(kLog2E / problem.temperature));
     std::atomic<bool> all_finite{true};
-    const int64_t num_panels = padded / panel;
-    parallel_for(team, num_panels, [&](int64_t p) {
-      const int64_t begin = p * panel;
-      for (int64_t k = begin; k < begin + panel; ++k) {
-        Real* out = data->get() + k * stride;
-        std::fill(out, out + stride, Real(0));
-        if (k < size && !embed_row(problem, unit, k, out)) all_finite = false;
+    parallel_for(team, padded / panel, [&](int64_t p) {
+      Real* const begin = data->get() + p * panel * stride;
+      for (int64_t k = p * panel; k < (p + 1) * panel; ++k) {
+        Real* const out = data->get() + k * stride;
+        const int64_t used = k < size ? problem.dim : 0;
+        std::fill(out + used, out + stride, Real(0));
+        if (k < size && !functions.embed(input + order[k] * problem.dim, problem.dim,
+                                         problem.normalize, unit, out, &scale[k], &norm[k]))
+          all_finite = false;
       }
-      Real* out = packed->get() + begin * dim;
-      const Real* in = data->get() + begin * stride;
-      for (int64_t d = 0; d < dim; ++d)
-        for (int64_t k = 0; k < panel; ++k) out[d * panel + k] = in[k * stride + d];
+      functions.pack(begin, stride, dim, packed->get() + p * panel * dim);
     });
     finite = all_finite;
   }
+};
 
-  // Writes row k and says whether all of it is finite.
-  bool embed_row(const Problem<Real>& problem, Real unit, int64_t k, Real* out) {
-    const Real* x = input + order[k] * problem.dim;
-    Real largest = 0, finite_sum = 0;
-    const int64_t dim = problem.dim;
-#pragma omp simd reduction(max : largest) reduction(+ : finite_sum)
-    for (int64_t d = 0; d < dim; ++d) {
-      largest = std::max(largest, std::abs(x[d]));
-      finite_sum += x[d] * 0;  // NaN after anything that is not finite
+// Both sides of a problem, and what their tiles have in common.
+template <typename Real>
+struct Sides {
+  Sides(const Problem<Real>& problem, const Isa& isa, const Team& team)
+      : problem(problem),
+        functions(isa.functions(Real())),
+        team(team),
+        square(problem.square),
+        rows(problem.rows, problem.row_labels, problem.num_rows, problem, functions, team),
+        other(square ? nullptr
+                     : new Side<Real>(problem.cols, problem.col_labels, problem.num_cols, problem,
+                                      functions, team)),
+        cols(square ? rows : *other),
+        schedule(rows.num_tiles, cols.num_tiles, square),
+        shifted(!sums_are_safe()),
+        finite(rows.finite && cols.finite) {
+    find_own();
+    number_classes();
+  }
+
+  // The pair of tiles I and J, without what a pass writes.
+  TilePair<Real> pair(int64_t i, int64_t j) const {
+    TilePair<Real> t = {};
+    t.num_rows = rows.tile_size(i);
+    t.num_cols = cols.tile_size(j);
+    t.dim = rows.dim;
+    t.stride = rows.stride;
+    t.a = rows.row(rows.tile_begin(i));
+    t.b = cols.row(cols.tile_begin(j));
+    t.b_packed = cols.packed_tile(j);
+    t.triangle = square && i == j;
+    t.square = square;
+    t.shifted = shifted;
+    return t;
+  }
+
+  // Numbers of the pair's rows and columns in arrays over each side.
+  PerLine<Real> lines(const std::vector<Real>& of_rows, int64_t i, int64_t j) const {
+    return {of_rows.data() + rows.tile_begin(i),
+            square ? of_rows.data() + cols.tile_begin(j) : nullptr};
+  }
+
+  // Classes of the pair's rows and columns; null where they share none.
+  PerLine<Real> classes(int64_t i, int64_t j) const {
+    const Real* row = row_class.data() + rows.tile_begin(i);
+    const Real* col = (square ? row_class : col_class).data() + cols.tile_begin(j);
+    const bool apart = row[rows.tile_size(i) - 1] < col[0] || col[cols.tile_size(j) - 1] < row[0];
+    return apart ? PerLine<Real>{nullptr, nullptr} : PerLine<Real>{row, col};
+  }
+
+  // Columns of tile J that rows of tile I are themselves, into `own`; whether there are any.
+  bool own_in_tile(int64_t i, int64_t j, int32_t* own) const {
+    if (own_col.empty()) return false;
+    bool any = false;
+    for (int k = 0; k < rows.tile_size(i); ++k) {
+      const int64_t col = own_col[rows.tile_begin(i) + k] - cols.tile_begin(j);
+      const bool here = col >= 0 && col < cols.tile_size(j);
+      own[k] = here ? static_cast<int32_t>(col) : -1;
+      any |= here;
     }
-    if (problem.normalize) {
-      if (largest == 0) {
-        norm[k] = 0;
-        return finite_sum == 0;
+    return any;
+  }
+
+  // The segment of columns with the label of a segment of rows, empty where there is none.
+  Segment cols_of(const Segment& of_rows) const {
+    if (square) return of_rows;
+    const auto before = [](const Segment& s, int64_t label) { return s.label < label; };
+    const auto found =
+        std::lower_bound(cols.segments.begin(), cols.segments.end(), of_rows.label, before);
+    if (found == cols.segments.end() || found->label != of_rows.label) return {0, 0, 0};
+    return *found;
+  }
+
+  // Column own_offset() + i is row i itself, in the order of the input; -1: no such column.
+  int64_t own_offset() const { return square ? 0 : problem.self_offset; }
+
+  // Sorted position of the column that sorted row k is itself; -1: none.
+  int64_t own(int64_t k) const { return square ? k : own_col.empty() ? -1 : own_col[k]; }
+
+  const Problem<Real>& problem;
+  const Functions<Real>& functions;
+  const Team& team;
+  const bool square;
+  const Side<Real> rows;
+  const std::unique_ptr<const Side<Real>> other;
+  const Side<Real>& cols;
+  const Schedule schedule;
+  const bool shifted;  // sums of 2^x need a shift for each row and column
+  const bool finite;
+  // Of sorted rows and columns: ascending numbers, equal where labels are. Padded to whole panels.
+  std::vector<Real> row_class, col_class;
+  std::vector<int64_t> own_col;  // sorted row -> sorted column that it is itself, in rectangles
+
+ private:
+  // Exponents of unit rows reach from -log2(e) / tau to log2(e) / tau: half of the range of Real
+  // for them leaves the other half for the weights that divide by their sums.
+  bool sums_are_safe() const {
+    const double reach = kLog2E / problem.temperature;
+    return problem.normalize && 2 * reach < std::numeric_limits<Real>::max_exponent - 2.5;
+  }
+
+  void number_classes() {
+    row_class.assign(rows.padded, -1);
+    if (!square) col_class.assign(cols.padded, -1);
+    auto col = cols.segments.begin();
+    Real number = 0;
+    for (const Segment& segment : rows.segments) {
+      for (; !square && col != cols.segments.end() && col->label < segment.label; ++col, ++number)
+        std::fill(&col_class[col->begin], &col_class[col->end - 1] + 1, number);
+      std::fill(&row_class[segment.begin], &row_class[segment.end - 1] + 1, number);
+      if (!square && col != cols.segments.end() && col->label == segment.label) {
+        std::fill(&col_class[col->begin], &col_class[col->end - 1] + 1, number);
+        ++col;
       }
-      scale[k] = largest;
-      Real square = 0;
-#pragma omp simd reduction(+ : square)
-      for (int64_t d = 0; d < dim; ++d) {
-        out[d] = x[d] / largest;
-        square += out[d] * out[d];
-      }
-      norm[k] = std::sqrt(square);
-      unit /= norm[k];
-      x = out;
+      ++number;
     }
-    // The square bounds every product with the row: where it overflows, similarities may be
-    // differences of infinities, which maxima and exponentials would not show.
-    Real reach = 0;
-#pragma omp simd reduction(+ : reach)
-    for (int64_t d = 0; d < dim; ++d) {
-      out[d] = x[d] * unit;
-      reach += out[d] * out[d];
-    }
-    return finite_sum == 0 && reach - reach == 0;
+    for (; !square && col != cols.segments.end(); ++col, ++number)
+      std::fill(&col_class[col->begin], &col_class[col->end - 1] + 1, number);
+  }
+
+  void find_own() {
+    if (square || problem.self_offset < 0) return;
+    own_col.resize(rows.size);
+    for (int64_t k = 0; k < rows.size; ++k)
+      own_col[k] = cols.position[problem.self_offset + rows.order[k]];
   }
 };
 

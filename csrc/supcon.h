@@ -45,34 +45,38 @@ struct Team {
   void (*run)(int threads, void (*body)(void* context), void* context);
 };
 
-// What the forward computes for each row, in the order of the rows. Logarithms are base 2: a change
-// of base would round them. A row that does not contribute has loss 0 and infinite normalisers.
+// What the backward needs of each row besides its features. Logarithms are base 2, and float64:
+// what Real would round off them is a relative error of whole rows of probabilities.
+struct RowStatistics {
+  double lse;             // log-sum-exp of its denominator; of the negatives for kOnePositive
+  double normalizer;      // of its positives: their weight, or the log-sum-exp over them
+  double softmax_weight;  // weight of the softmax part of its gradient
+};
+
+// What the forward computes, in the order of the rows. A row contributes that has a positive and,
+// where only negatives are below, a negative; others have loss 0 and infinite statistics.
 template <typename Real>
-struct RowResults {
-  Real* loss;            // (N,) NaN after a non-finite input
-  bool* contributes;     // (N,) it has a positive and, where only negatives are below, a negative
-  Real* lse;             // (N,) log-sum-exp of its denominator; of the negatives for kOnePositive
-  Real* normalizer;      // (N,) of its positives: their number, or the log-sum-exp over them
-  Real* softmax_weight;  // (N,) weight of the softmax part of its gradient
+struct Results {
+  Real* loss;             // (N,) NaN after a non-finite input
+  Real* counts;           // (2,) the rows that are not ignored, and those that contribute
+  RowStatistics* of_row;  // (N,)
 };
 
 // What the backward is given and writes; a null gradient is not wanted.
 template <typename Real>
 struct Gradients {
-  const Real* loss;  // (N,) gradient of each row's loss
-  const Real* lse;   // (N,) these three from the forward
-  const Real* normalizer;
-  const Real* softmax_weight;
-  Real* rows;           // (N, D)
-  Real* cols;           // (M, D)
-  double* temperature;  // one number
+  const Real* loss;             // (N,) gradient of each row's loss
+  const RowStatistics* of_row;  // (N,) from the forward
+  Real* rows;                   // (N, D)
+  Real* cols;                   // (M, D)
+  double* temperature;          // one number
 };
 
 struct Isa;
 
 template <typename Real>
 void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
-             const RowResults<Real>& out);
+             const Results<Real>& out);
 
 template <typename Real>
 void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
@@ -143,20 +147,34 @@ constexpr int kScratchStride = kMaxTile + 16;  // no power of two: rows spread o
 
 // The functions that an instruction set's file provides.
 template <typename Real>
-struct TileFunctions {
+struct Functions {
   int panel;  // columns of the register kernel
   void (*forward)(const TilePair<Real>&);
   void (*backward)(const TilePair<Real>&);
+  // out = x, normalised if asked, times unit; x = out / unit * norm * scale. Whether all is finite.
+  bool (*embed)(const Real* x, int64_t dim, bool normalize, Real unit, Real* out, Real* scale,
+                Real* norm);
+  // A panel of rows transposed; dim is a multiple of the panel.
+  void (*pack)(const Real* rows, ptrdiff_t stride, int64_t dim, Real* packed);
+  double (*dot)(const Real* a, const Real* b, int64_t dim);
+  double (*dot_sum)(const Real* a, const double* sum, int64_t dim);
+  // sum += weight x
+  void (*add)(double weight, const Real* x, int64_t dim, double* sum);
+  // grad -= weight (sum - own_weight own), rounded once; own may be null
+  void (*attract)(double weight, const double* sum, double own_weight, const Real* own, int64_t dim,
+                  Real* grad);
+  // out = (grad - along row) scale
+  void (*finish)(const Real* grad, Real along, const Real* row, Real scale, int64_t dim, Real* out);
   double (*multiply_in_registers)(int64_t k_size, Real* out);
 };
 
 struct Isa {
   const char* name;
-  TileFunctions<float> f32;
-  TileFunctions<double> f64;
+  Functions<float> f32;
+  Functions<double> f64;
 
-  const TileFunctions<float>& functions(float) const { return f32; }
-  const TileFunctions<double>& functions(double) const { return f64; }
+  const Functions<float>& functions(float) const { return f32; }
+  const Functions<double>& functions(double) const { return f64; }
 };
 
 // Floating-point operations a second that all threads do with registers alone.

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdio>
 #include <limits>
-#include <memory>
 #include <random>
 #include <thread>
 #include <vector>
@@ -129,16 +128,13 @@ template <typename Real>
 Result by_core(const Data<Real>& data, const Isa& isa, int threads) {
   const int64_t n = data.shape.rows, m = data.m, dim = data.shape.dim;
   const supcon::Team team = {threads, run_threads};
-  std::vector<Real> loss(n), lse(n), normalizer(n), softmax(n), weight(n), rows(n * dim),
-      cols(m * dim);
-  const std::unique_ptr<bool[]> contributes(new bool[n]);
+  std::vector<Real> loss(n), counts(2), weight(n), rows(n * dim), cols(m * dim);
+  std::vector<supcon::RowStatistics> of_row(n);
   Result result;
-  supcon::forward<Real>(
-      data.problem(), isa, team,
-      {loss.data(), contributes.get(), lse.data(), normalizer.data(), softmax.data()});
+  supcon::forward<Real>(data.problem(), isa, team, {loss.data(), counts.data(), of_row.data()});
   for (int64_t i = 0; i < n; ++i) weight[i] = static_cast<Real>(upstream(i));
   supcon::backward<Real>(data.problem(), isa, team,
-                         {weight.data(), lse.data(), normalizer.data(), softmax.data(), rows.data(),
+                         {weight.data(), of_row.data(), rows.data(),
                           data.square() ? nullptr : cols.data(), &result.temperature});
   result.loss.assign(loss.begin(), loss.end());
   result.rows.assign(rows.begin(), rows.end());

@@ -541,11 +541,5 @@ double multiply_in_registers(int64_t k_size, Real* out) {
   return 2.0 * kChains * Simd<Real>::kLanes * static_cast<double>(k_size);
 }
 
-template <typename Real>
-constexpr TileFunctions<Real> tile_functions() {
-  return {kVectors * Simd<Real>::kLanes, tile_forward<Real>, tile_backward<Real>,
-          multiply_in_registers<Real>};
-}
-
 }  // namespace
 }  // namespace supcon

@@ -139,12 +139,12 @@ def supcon_loss(
     )
     chosen = backends.choose(problem, backend)
     if chosen == "reference":
-        loss, contributes = backends.reference.rows_loss(problem)
+        loss, counts = backends.reference.rows_loss(problem)
     else:
-        loss, contributes, _ = op.forward(*problem.operands(), chosen)
+        loss, counts, _ = op.forward(*problem, chosen)
     if base_temperature is not None:
         loss = loss * (problem.tau / base_temperature)
-    return _reduce(loss, contributes, ~problem.row_ignored(), reduction)
+    return _reduce(loss, counts, reduction)
 
 
 def _rows_and_cols(
@@ -165,17 +165,15 @@ def _repeated(labels: Tensor | None, num_views: int) -> Tensor | None:
     if labels is None:
         return None
     labels = labels if labels.is_floating_point() else labels.long()
-    return labels.repeat(num_views, *[1] * (labels.ndim - 1))
+    return labels if num_views == 1 else labels.repeat(num_views, *[1] * (labels.ndim - 1))
 
 
-def _reduce(loss: Tensor, contributes: Tensor, is_anchor: Tensor, reduction: str) -> Tensor:
+def _reduce(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
-    total = loss.sum()
     if reduction == "sum":
-        return total
-    counted = is_anchor if reduction == "mean" else contributes
-    return total / counted.sum().clamp(min=1)
+        return loss.sum()
+    return loss.sum() / counts[0 if reduction == "mean" else 1].clamp(min=1)
 
 
 class SupConLoss(nn.Module):

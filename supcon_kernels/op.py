@@ -1,18 +1,21 @@
 """The torch.library operator: schema, fake kernels and autograd around the backends.
 
 ``forward`` and ``backward`` take the fields of a ``Problem`` in order, so that the schema is
-written once, and hand them to the backend that was chosen for the call.
+written once, and hand them to the backend that was chosen for the call. They are registered by
+hand, as ``torch.library.custom_op`` would do it: its wrappers alone took as long as the kernels
+do on 256 rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from supcon_kernels.backends import BACKENDS
-from supcon_kernels.problem import Problem, working_dtype
+from supcon_kernels.problem import Problem, statistics_dtype, working_dtype
 
 _PROBLEM = (
     "Tensor rows, Tensor? cols, Tensor? row_labels, Tensor? col_labels, Tensor? weights, "
@@ -20,36 +23,31 @@ _PROBLEM = (
     "str denominator, bool normalize, int ignore_index, str backend"
 )
 _ROWS, _COLS, _TEMPERATURE, _NUM_TENSORS = 0, 1, 5, 6
+_LIBRARY: Any = torch.library.Library("supcon_kernels", "DEF")  # type: ignore[no-untyped-call]
 
 
-@torch.library.custom_op(
-    "supcon_kernels::forward",
-    mutates_args=(),
-    schema=f"({_PROBLEM}) -> (Tensor loss, Tensor contributes, Tensor stats)",
+def _define(schema: str) -> Any:
+    """The operator of that schema: strides as the caller gave them, safe to compile."""
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    _LIBRARY.define(schema, tags=tags)
+    return getattr(torch.ops.supcon_kernels, schema.partition("(")[0]).default
+
+
+forward = _define(f"forward({_PROBLEM}) -> (Tensor loss, Tensor counts, Tensor stats)")
+backward = _define(
+    "backward(Tensor grad_loss, Tensor stats, bool needs_rows, bool needs_cols, "
+    f"bool needs_temperature, {_PROBLEM}) -> (Tensor rows, Tensor cols, Tensor temperature)"
 )
-def forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (N,), whether each anchor contributes (N,) bool, and O(N) statistics for ``backward``."""
+
+
+def _forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (N,), counts (2,) of anchors and of contributing ones, statistics (3, N) for ``backward``."""
     *fields, backend = operands
-    problem = Problem(*fields)
-    with torch.autocast(problem.rows.device.type, enabled=False):
-        result: tuple[Tensor, Tensor, Tensor] = BACKENDS[backend].forward(problem)
+    result: tuple[Tensor, Tensor, Tensor] = BACKENDS[backend].forward(Problem(*fields))
     return result
 
 
-@forward.register_fake
-def _forward_fake(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows = operands[_ROWS]
-    loss = rows.new_empty(rows.shape[0], dtype=working_dtype(rows))
-    return loss, torch.empty_like(loss, dtype=torch.bool), loss.new_empty(3, rows.shape[0])
-
-
-@torch.library.custom_op(
-    "supcon_kernels::backward",
-    mutates_args=(),
-    schema="(Tensor grad_loss, Tensor stats, bool needs_rows, bool needs_cols, "
-    f"bool needs_temperature, {_PROBLEM}) -> (Tensor rows, Tensor cols, Tensor temperature)",
-)
-def backward(
+def _backward(
     grad_loss: Tensor,
     stats: Tensor,
     needs_rows: bool,
@@ -59,18 +57,20 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows (N, D), cols (M, D) and the temperature (0-dim); (0,) where not needed."""
     *fields, backend = operands
-    problem = Problem(*fields)
     needs = (needs_rows, needs_cols, needs_temperature)
-    # An anchor that does not contribute has no gradient, whatever comes from above.
-    grad_loss = torch.where(stats[1] == torch.inf, 0.0, grad_loss)
-    with torch.autocast(problem.rows.device.type, enabled=False):
-        grads: tuple[Tensor, Tensor, Tensor] = BACKENDS[backend].backward(
-            problem, grad_loss, stats, *needs
-        )
+    grads: tuple[Tensor, Tensor, Tensor] = BACKENDS[backend].backward(
+        Problem(*fields), grad_loss, stats, *needs
+    )
     return grads
 
 
-@backward.register_fake
+def _forward_fake(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = operands[_ROWS]
+    loss = rows.new_empty(rows.shape[0], dtype=working_dtype(rows))
+    stats = rows.new_empty(3, rows.shape[0], dtype=statistics_dtype(rows))
+    return loss, loss.new_empty(2), stats
+
+
 def _backward_fake(
     grad_loss: Tensor,
     stats: Tensor,
@@ -83,34 +83,70 @@ def _backward_fake(
     return (
         rows.new_empty(rows.shape if needs_rows else (0,)),
         rows.new_empty(cols.shape if needs_cols else (0,)),
-        stats.new_empty(() if needs_temperature else (0,)),
+        grad_loss.new_empty(() if needs_temperature else (0,)),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[2], *inputs[:_NUM_TENSORS])
-    ctx.options = inputs[_NUM_TENSORS:]
+def _below_autograd(operator: Any, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        result: tuple[Tensor, Tensor, Tensor] = operator(*operands)
+    return result
 
 
-def _differentiate(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    stats, *tensors = ctx.saved_tensors
-    wanted = [ctx.needs_input_grad[k] for k in (_ROWS, _COLS, _TEMPERATURE)]
-    grads = backward(grad_loss, stats, *wanted, *tensors, *ctx.options)
-    result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    for index, want, grad in zip((_ROWS, _COLS, _TEMPERATURE), wanted, grads):
-        if want:
-            result[index] = grad
-    if wanted[2]:
-        result[_TEMPERATURE] = grads[2].to(tensors[_TEMPERATURE])
-    return tuple(result)
+class _Differentiable(torch.autograd.Function):
+    """``forward``, whose gradient is ``backward``."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, counts, stats = _below_autograd(forward, *operands)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(counts, stats)
+        ctx.save_for_backward(stats, *operands[:_NUM_TENSORS])
+        ctx.options = operands[_NUM_TENSORS:]
+        return loss, counts, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if grad_loss is None:
+            return tuple(result)
+        stats, *tensors = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[k] for k in (_ROWS, _COLS, _TEMPERATURE)]
+        grads = backward(grad_loss, stats, *wanted, *tensors, *ctx.options)
+        for index, want, grad in zip((_ROWS, _COLS, _TEMPERATURE), wanted, grads):
+            if want:
+                result[index] = grad.to(tensors[index]) if index == _TEMPERATURE else grad
+        return tuple(result)
 
 
-def _refuse(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-    raise RuntimeError(
-        "supcon_loss can be differentiated twice only with backend='reference': "
-        "the other backends recompute their gradient and do not record it"
-    )
+class _NotTwice(torch.autograd.Function):
+    """``backward``, whose own gradient is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _below_autograd(backward, *operands)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "supcon_loss can be differentiated twice only with backend='reference': "
+            "the other backends recompute their gradient and do not record it"
+        )
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
-backward.register_autograd(_refuse)
+def _register(
+    operator: Any, kernel: Callable[..., Any], fake: Callable[..., Any], function: Any
+) -> None:
+    def autograd(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if torch.is_grad_enabled():
+            result: tuple[Tensor, Tensor, Tensor] = function.apply(*operands)
+            return result
+        return _below_autograd(operator, *operands)
+
+    _LIBRARY.impl(operator, kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(operator, autograd, "Autograd")
+    torch.library.register_fake(operator, fake, lib=_LIBRARY)
+
+
+_register(forward, _forward, _forward_fake, _Differentiable)
+_register(backward, _backward, _backward_fake, _NotTwice)

@@ -1,4 +1,4 @@
-"""One frozen description of a call: which rows are contrasted with which, and the weight of each pair.
+"""One immutable description of a call: which rows are contrasted with which, and the weight of each pair.
 
 Everything that the backends share about a call lives here: the working dtype, the
 normalisation and its backward, and which pairs are positive, negative or ignored.
@@ -6,7 +6,7 @@ normalisation and its backward, and which pairs are positive, negative or ignore
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ SUMMATIONS = ("out", "in")
 DENOMINATORS = ("all", "one_positive", "only_negatives")
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """N anchor rows against M contrast columns; the fields are the operator's operands, in order.
 
     Attributes:
@@ -47,10 +46,6 @@ class Problem:
     denominator: str
     normalize: bool
     ignore_index: int
-
-    def operands(self) -> tuple[object, ...]:
-        """The fields as a flat tuple: ``Problem(*problem.operands())`` is the same problem."""
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @property
     def square(self) -> bool:
@@ -93,6 +88,11 @@ class Problem:
         if labels is None or labels.ndim != 1:
             return torch.zeros(embeddings.shape[0], dtype=torch.bool, device=embeddings.device)
         return labels == self.ignore_index
+
+    def counts(self, contributes: Tensor) -> Tensor:
+        """(2,) how many anchors are not ignored, and how many contribute (N,), in the working dtype."""
+        is_anchor = ~self.row_ignored()
+        return torch.stack((is_anchor.sum(), contributes.sum())).to(self.dtype)
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Rows (N, D) and columns (M, D) in the working dtype, normalised if asked, ignored ones zero."""
@@ -148,6 +148,11 @@ class Problem:
 def working_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which ``x`` is computed with: float64 stays, everything else is float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of what the forward hands the backward: float64 costs nothing on a CPU."""
+    return torch.float64 if x.device.type == "cpu" else working_dtype(x)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

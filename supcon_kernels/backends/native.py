@@ -62,20 +62,16 @@ def why_not(problem: Problem) -> str | None:
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (N,), whether each anchor contributes (N,) bool, and the statistics (3, N) for ``backward``.
+    """Loss (N,), counts (2,) of anchors and of contributing ones, statistics (3, N) for ``backward``.
 
-    The statistics of a row are the log-sum-exp of its denominator, the normaliser of its
-    positives (their number, or the log-sum-exp over them), and the weight of the softmax part of
-    its gradient. Logarithms are base 2.
+    The memory of the statistics holds N records, ``RowStatistics`` in csrc/supcon.h.
     """
-    n = problem.rows.shape[0]
-    loss = torch.empty(n, dtype=problem.dtype)
-    contributes = torch.empty(n, dtype=torch.bool)
-    stats = torch.empty(3, n, dtype=problem.dtype)
-    _call(problem).forward(
-        loss.data_ptr(), contributes.data_ptr(), *(row.data_ptr() for row in stats)
-    )
-    return loss, contributes, stats
+    n, dtype = problem.rows.shape[0], problem.dtype
+    loss = torch.empty(n, dtype=dtype)
+    counts = torch.empty(2, dtype=dtype)
+    stats = torch.empty(3, n, dtype=torch.float64)
+    _call(problem).forward(loss.data_ptr(), counts.data_ptr(), stats.data_ptr())
+    return loss, counts, stats
 
 
 def backward(
@@ -94,7 +90,7 @@ def backward(
     grad_tau = torch.empty(() if needs_temperature else (0,), dtype=torch.float64)
     _call(problem).backward(
         grad_loss.data_ptr(),
-        *(row.data_ptr() for row in stats),
+        stats.data_ptr(),
         grad_rows.data_ptr() if needs_rows else 0,
         grad_cols.data_ptr() if needs_cols else 0,
         grad_tau.data_ptr() if needs_temperature else 0,

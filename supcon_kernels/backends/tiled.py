@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from supcon_kernels.backends.reference import masked_logsumexp
-from supcon_kernels.problem import Problem, accumulation_dtype, normalize_backward
+from supcon_kernels.problem import (
+    Problem,
+    accumulation_dtype,
+    normalize_backward,
+    statistics_dtype,
+)
 
 # Similarities in flight at a time: 4 MiB of float32.
 TILE_PAIRS = 1 << 20
@@ -34,21 +39,18 @@ def why_not(problem: Problem) -> str | None:
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (N,), whether each anchor contributes (N,) bool, and the statistics (3, N) for ``backward``.
+    """Loss (N,), counts (2,) of anchors and of contributing ones, statistics (3, N) for ``backward``.
 
     The statistics of a row are the log-sum-exp of its denominator, the normaliser of its
     positives (their total weight, or the log-sum-exp over them), and the weight of the softmax
     part of its gradient.
     """
-    rows, cols = problem.embeddings()
-    if rows.shape[0] == 0:
-        empty = rows.new_zeros(0)
-        return empty, empty.bool(), rows.new_zeros(3, 0)
     by_class = _positives_by_class(problem)
     statistics = _class_statistics if by_class else _pair_statistics
-    loss, contributes, stats = statistics(problem, rows, cols)
+    with torch.autocast(problem.rows.device.type, enabled=False):
+        loss, contributes, stats = statistics(problem, *problem.embeddings())
     loss = torch.where(problem.row_ignored(), 0.0, loss + problem.poison())
-    return loss, contributes, stats
+    return loss, problem.counts(contributes), stats
 
 
 def backward(
@@ -63,7 +65,7 @@ def backward(
 
     Args:
         problem: what ``forward`` was given.
-        grad_loss: (N,) gradient of each anchor's loss, zero where it does not contribute.
+        grad_loss: (N,) gradient of each anchor's loss, of no effect where it does not contribute.
         stats: (3, N) from ``forward``.
         needs_rows, needs_cols, needs_temperature: which gradients are wanted. Where the rows
             are the columns, there is one gradient, of the rows.
@@ -71,7 +73,9 @@ def backward(
     rows, cols = problem.embeddings()
     wants_cols = needs_cols or (needs_rows and problem.square)
     gradient = _class_gradient if _positives_by_class(problem) else _pair_gradient
-    grad_rows, grad_cols = gradient(problem, rows, cols, grad_loss, stats, wants_cols)
+    grad_loss = torch.where(stats[1] == torch.inf, 0.0, grad_loss)
+    with torch.autocast(rows.device.type, enabled=False):
+        grad_rows, grad_cols = gradient(problem, rows, cols, grad_loss, stats, wants_cols)
 
     grad_tau = rows.new_zeros(0)
     if needs_temperature:
@@ -108,7 +112,7 @@ def _chunks(problem: Problem) -> Iterator[tuple[int, int]]:
 def _pair_statistics(problem: Problem, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     loss = rows.new_empty(rows.shape[0])
     contributes = torch.empty(rows.shape[0], dtype=torch.bool, device=rows.device)
-    stats = rows.new_empty(3, rows.shape[0])
+    stats = rows.new_empty(3, rows.shape[0], dtype=statistics_dtype(rows))
     for start, stop in _chunks(problem):
         chunk = slice(start, stop)
         s = rows[chunk] @ cols.T / problem.tau
@@ -146,7 +150,8 @@ def _stack(contributes: Tensor, lse: Tensor, normaliser: Tensor, softmax_weight:
     """The statistics (3, n); infinite normalisers make every probability of an idle anchor zero."""
     lse = torch.where(contributes, lse, torch.inf)
     normaliser = torch.where(contributes, normaliser, torch.inf)
-    return torch.stack((lse, normaliser.to(lse.dtype), softmax_weight.to(lse.dtype)))
+    dtype = statistics_dtype(lse)
+    return torch.stack([x.to(dtype) for x in (lse, normaliser, softmax_weight)])
 
 
 def _attraction(problem: Problem, s: Tensor, w: Tensor, lse: Tensor, normaliser: Tensor) -> Tensor:
@@ -169,9 +174,11 @@ def _pair_gradient(
     grad_cols = torch.zeros_like(cols) if wants_cols else rows.new_zeros(0)
     for start, stop in _chunks(problem):
         chunk = slice(start, stop)
-        lse, normaliser, softmax_weight = stats[:, chunk]
         s = rows[chunk] @ cols.T / problem.tau
         w = problem.pair_weights(start, stop)
+        lse, normaliser, softmax_weight = stats[:, chunk].to(s.dtype)
+        if problem.summation == "out":
+            normaliser = stats[1, chunk].to(w.dtype)  # the total of tiny soft labels
         softmax = softmax_weight[:, None] * (s - lse[:, None]).exp()
         softmax = torch.where(w >= 0 if problem.denominator == "all" else w == 0, softmax, 0.0)
         g = softmax - _attraction(problem, s, w, lse, normaliser)
@@ -273,7 +280,7 @@ def _class_statistics(
 def _class_gradient(
     problem: Problem, rows: Tensor, cols: Tensor, grad_loss: Tensor, stats: Tensor, wants_cols: bool
 ) -> tuple[Tensor, Tensor]:
-    lse, counts, _ = stats
+    lse, counts = stats[0].to(rows.dtype), stats[1]
     exact = accumulation_dtype(rows)
     classes = _Classes.of(problem)
     found = _own(problem, classes)

@@ -1,0 +1,29 @@
+// What an instruction set's file provides, from the sources that each of them compiles for itself.
+
+#pragma once
+
+#include "row.h"
+#include "supcon.h"
+#include "tile.h"
+
+namespace supcon {
+namespace {
+
+template <typename Real>
+constexpr Functions<Real> functions() {
+  constexpr int kPanel = kVectors * Simd<Real>::kLanes;
+  return {kPanel,
+          tile_forward<Real>,
+          tile_backward<Real>,
+          embed_row<Real>,
+          pack_rows<Real, kPanel>,
+          dot<Real, Real>,
+          dot<Real, double>,
+          add_row<Real>,
+          attract_row<Real>,
+          finish_row<Real>,
+          multiply_in_registers<Real>};
+}
+
+}  // namespace
+}  // namespace supcon

@@ -1,0 +1,121 @@
+// The work on single rows, written once as plain loops that each ISA's file compiles for its own
+// vectors, in a namespace of its own as tile.h.
+
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "supcon.h"
+
+namespace supcon {
+namespace {
+
+// Squares of a row whose sum lies between these bounds neither over- nor underflowed so as to show.
+template <typename Real>
+struct SafeSquare;
+
+template <>
+struct SafeSquare<float> {
+  static constexpr float kLow = 1e-20f, kHigh = 1e30f;
+};
+
+template <>
+struct SafeSquare<double> {
+  static constexpr double kLow = 1e-250, kHigh = 1e250;
+};
+
+template <typename Real>
+Real sum_of_squares(const Real* x, int64_t dim, Real scale) {
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < dim; ++d) sum += (x[d] / scale) * (x[d] / scale);
+  return sum;
+}
+
+template <typename Real>
+Real sum_of_squares(const Real* x, int64_t dim) {
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < dim; ++d) sum += x[d] * x[d];
+  return sum;
+}
+
+template <typename Real>
+Real largest_magnitude(const Real* x, int64_t dim) {
+  Real largest = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const Real magnitude = x[d] < 0 ? -x[d] : x[d];
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+// The sum of squares bounds every product with the row: where it overflows, similarities may be
+// differences of infinities, which maxima and exponentials would not show.
+template <typename Real>
+bool embed_row(const Real* x, int64_t dim, bool normalize, Real unit, Real* out, Real* scale,
+               Real* norm) {
+  *scale = *norm = 1;
+  if (normalize) {
+    Real square = sum_of_squares(x, dim);
+    if (!(square > SafeSquare<Real>::kLow && square < SafeSquare<Real>::kHigh)) {
+      const Real largest = largest_magnitude(x, dim);
+      *scale = largest > 0 ? largest : Real(1);
+      square = sum_of_squares(x, dim, *scale);
+    }
+    *norm = static_cast<Real>(__builtin_sqrt(square));
+    if (square > 0) unit /= *norm;
+  }
+  if (*scale == 1)
+    for (int64_t d = 0; d < dim; ++d) out[d] = x[d] * unit;
+  else
+    for (int64_t d = 0; d < dim; ++d) out[d] = x[d] / *scale * unit;
+  const Real reach = sum_of_squares(out, dim);
+  return reach - reach == 0;
+}
+
+template <typename Real, int kPanel>
+void pack_rows(const Real* rows, ptrdiff_t stride, int64_t dim, Real* packed) {
+  constexpr int64_t kLine = 64 / sizeof(Real), kBlock = kLine < kPanel ? kLine : kPanel;
+  for (int64_t begin = 0; begin < dim; begin += kBlock)
+    for (int k = 0; k < kPanel; ++k)
+      for (int64_t d = begin; d < begin + kBlock; ++d)
+        packed[d * kPanel + k] = rows[k * stride + d];
+}
+
+template <typename A, typename B>
+double dot(const A* a, const B* b, int64_t dim) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < dim; ++d) sum += static_cast<double>(a[d]) * static_cast<double>(b[d]);
+  return sum;
+}
+
+template <typename Real>
+void add_row(double weight, const Real* x, int64_t dim, double* sum) {
+#pragma omp simd
+  for (int64_t d = 0; d < dim; ++d) sum[d] += weight * static_cast<double>(x[d]);
+}
+
+template <typename Real>
+void attract_row(double weight, const double* sum, double own_weight, const Real* own, int64_t dim,
+                 Real* grad) {
+  if (own == nullptr) {
+#pragma omp simd
+    for (int64_t d = 0; d < dim; ++d) grad[d] -= static_cast<Real>(weight * sum[d]);
+    return;
+  }
+#pragma omp simd
+  for (int64_t d = 0; d < dim; ++d)
+    grad[d] -= static_cast<Real>(weight * (sum[d] - own_weight * static_cast<double>(own[d])));
+}
+
+template <typename Real>
+void finish_row(const Real* grad, Real along, const Real* row, Real scale, int64_t dim, Real* out) {
+#pragma omp simd
+  for (int64_t d = 0; d < dim; ++d) out[d] = (grad[d] - along * row[d]) * scale;
+}
+
+}  // namespace
+}  // namespace supcon
