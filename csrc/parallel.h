@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -53,7 +54,12 @@ class Pool {
     size_t bytes;
   };
   static constexpr std::align_val_t kAlignment{64};
-  static constexpr size_t kPage = 4096, kKept = size_t{32} << 20;
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr size_t kKept = 0;  // memory that is used again hides overruns
+#else
+  static constexpr size_t kKept = size_t{32} << 20;
+#endif
+  static constexpr size_t kPage = 4096;
   std::mutex mutex_;
   std::vector<Block> free_;
   size_t kept_ = 0;
@@ -76,10 +82,24 @@ class Array {
   T* data_;
 };
 
-// Runs body() on every thread of the team.
+// Runs body() on every thread of the team, and throws what one of them threw.
 template <typename Body>
 void on_all(const Team& team, Body body) {
-  team.run(team.threads, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
+  struct Shared {
+    Body& body;
+    std::atomic<bool> failed;
+    std::exception_ptr error;
+  } shared{body, {false}, nullptr};
+  const auto run = [](void* context) {
+    Shared& s = *static_cast<Shared*>(context);
+    try {
+      s.body();
+    } catch (...) {
+      if (!s.failed.exchange(true)) s.error = std::current_exception();
+    }
+  };
+  team.run(team.threads, run, &shared);
+  if (shared.error) std::rethrow_exception(shared.error);
 }
 
 // Runs body(k) for k in [0, count), each on some thread.
@@ -120,7 +140,7 @@ class Schedule {
                        (col_tiles + col_group_ - 1) / col_group_)),
         square_(square) {}
 
-  // Calls body(row tile, column tile) for every pair, on all threads.
+  // Calls body(row tile, column tile), which must not throw, for every pair, on all threads.
   template <typename Body>
   void run(const Team& team, Body body) const {
     std::vector<std::atomic<int64_t>> row_rounds(size_), col_rounds(square_ ? 0 : size_);

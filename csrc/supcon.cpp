@@ -178,7 +178,8 @@ struct Upstream {
         shifted_weight(sides.rows.padded, 0),
         plain_weight(sides.rows.padded, 0),
         normalizer(sides.rows.padded, std::numeric_limits<Real>::infinity()),
-        pull(sides.rows.padded, 0),
+        shifted_pull(sides.rows.padded, 0),
+        plain_pull(sides.rows.padded, 0),
         pull_by_class(sides.rows.padded, 0.0) {
     for (int64_t k = 0; k < sides.rows.size; ++k) {
       const RowStatistics& of = out.of_row[sides.rows.order[k]];
@@ -192,10 +193,12 @@ struct Upstream {
       }
       if (sides.problem.summation == Summation::kOut) {
         pull_by_class[k] = grad / of.normalizer;
-        pull[k] = static_cast<Real>(pull_by_class[k]);
+        shifted_pull[k] = static_cast<Real>(pull_by_class[k]);
       } else {
         normalizer[k] = static_cast<Real>(of.normalizer);
-        pull[k] = static_cast<Real>(grad * std::exp2(rounding(normalizer[k], of.normalizer)));
+        shifted_pull[k] =
+            static_cast<Real>(grad * std::exp2(rounding(normalizer[k], of.normalizer)));
+        plain_pull[k] = static_cast<Real>(grad * std::exp2(-of.normalizer));
       }
     }
   }
@@ -204,7 +207,8 @@ struct Upstream {
   std::vector<Real> shifted_weight;  // of 2^(x - lse)
   std::vector<Real> plain_weight;    // of 2^x
   std::vector<Real> normalizer;      // kIn
-  std::vector<Real> pull;            // of 2^(x - normalizer), or of every positive
+  std::vector<Real> shifted_pull;    // of 2^(x - normalizer), or of every positive
+  std::vector<Real> plain_pull;      // of 2^x
   std::vector<double> pull_by_class;
 
  private:
@@ -234,12 +238,13 @@ void pair_gradients(const Sides<Real>& sides, const Upstream<Real>& upstream, Re
     if (!all || attraction != Attraction::kNone) t.classes = sides.classes(i, j);
     t.pairs = all ? Pairs::kAll : Pairs::kNegatives;
     t.attraction = t.classes.row == nullptr ? Attraction::kNone : attraction;
-    t.shifted = sides.shifted || t.attraction != Attraction::kNone;
+    t.shifted = sides.shifted || t.attraction == Attraction::kNotQ ||
+                t.attraction == Attraction::kQTimesNotQ;
     t.scratch = tile_scratch<Real>();
     t.lse = sides.lines(upstream.lse, i, j);
     t.weight = sides.lines(t.shifted ? upstream.shifted_weight : upstream.plain_weight, i, j);
     t.normalizer = sides.lines(upstream.normalizer, i, j);
-    t.pull = sides.lines(upstream.pull, i, j);
+    t.pull = sides.lines(t.shifted ? upstream.shifted_pull : upstream.plain_pull, i, j);
     t.grad_a = grad_rows + sides.rows.tile_begin(i) * t.stride;
     t.grad_b = grad_cols == nullptr ? nullptr : grad_cols + sides.cols.tile_begin(j) * t.stride;
     sides.functions.backward(t);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <limits>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
@@ -12,6 +13,7 @@
 // The vector functions are tested as the baseline has them; the other sets compile the same source.
 #define SUPCON_VECTOR_BYTES 16
 #define SUPCON_KERNEL_ROWS 1
+#include "parallel.h"
 #include "tile.h"
 
 namespace {
@@ -47,19 +49,23 @@ struct Shape {
   int64_t self_offset;
   double temperature;
   bool normalize;
+  int64_t num_soft;  // 0: integer labels
 };
 
 const Shape kShapes[] = {
-    {"several tiles", 410, 0, 37, -1, 0.1, true},
-    {"cold", 150, 0, 33, -1, 0.005, true},
-    {"unnormalised", 97, 0, 5, -1, 1.0, false},
-    {"two features", 40, 0, 2, -1, 0.1, true},
-    {"single row", 1, 0, 3, -1, 0.1, true},
-    {"no row", 0, 0, 3, -1, 0.1, true},
-    {"wide memory", 70, 430, 20, -1, 0.1, true},
-    {"memory with the rows in it", 70, 230, 20, 9, 0.1, true},
-    {"cold memory with the rows in it", 210, 230, 20, 9, 0.01, true},
-    {"no memory", 7, -1, 4, -1, 0.1, true},
+    {"several tiles", 410, 0, 37, -1, 0.1, true, 0},
+    {"cold", 150, 0, 33, -1, 0.005, true, 0},
+    {"unnormalised", 97, 0, 5, -1, 1.0, false, 0},
+    {"two features", 40, 0, 2, -1, 0.1, true, 0},
+    {"single row", 1, 0, 3, -1, 0.1, true, 0},
+    {"no row", 0, 0, 3, -1, 0.1, true, 0},
+    {"wide memory", 70, 430, 20, -1, 0.1, true, 0},
+    {"memory with the rows in it", 70, 230, 20, 9, 0.1, true, 0},
+    {"cold memory with the rows in it", 210, 230, 20, 9, 0.01, true, 0},
+    {"no memory", 7, -1, 4, -1, 0.1, true, 0},
+    {"soft labels", 150, 0, 19, -1, 0.1, true, 3},
+    {"soft memory", 40, 130, 9, -1, 0.1, true, 2},
+    {"soft memory with the rows in it", 70, 90, 20, 9, 0.1, true, 5},
 };
 
 template <typename Real>
@@ -78,11 +84,31 @@ struct Data {
     draw(shape.rows, &rows, &row_labels);
     draw(m, &cols, &col_labels);
     if (square()) cols = rows, col_labels = row_labels;
+    if (shape.num_soft > 0) draw_soft(&random);
     for (int64_t i = 0; shape.self_offset >= 0 && i < shape.rows; ++i) {
       col_labels[shape.self_offset + i] = row_labels[i];
       for (int64_t d = 0; d < shape.dim; ++d)
         cols[(shape.self_offset + i) * shape.dim + d] = rows[i * shape.dim + d];
     }
+  }
+
+  // The core sees rows with soft labels as of one class.
+  void draw_soft(std::mt19937* random) {
+    std::uniform_real_distribution<double> uniform;
+    row_labels.assign(row_labels.size(), 0);
+    col_labels.assign(col_labels.size(), 0);
+    row_soft.resize(shape.rows * shape.num_soft);
+    col_soft.resize(m * shape.num_soft);
+    for (double& y : row_soft) y = uniform(*random);
+    for (double& y : col_soft) y = uniform(*random);
+    if (square()) col_soft = row_soft;
+  }
+
+  double soft_weight(int64_t i, int64_t j) const {
+    double sum = 0;
+    for (int64_t c = 0; c < shape.num_soft; ++c)
+      sum += row_soft[i * shape.num_soft + c] * col_soft[j * shape.num_soft + c];
+    return sum;
   }
 
   bool square() const { return shape.cols == 0; }
@@ -94,9 +120,9 @@ struct Data {
             cols.data(),
             row_labels.data(),
             col_labels.data(),
-            nullptr,
-            nullptr,
-            0,
+            shape.num_soft > 0 ? row_soft.data() : nullptr,
+            shape.num_soft > 0 ? col_soft.data() : nullptr,
+            shape.num_soft,
             square(),
             shape.rows,
             m,
@@ -114,6 +140,7 @@ struct Data {
   int64_t m;
   std::vector<Real> rows, cols;
   std::vector<int64_t> row_labels, col_labels;
+  std::vector<double> row_soft, col_soft;
 };
 
 // Losses (N,), then gradients of rows, columns and temperature, of the sum weighted by upstream(i).
@@ -213,6 +240,25 @@ double loss_of_row(const Data<double>& data, int64_t i, const std::vector<double
   return out ? -logs : -std::log(mean);
 }
 
+// The same with soft labels: every other column is positive with some weight.
+double soft_loss_of_row(const Data<double>& data, int64_t i, const std::vector<double>& s,
+                        std::vector<double>* g) {
+  double largest = -1e300, sum = 0, total = 0, loss = 0;
+  for (int64_t j = 0; j < data.m; ++j) largest = std::max(largest, s[j]);
+  for (int64_t j = 0; j < data.m; ++j) {
+    if (j == data.own(i)) continue;
+    sum += std::exp(s[j] - largest);
+    total += data.soft_weight(i, j);
+  }
+  for (int64_t j = 0; j < data.m; ++j) {
+    if (j == data.own(i)) continue;
+    const double weight = data.soft_weight(i, j) / total;
+    loss -= weight * (s[j] - largest - std::log(sum));
+    (*g)[j] = std::exp(s[j] - largest) / sum - weight;
+  }
+  return loss;
+}
+
 Result by_loops(const Data<double>& data) {
   const int64_t n = data.shape.rows, m = data.m, dim = data.shape.dim;
   const double tau = data.shape.temperature;
@@ -228,7 +274,8 @@ Result by_loops(const Data<double>& data) {
     std::vector<double> s(m, 0.0), g(m, 0.0);
     for (int64_t j = 0; j < m; ++j)
       for (int64_t d = 0; d < dim; ++d) s[j] += r[i * dim + d] * c[j * dim + d] / tau;
-    out.loss[i] = loss_of_row(data, i, s, &g);
+    const auto loss = data.shape.num_soft > 0 ? soft_loss_of_row : loss_of_row;
+    out.loss[i] = loss(data, i, s, &g);
     for (int64_t j = 0; j < m; ++j) {
       out.temperature -= upstream(i) * g[j] * s[j] / tau;
       for (int64_t d = 0; d < dim; ++d) {
@@ -284,6 +331,45 @@ void test(const Isa& isa, const Shape& shape, Variant variant, double tolerance)
     expect(same(alone, by_core(data, isa, threads)), "bits of several threads", isa, shape);
 }
 
+// Every pair of tiles meets once, no two jobs have a tile at the same time, and each tile meets the
+// others in the same order whatever the number of threads.
+void test_schedule(int64_t row_tiles, int64_t col_tiles, bool square) {
+  typedef std::vector<std::vector<int64_t>> Meetings;
+  const auto meetings = [&](int threads) {
+    Meetings of(row_tiles + (square ? 0 : col_tiles));
+    const supcon::Schedule schedule(row_tiles, col_tiles, square);
+    schedule.run({threads, run_threads}, [&](int64_t i, int64_t j) {
+      of[i].push_back(j);
+      if (!square) of[row_tiles + j].push_back(i);
+      if (square && i != j) of[j].push_back(i);
+    });
+    return of;
+  };
+  const Meetings alone = meetings(1);
+  bool once = true;
+  for (int64_t i = 0; i < row_tiles; ++i) {
+    std::vector<int64_t> others(alone[i]);
+    std::sort(others.begin(), others.end());
+    once &= static_cast<int64_t>(others.size()) == col_tiles;
+    for (size_t j = 0; j < others.size(); ++j) once &= others[j] == static_cast<int64_t>(j);
+  }
+  const Isa& isa = *supcon::available_isas().back();
+  expect(once, "every pair of tiles once", isa, kShapes[0]);
+  expect(alone == meetings(3), "the order of the tiles", isa, kShapes[0]);
+}
+
+void test_exceptions() {
+  bool caught = false;
+  try {
+    supcon::parallel_for({3, run_threads}, 100, [](int64_t k) {
+      if (k % 10 == 7) throw std::bad_alloc();
+    });
+  } catch (const std::bad_alloc&) {
+    caught = true;
+  }
+  expect(caught, "an exception on another thread", *supcon::available_isas().back(), kShapes[0]);
+}
+
 void test_concurrent_calls(const Isa& isa) {
   const Data<float> data(kShapes[0], kVariants[0]);
   const Result expected = by_core(data, isa, 1);
@@ -322,9 +408,19 @@ void test_functions(Real lowest, double units, double tolerance) {
 int main() {
   test_functions<float>(-125.0f, 1, 1e-6);
   test_functions<double>(-1021.0, 2, 1e-14);
+  for (int64_t tiles = 0; tiles <= 60; ++tiles) {
+    test_schedule(tiles, tiles, true);
+    test_schedule(tiles, 60 - tiles, false);
+  }
+  test_schedule(200, 200, true);
+  test_schedule(3, 200, false);
+  test_exceptions();
   for (const Isa* isa : supcon::available_isas()) {
     for (const Shape& shape : kShapes) {
       for (Variant variant : kVariants) {
+        const bool is_default =
+            variant.summation == Summation::kOut && variant.denominator == Denominator::kAll;
+        if (shape.num_soft > 0 && !is_default) continue;
         test<float>(*isa, shape, variant, 2e-6);
         test<double>(*isa, shape, variant, 1e-14);
       }

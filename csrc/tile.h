@@ -418,6 +418,11 @@ struct Weigh {
     return g;
   }
   V attraction(int i, int j, V x) const {
+    if constexpr (!kShifted) {
+      V pull = splat<V>(t.pull.row[i]);
+      if (t.square) pull += load(t.pull.col + j);
+      return pull * exp2_in_range<Real>(x);
+    }
     V g = t.pull.row[i] * attraction(x, splat<V>(t.lse.row[i]), splat<V>(t.normalizer.row[i]));
     if (t.square)
       g += load(t.pull.col + j) * attraction(x, load(t.lse.col + j), load(t.normalizer.col + j));

@@ -89,6 +89,14 @@ def test_what_it_leaves_to_others():
             native_loss(features, soft, **option)
 
 
+def test_a_row_whose_square_overflows_has_no_loss_unless_normalised():
+    features = torch.tensor([[1.0, 2.0], [3.0, 1.0], [0.5, 1.5], [3e19, -2e19]])
+    labels = torch.tensor([0, 0, 1, 1])
+    assert native_loss(features, labels, normalize=False).isnan()
+    expected = supcon_loss(features, labels, backend="reference")
+    torch.testing.assert_close(native_loss(features, labels), expected)
+
+
 @pytest.fixture
 def threads():
     """Sets the number of threads, and puts it back."""
