@@ -42,6 +42,10 @@ void run_team(int threads, void (*body)(void*), void* context) {
 
 supcon::Team team_of(int threads) { return {forked ? 1 : threads, run_team}; }
 
+// Below this many products a second thread is not worth waiting for, least of all on a busy
+// machine.
+constexpr double kSmall = 1 << 21;
+
 const supcon::Isa& isa_of(const std::string& name) {
   for (const supcon::Isa* isa : supcon::available_isas())
     if (name == isa->name) return *isa;
@@ -65,6 +69,12 @@ struct Call {
   bool is_double;
   std::string isa;
   int threads;
+
+  supcon::Team team() const {
+    const int64_t m = square ? num_rows : num_cols;
+    const double products = static_cast<double>(num_rows) * m * dim;
+    return team_of(products < kSmall ? 1 : threads);
+  }
 
   template <typename Real>
   supcon::Problem<Real> problem() const {
@@ -95,7 +105,7 @@ template <typename Real>
 void forward(const Call& call, uintptr_t loss, uintptr_t counts, uintptr_t of_row) {
   const supcon::Results<Real> out = {pointer<Real>(loss), pointer<Real>(counts),
                                      pointer<supcon::RowStatistics>(of_row)};
-  supcon::forward(call.problem<Real>(), isa_of(call.isa), team_of(call.threads), out);
+  supcon::forward(call.problem<Real>(), isa_of(call.isa), call.team(), out);
 }
 
 // The addresses of supcon::Gradients, 0 for a gradient that is not wanted.
@@ -105,7 +115,7 @@ void backward(const Call& call, uintptr_t loss, uintptr_t of_row, uintptr_t rows
   const supcon::Gradients<Real> out = {
       pointer<const Real>(loss), pointer<const supcon::RowStatistics>(of_row), pointer<Real>(rows),
       pointer<Real>(cols), pointer<double>(temperature)};
-  supcon::backward(call.problem<Real>(), isa_of(call.isa), team_of(call.threads), out);
+  supcon::backward(call.problem<Real>(), isa_of(call.isa), call.team(), out);
 }
 
 std::vector<std::string> isa_names() {

@@ -117,7 +117,7 @@ void parallel_for(const Team& team, int64_t count, Body body) {
 
 template <typename Real>
 void fill(const Team& team, Real* data, int64_t size, Real value) {
-  constexpr int64_t kChunk = 1 << 14;
+  constexpr int64_t kChunk = 1 << 17;
   parallel_for(team, (size + kChunk - 1) / kChunk, [=](int64_t c) {
     std::fill(data + c * kChunk, data + std::min(size, (c + 1) * kChunk), value);
   });

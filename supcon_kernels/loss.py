@@ -141,7 +141,7 @@ def supcon_loss(
     if chosen == "reference":
         loss, counts = backends.reference.rows_loss(problem)
     else:
-        loss, counts, _ = op.forward(*problem, chosen)
+        loss, counts, _ = op.forward(*problem.operands(), chosen)
     if base_temperature is not None:
         loss = loss * (problem.tau / base_temperature)
     return _reduce(loss, counts, reduction)

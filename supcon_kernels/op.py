@@ -27,9 +27,7 @@ _LIBRARY: Any = torch.library.Library("supcon_kernels", "DEF")  # type: ignore[n
 
 
 def _define(schema: str) -> Any:
-    """The operator of that schema: strides as the caller gave them, safe to compile."""
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    _LIBRARY.define(schema, tags=tags)
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     return getattr(torch.ops.supcon_kernels, schema.partition("(")[0]).default
 
 

@@ -1,4 +1,4 @@
-"""One immutable description of a call: which rows are contrasted with which, and the weight of each pair.
+"""One frozen description of a call: which rows are contrasted with which, and the weight of each pair.
 
 Everything that the backends share about a call lives here: the working dtype, the
 normalisation and its backward, and which pairs are positive, negative or ignored.
@@ -6,7 +6,7 @@ normalisation and its backward, and which pairs are positive, negative or ignore
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ SUMMATIONS = ("out", "in")
 DENOMINATORS = ("all", "one_positive", "only_negatives")
 
 
-class Problem(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Problem:
     """N anchor rows against M contrast columns; the fields are the operator's operands, in order.
 
     Attributes:
@@ -46,6 +47,10 @@ class Problem(NamedTuple):
     denominator: str
     normalize: bool
     ignore_index: int
+
+    def operands(self) -> tuple[object, ...]:
+        """The fields as a flat tuple: ``Problem(*problem.operands())`` is the same problem."""
+        return tuple([getattr(self, name) for name in _FIELDS])
 
     @property
     def square(self) -> bool:
@@ -143,6 +148,9 @@ class Problem(NamedTuple):
         # The sign of a weight is read before anything could round it to zero.
         w = w.to(accumulation_dtype(w) if w.is_floating_point() else self.dtype)
         return w.repeat(1, self.num_cols // m) if m else w
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Problem))
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

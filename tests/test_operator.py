@@ -42,7 +42,7 @@ def require_grad(problem: Problem) -> tuple[object, ...]:
         for name in ("rows", "cols", "temperature_tensor")
         if (x := getattr(problem, name)) is not None
     }
-    return tuple(tensors.get(name, x) for name, x in problem._asdict().items())
+    return tuple(tensors.get(name, x) for name, x in vars(problem).items())
 
 
 OPCHECK_CASES = ["ragged", "self_in_memory", "weighted_mask", "soft_memory", "half_empty_memory"]
@@ -68,7 +68,7 @@ def test_opcheck(backend, name, variant):
     problem = problem_of(name, **options)
     operands = (*require_grad(problem), backend)
     torch.library.opcheck(op.forward, operands)
-    loss, _, stats = op.forward(*problem, backend)
+    loss, _, stats = op.forward(*problem.operands(), backend)
     needs = (True, problem.cols is not None, problem.temperature_tensor is not None)
     fixed = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in operands)
     torch.library.opcheck(

@@ -1,0 +1,141 @@
+"""Where the time of a small batch goes: the core alone, then each layer that a call has around it.
+
+python benchmarks/bench_overhead.py writes benchmarks/results/overhead_cpu_float32.csv. All layers
+take turns in one run; a layer's time holds those of the layers below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from machine import REPOSITORY, describe_machine
+from stopwatch import elapsed_ms, fma_peak_gflops
+from supcon_kernels import op, supcon_loss
+from supcon_kernels.backends import native
+from supcon_kernels.problem import Problem
+
+RESULTS = REPOSITORY / "benchmarks" / "results" / "overhead_cpu_float32.csv"
+SIZES = (4, 256, 512, 1024, 2048)
+BEGIN, END = "<!-- bench_overhead:begin -->", "<!-- bench_overhead:end -->"
+
+
+def layers(num_rows: int, dim: int) -> dict[str, Callable[[], object]]:
+    """A forward and a backward, by the layer that is called."""
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(num_rows, dim, generator=g)
+    labels = torch.randint(10, (num_rows,), generator=g)
+    problem = Problem(features, None, labels, None, None, None, 0.1, 0, "out", "all", True, -100)
+    leaf = features.clone().requires_grad_()
+    upstream = torch.full((num_rows,), 1 / num_rows)
+    operands = (*problem.operands(), "native")
+    loss, counts, stats = native.forward(problem)
+    grad = torch.empty_like(features)
+    call = native._call(problem)
+    wanted = (True, False, False)
+
+    def core() -> None:
+        call.forward(loss.data_ptr(), counts.data_ptr(), stats.data_ptr())
+        call.backward(upstream.data_ptr(), stats.data_ptr(), grad.data_ptr(), 0, 0)
+
+    def backend() -> None:
+        native.backward(problem, upstream, native.forward(problem)[2], *wanted)
+
+    def operator() -> None:
+        result = op.forward(*operands)
+        op.backward(upstream, result[2], *wanted, *operands)
+
+    def autograd() -> None:
+        result = op.forward(leaf, *operands[1:])
+        torch.autograd.grad(result[0], leaf, upstream)
+
+    def whole() -> None:
+        torch.autograd.grad(supcon_loss(leaf, labels, temperature=0.1), leaf)
+
+    return {
+        "core": core,
+        "backend": backend,
+        "operator": operator,
+        "autograd": autograd,
+        "supcon_loss": whole,
+    }
+
+
+def measure(num_rows: int, dim: int, rounds: int) -> dict[str, float]:
+    """Median microseconds of each layer, taking turns."""
+    calls = layers(num_rows, dim)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            call()
+            times[name].append(1e3 * elapsed_ms("cpu", call)[0])
+    return {name: median(of) for name, of in times.items()}
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Microseconds by size and layer, as markdown."""
+    names = ["core", "backend", "operator", "autograd", "supcon_loss"]
+    lines = [
+        f"| N | {' | '.join(names)} | share of peak, core alone | all |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    for row in rows:
+        times = " | ".join(row[f"{name}_us"] for name in names)
+        shares = " | ".join(f"{100 * float(row[k]):.0f} %" for k in ("core_share", "whole_share"))
+        lines.append(f"| {row['num_rows']} | {times} | {shares} |")
+    first = rows[0]
+    about = (
+        f"Forward and backward in µs, median; D={first['dim']}, float32, {first['num_threads']} threads "
+        f"of {first['cpu']}, peak {float(first['peak_gflops']):.0f} GFLOP/s."
+    )
+    return f"{about}\n\n" + "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="measure nothing, show the file")
+    parser.add_argument("--update-docs", type=Path, metavar="DOC", help="replace its block")
+    options = parser.parse_args()
+    if not options.table:
+        machine = describe_machine("cpu")
+        peaks, times_of = [], {}
+        for n in SIZES:
+            peaks.append(fma_peak_gflops(torch.float32, "cpu"))
+            times_of[n] = measure(n, options.dim, max(20, options.rounds * 256 // max(n, 256)))
+        peak = max(peaks)
+        measured = []
+        for n, times in times_of.items():
+            useful = 4e-3 * n * n * options.dim  # thousand FLOP, as a GFLOP/s is a thousand a µs
+            measured.append(
+                {"num_rows": n, "dim": options.dim}
+                | {f"{name}_us": f"{us:.0f}" for name, us in times.items()}
+                | {"core_share": f"{useful / times['core'] / peak:.4f}"}
+                | {"whole_share": f"{useful / times['supcon_loss'] / peak:.4f}"}
+                | {"peak_gflops": f"{peak:.1f}"}
+                | machine
+            )
+        with open(options.output, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(measured[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(measured)
+    with open(options.output, newline="") as file:
+        shown = table(list(csv.DictReader(file)))
+    print(shown)
+    if options.update_docs:
+        text = options.update_docs.read_text()
+        head, tail = text.split(BEGIN)[0], text.split(END)[1]
+        options.update_docs.write_text(f"{head}{BEGIN}\n{shown}\n{END}{tail}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
