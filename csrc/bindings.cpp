@@ -1,5 +1,5 @@
 // The core as the Python module _supcon_kernels: pointers and sizes in, results written in place.
-// supcon_kernels/backends/native.py is its only caller and checks what it passes.
+// supcon_kernels/backends/native.py is its only caller, and sees to dtypes and strides.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -30,6 +30,7 @@ void run_team(int threads, void (*body)(void*), void* context) {
   body(context);
 #else
   std::vector<std::thread> others;
+  others.reserve(threads);
   try {
     for (int k = 1; k < threads; ++k) others.emplace_back(body, context);
   } catch (const std::system_error&) {
@@ -100,20 +101,26 @@ struct Call {
   }
 };
 
+// The three arrays of a (3, N) one.
+supcon::RowStatistics statistics_at(uintptr_t address, int64_t num_rows) {
+  double* const first = pointer<double>(address);
+  return {first, first + num_rows, first + 2 * num_rows};
+}
+
 // The addresses of supcon::Results.
 template <typename Real>
-void forward(const Call& call, uintptr_t loss, uintptr_t counts, uintptr_t of_row) {
+void forward(const Call& call, uintptr_t loss, uintptr_t counts, uintptr_t statistics) {
   const supcon::Results<Real> out = {pointer<Real>(loss), pointer<Real>(counts),
-                                     pointer<supcon::RowStatistics>(of_row)};
+                                     statistics_at(statistics, call.num_rows)};
   supcon::forward(call.problem<Real>(), isa_of(call.isa), call.team(), out);
 }
 
 // The addresses of supcon::Gradients, 0 for a gradient that is not wanted.
 template <typename Real>
-void backward(const Call& call, uintptr_t loss, uintptr_t of_row, uintptr_t rows, uintptr_t cols,
-              uintptr_t temperature) {
+void backward(const Call& call, uintptr_t loss, uintptr_t statistics, uintptr_t rows,
+              uintptr_t cols, uintptr_t temperature) {
   const supcon::Gradients<Real> out = {
-      pointer<const Real>(loss), pointer<const supcon::RowStatistics>(of_row), pointer<Real>(rows),
+      pointer<const Real>(loss), statistics_at(statistics, call.num_rows), pointer<Real>(rows),
       pointer<Real>(cols), pointer<double>(temperature)};
   supcon::backward(call.problem<Real>(), isa_of(call.isa), call.team(), out);
 }
@@ -166,17 +173,17 @@ PYBIND11_MODULE(_supcon_kernels, module) {
            py::arg("isa"), py::arg("threads"))
       .def(
           "forward",
-          [](const Call& call, uintptr_t loss, uintptr_t counts, uintptr_t of_row) {
+          [](const Call& call, uintptr_t loss, uintptr_t counts, uintptr_t statistics) {
             const auto run = call.is_double ? forward<double> : forward<float>;
-            run(call, loss, counts, of_row);
+            run(call, loss, counts, statistics);
           },
           py::call_guard<py::gil_scoped_release>())
       .def(
           "backward",
-          [](const Call& call, uintptr_t loss, uintptr_t of_row, uintptr_t rows, uintptr_t cols,
+          [](const Call& call, uintptr_t loss, uintptr_t statistics, uintptr_t rows, uintptr_t cols,
              uintptr_t temperature) {
             const auto run = call.is_double ? backward<double> : backward<float>;
-            run(call, loss, of_row, rows, cols, temperature);
+            run(call, loss, statistics, rows, cols, temperature);
           },
           py::call_guard<py::gil_scoped_release>());
 }

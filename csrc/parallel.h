@@ -41,14 +41,22 @@ class Pool {
     return data;
   }
 
+  // The oldest blocks make room.
   void give(void* data, size_t bytes) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock || kept_ + bytes > kKept) return ::operator delete(data, kAlignment);
+    if (!lock || bytes > kKept) return ::operator delete(data, kAlignment);
+    while (kept_ + bytes > kKept || free_.size() == kMaxBlocks) {
+      kept_ -= free_.front().bytes;
+      ::operator delete(free_.front().data, kAlignment);
+      free_.erase(free_.begin());
+    }
     free_.push_back({data, bytes});
     kept_ += bytes;
   }
 
  private:
+  Pool() { free_.reserve(kMaxBlocks); }
+
   struct Block {
     void* data;
     size_t bytes;
@@ -59,7 +67,7 @@ class Pool {
 #else
   static constexpr size_t kKept = size_t{32} << 20;
 #endif
-  static constexpr size_t kPage = 4096;
+  static constexpr size_t kPage = 4096, kMaxBlocks = 64;
   std::mutex mutex_;
   std::vector<Block> free_;
   size_t kept_ = 0;

@@ -112,9 +112,14 @@ void attract_row(double weight, const double* sum, double own_weight, const Real
 }
 
 template <typename Real>
-void finish_row(const Real* grad, Real along, const Real* row, Real scale, int64_t dim, Real* out) {
+void finish_row(const Real* grad, Real along, const Real* row, Real factor, Real scale, int64_t dim,
+                Real* out) {
+  if (scale == 1) {
 #pragma omp simd
-  for (int64_t d = 0; d < dim; ++d) out[d] = (grad[d] - along * row[d]) * scale;
+    for (int64_t d = 0; d < dim; ++d) out[d] = (grad[d] - along * row[d]) * factor;
+    return;
+  }
+  for (int64_t d = 0; d < dim; ++d) out[d] = (grad[d] - along * row[d]) * factor / scale;
 }
 
 }  // namespace

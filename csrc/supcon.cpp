@@ -166,8 +166,9 @@ void write_results(const Sides<Real>& sides, const Statistics<Real>& of, int64_t
   double loss = lse_is_below ? of.lse[k] : 0.0;
   loss -= mean_of_logs ? of.mean_log[k] : of.log_mean[k] - std::log2(of.num_positives[k]);
   out.loss[i] = static_cast<Real>(kLn2 * loss);
-  out.of_row[i] = {of.lse[k], mean_of_logs ? of.num_positives[k] : of.log_mean[k],
-                   of.softmax_weight[k]};
+  out.statistics.lse[i] = of.lse[k];
+  out.statistics.normalizer[i] = mean_of_logs ? of.num_positives[k] : of.log_mean[k];
+  out.statistics.softmax_weight[i] = of.softmax_weight[k];
 }
 
 // Of each sorted row what the backward weighs pairs with, base 2 where it is a logarithm.
@@ -182,23 +183,23 @@ struct Upstream {
         plain_pull(sides.rows.padded, 0),
         pull_by_class(sides.rows.padded, 0.0) {
     for (int64_t k = 0; k < sides.rows.size; ++k) {
-      const RowStatistics& of = out.of_row[sides.rows.order[k]];
-      if (!(of.normalizer < std::numeric_limits<double>::infinity())) continue;
-      const double grad = static_cast<double>(out.loss[sides.rows.order[k]]);
-      const double weight = grad * of.softmax_weight;
-      lse[k] = static_cast<Real>(of.lse);
+      const int64_t i = sides.rows.order[k];
+      const double exact = out.statistics.lse[i], normalizes = out.statistics.normalizer[i];
+      if (!(normalizes < std::numeric_limits<double>::infinity())) continue;
+      const double grad = static_cast<double>(out.loss[i]);
+      const double weight = grad * out.statistics.softmax_weight[i];
+      lse[k] = static_cast<Real>(exact);
       if (weight != 0) {
-        shifted_weight[k] = static_cast<Real>(weight * std::exp2(rounding(lse[k], of.lse)));
-        plain_weight[k] = static_cast<Real>(weight * std::exp2(-of.lse));
+        shifted_weight[k] = static_cast<Real>(weight * std::exp2(rounding(lse[k], exact)));
+        plain_weight[k] = static_cast<Real>(weight * std::exp2(-exact));
       }
       if (sides.problem.summation == Summation::kOut) {
-        pull_by_class[k] = grad / of.normalizer;
+        pull_by_class[k] = grad / normalizes;
         shifted_pull[k] = static_cast<Real>(pull_by_class[k]);
       } else {
-        normalizer[k] = static_cast<Real>(of.normalizer);
-        shifted_pull[k] =
-            static_cast<Real>(grad * std::exp2(rounding(normalizer[k], of.normalizer)));
-        plain_pull[k] = static_cast<Real>(grad * std::exp2(-of.normalizer));
+        normalizer[k] = static_cast<Real>(normalizes);
+        shifted_pull[k] = static_cast<Real>(grad * std::exp2(rounding(normalizer[k], normalizes)));
+        plain_pull[k] = static_cast<Real>(grad * std::exp2(-normalizes));
       }
     }
   }
@@ -276,8 +277,8 @@ double finish_side(const Side<Real>& side, const Sides<Real>& sides, const Real*
       if (to == nullptr) continue;
       // The part along the row is no gradient of a normalised row.
       const Real along = problem.normalize ? static_cast<Real>(product / (unit * unit)) : Real(0);
-      const Real scale = static_cast<Real>(factor) / side.norm[k] / side.scale[k];
-      functions.finish(g, along, row, scale, problem.dim, to);
+      functions.finish(g, along, row, static_cast<Real>(factor) / side.norm[k], side.scale[k],
+                       problem.dim, to);
     }
   });
   return std::accumulate(products.begin(), products.end(), 0.0);
@@ -291,7 +292,9 @@ void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
   const int64_t n = problem.num_rows;
   const double infinity = std::numeric_limits<double>::infinity();
   std::fill(out.loss, out.loss + n, Real(0));
-  std::fill(out.of_row, out.of_row + n, RowStatistics{infinity, infinity, infinity});
+  const RowStatistics& s = out.statistics;
+  for (double* of_row : {s.lse, s.normalizer, s.softmax_weight})
+    std::fill(of_row, of_row + n, infinity);
   const Sides<Real> sides(problem, isa, team);
   out.counts[0] = static_cast<Real>(sides.rows.size);
   out.counts[1] = 0;

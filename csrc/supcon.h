@@ -48,28 +48,28 @@ struct Team {
 // What the backward needs of each row besides its features. Logarithms are base 2, and float64:
 // what Real would round off them is a relative error of whole rows of probabilities.
 struct RowStatistics {
-  double lse;             // log-sum-exp of its denominator; of the negatives for kOnePositive
-  double normalizer;      // of its positives: their weight, or the log-sum-exp over them
-  double softmax_weight;  // weight of the softmax part of its gradient
+  double* lse;             // (N,) log-sum-exp of its denominator; of the negatives for kOnePositive
+  double* normalizer;      // (N,) of its positives: their weight, or the log-sum-exp over them
+  double* softmax_weight;  // (N,) weight of the softmax part of its gradient
 };
 
 // What the forward computes, in the order of the rows. A row contributes that has a positive and,
 // where only negatives are below, a negative; others have loss 0 and infinite statistics.
 template <typename Real>
 struct Results {
-  Real* loss;             // (N,) NaN after a non-finite input
-  Real* counts;           // (2,) the rows that are not ignored, and those that contribute
-  RowStatistics* of_row;  // (N,)
+  Real* loss;    // (N,) NaN after a non-finite input
+  Real* counts;  // (2,) the rows that are not ignored, and those that contribute
+  RowStatistics statistics;
 };
 
 // What the backward is given and writes; a null gradient is not wanted.
 template <typename Real>
 struct Gradients {
-  const Real* loss;             // (N,) gradient of each row's loss
-  const RowStatistics* of_row;  // (N,) from the forward
-  Real* rows;                   // (N, D)
-  Real* cols;                   // (M, D)
-  double* temperature;          // one number
+  const Real* loss;          // (N,) gradient of each row's loss
+  RowStatistics statistics;  // from the forward
+  Real* rows;                // (N, D)
+  Real* cols;                // (M, D)
+  double* temperature;       // one number
 };
 
 struct Isa;
@@ -123,7 +123,7 @@ struct TilePair {
   const Real* b_packed;   // (panel, dim, panel width): b transposed
   bool triangle;          // the tiles are one and the same: only columns j > i
   const int32_t* own;     // column of this tile that is the row itself, or negative; null: none
-  PerLine<Real> classes;  // equal numbers are positives; null: the tiles share no class
+  PerLine<Real> classes;  // equal numbers are positives; null rows: the tiles share no class
   Pairs pairs;
   bool shifted;   // exponents are so large that sums of 2^x need a shift for each row and column
   Real* scratch;  // (kMaxTile, kScratchStride)
@@ -160,11 +160,12 @@ struct Functions {
   double (*dot_sum)(const Real* a, const double* sum, int64_t dim);
   // sum += weight x
   void (*add)(double weight, const Real* x, int64_t dim, double* sum);
-  // grad -= weight (sum - own_weight own), rounded once; own may be null
+  // grad -= weight (sum - own_weight own), the product in float64; own may be null
   void (*attract)(double weight, const double* sum, double own_weight, const Real* own, int64_t dim,
                   Real* grad);
-  // out = (grad - along row) scale
-  void (*finish)(const Real* grad, Real along, const Real* row, Real scale, int64_t dim, Real* out);
+  // out = (grad - along row) factor / scale
+  void (*finish)(const Real* grad, Real along, const Real* row, Real factor, Real scale,
+                 int64_t dim, Real* out);
   double (*multiply_in_registers)(int64_t k_size, Real* out);
 };
 

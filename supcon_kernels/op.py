@@ -1,9 +1,8 @@
 """The torch.library operator: schema, fake kernels and autograd around the backends.
 
 ``forward`` and ``backward`` take the fields of a ``Problem`` in order, so that the schema is
-written once, and hand them to the backend that was chosen for the call. They are registered by
-hand, as ``torch.library.custom_op`` would do it: its wrappers alone took as long as the kernels
-do on 256 rows.
+written once, and hand them to the backend that was chosen for the call. They are registered as
+``torch.library.custom_op`` would do it, without its wrappers, whose time a small batch would see.
 """
 
 from __future__ import annotations
@@ -136,7 +135,7 @@ def _register(
     operator: Any, kernel: Callable[..., Any], fake: Callable[..., Any], function: Any
 ) -> None:
     def autograd(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
             result: tuple[Tensor, Tensor, Tensor] = function.apply(*operands)
             return result
         return _below_autograd(operator, *operands)

@@ -137,6 +137,18 @@ def wide(g):
     return {"features": randn(g, 40, 515), "labels": classes(g, 40, 4)}
 
 
+@case("an anchor without positives whose row is too short for its square")
+def tiny_idle_row(g):
+    features, memory = randn(g, 6, 3), randn(g, 8, 3)
+    features[2] = torch.tensor([1e-30, 0.0, 0.0])
+    return {
+        "features": features,
+        "labels": torch.tensor([0, 1, 9, 0, 1, 1]),
+        "contrast_features": memory,
+        "contrast_labels": torch.tensor([0, 1, 0, 1, 0, 1, 2, 2]),
+    }
+
+
 # --- views
 
 

@@ -97,6 +97,17 @@ def test_a_row_whose_square_overflows_has_no_loss_unless_normalised():
     torch.testing.assert_close(native_loss(features, labels), expected)
 
 
+@pytest.mark.parametrize("dtype, tiny", [(torch.float32, 1e-41), (torch.float64, 1e-310)])
+def test_a_denormal_row_that_does_not_contribute_has_no_gradient(dtype, tiny):
+    features = torch.tensor([[tiny, 0.0], [1.0, 2.0], [2.0, 1.0]], dtype=dtype).requires_grad_()
+    memory, names = torch.eye(2, dtype=dtype), torch.tensor([0, 0])
+    loss = native_loss(
+        features, torch.tensor([9, 0, 0]), contrast_features=memory, contrast_labels=names
+    )
+    gradient = torch.autograd.grad(loss, features)[0]
+    assert gradient[0].eq(0).all() and gradient[1:].isfinite().all() and gradient.any()
+
+
 @pytest.fixture
 def threads():
     """Sets the number of threads, and puts it back."""

@@ -215,6 +215,9 @@ def test_forward_mode_and_torch_func_fall_back_to_the_backend_that_can(backend):
     grad = torch.func.grad(lambda x: supcon_loss(x, labels))(features)
     _, tangent = torch.func.jvp(lambda x: supcon_loss(x, labels), (features,), (direction,))
     torch.testing.assert_close(tangent, (grad * direction).sum())
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    value = torch.func.grad(lambda s: s * supcon_loss(features, labels))(scale)
+    torch.testing.assert_close(value, supcon_loss(features, labels))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(features, direction)
         tangent = torch.autograd.forward_ad.unpack_dual(supcon_loss(dual, labels)).tangent

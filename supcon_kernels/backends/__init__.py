@@ -51,9 +51,10 @@ def _is_transformed(problem: Problem) -> bool:
     """Whether a derivative is being taken that the operator has no formula for."""
     if torch.compiler.is_compiling():
         return False
+    if torch._C._are_functorch_transforms_active():
+        return True
     return any(
-        torch._C._functorch.is_functorch_wrapped_tensor(x)
-        or forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+        forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
         for x in (problem.rows, problem.cols, problem.temperature_tensor)
         if isinstance(x, Tensor)
     )

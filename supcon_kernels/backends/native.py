@@ -64,7 +64,7 @@ def why_not(problem: Problem) -> str | None:
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (N,), counts (2,) of anchors and of contributing ones, statistics (3, N) for ``backward``.
 
-    The memory of the statistics holds N records, ``RowStatistics`` in csrc/supcon.h.
+    The statistics are ``RowStatistics`` in csrc/supcon.h.
     """
     n, dtype = problem.rows.shape[0], problem.dtype
     loss = torch.empty(n, dtype=dtype)
@@ -83,7 +83,7 @@ def backward(
     needs_temperature: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows (N, D), cols (M, D) and the temperature (0-dim); (0,) where not needed."""
-    grad_loss, stats = grad_loss.contiguous(), stats.contiguous()
+    grad_loss, stats = grad_loss.to(problem.dtype).contiguous(), stats.contiguous()
     rows, cols = problem.rows, problem.rows if problem.cols is None else problem.cols
     grad_rows = torch.empty(rows.shape if needs_rows else (0,), dtype=problem.dtype)
     grad_cols = torch.empty(cols.shape if needs_cols else (0,), dtype=problem.dtype)
@@ -107,7 +107,7 @@ def _call(problem: Problem) -> Any:
     of_rows, of_cols = problem.row_labels, problem.col_labels
     of_cols = of_rows if of_cols is None else of_cols
     soft = not problem.has_integer_labels
-    held = [rows, cols, of_rows.contiguous(), of_cols.contiguous()]
+    held = [rows, cols, of_rows.long().contiguous(), of_cols.long().contiguous()]
     if soft:
         # Every row takes part and is of the one class that the core then sees.
         held[2:] = (

@@ -83,8 +83,10 @@ def backward(
         grad_tau = -(rows.to(exact) * grad_rows.to(exact)).sum().to(rows.dtype) / problem.tau
     if problem.square and needs_rows:
         grad_rows += grad_cols
-    out_rows = _to_input(problem, problem.rows, grad_rows) if needs_rows else rows.new_zeros(0)
-    out_cols = rows.new_zeros(0)
+    out_rows = (
+        _to_input(problem, problem.rows, grad_rows) if needs_rows else problem.rows.new_zeros(0)
+    )
+    out_cols = problem.rows.new_zeros(0)
     if needs_cols:
         assert problem.cols is not None
         out_cols = _to_input(problem, problem.cols, grad_cols)
