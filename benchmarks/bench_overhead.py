@@ -35,21 +35,21 @@ def layers(num_rows: int, dim: int) -> dict[str, Callable[[], object]]:
     leaf = features.clone().requires_grad_()
     upstream = torch.full((num_rows,), 1 / num_rows)
     operands = (*problem.operands(), "native")
-    loss, counts, stats = native.forward(problem)
+    loss, total, counts, stats = native.forward(problem)
     grad = torch.empty_like(features)
     call = native._call(problem)
     wanted = (True, False, False)
 
     def core() -> None:
-        call.forward(loss.data_ptr(), counts.data_ptr(), stats.data_ptr())
+        call.forward(loss.data_ptr(), total.data_ptr(), counts.data_ptr(), stats.data_ptr())
         call.backward(upstream.data_ptr(), stats.data_ptr(), grad.data_ptr(), 0, 0)
 
     def backend() -> None:
-        native.backward(problem, upstream, native.forward(problem)[2], *wanted)
+        native.backward(problem, upstream, native.forward(problem)[3], *wanted)
 
     def operator() -> None:
         result = op.forward(*operands)
-        op.backward(upstream, result[2], *wanted, *operands)
+        op.backward(upstream, result[3], *wanted, *operands)
 
     def autograd() -> None:
         result = op.forward(leaf, *operands[1:])

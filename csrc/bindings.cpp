@@ -109,8 +109,10 @@ supcon::RowStatistics statistics_at(uintptr_t address, int64_t num_rows) {
 
 // The addresses of supcon::Results.
 template <typename Real>
-void forward(const Call& call, uintptr_t loss, uintptr_t counts, uintptr_t statistics) {
-  const supcon::Results<Real> out = {pointer<Real>(loss), pointer<Real>(counts),
+void forward(const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
+             uintptr_t statistics) {
+  const supcon::Results<Real> out = {pointer<Real>(loss), pointer<Real>(total),
+                                     pointer<Real>(counts),
                                      statistics_at(statistics, call.num_rows)};
   supcon::forward(call.problem<Real>(), isa_of(call.isa), call.team(), out);
 }
@@ -173,9 +175,10 @@ PYBIND11_MODULE(_supcon_kernels, module) {
            py::arg("isa"), py::arg("threads"))
       .def(
           "forward",
-          [](const Call& call, uintptr_t loss, uintptr_t counts, uintptr_t statistics) {
+          [](const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
+             uintptr_t statistics) {
             const auto run = call.is_double ? forward<double> : forward<float>;
-            run(call, loss, counts, statistics);
+            run(call, loss, total, counts, statistics);
           },
           py::call_guard<py::gil_scoped_release>())
       .def(

@@ -151,24 +151,29 @@ bool positives_by_class(const Problem<Real>& problem) {
   return problem.summation == Summation::kOut && problem.denominator != Denominator::kOnePositive;
 }
 
-// Writes what the caller gets of sorted row k, if it contributes.
 template <typename Real>
-void write_results(const Sides<Real>& sides, const Statistics<Real>& of, int64_t k,
-                   const Results<Real>& out) {
-  const Problem<Real>& problem = sides.problem;
-  const int64_t i = sides.rows.order[k];
+bool contributes(const Problem<Real>& problem, const Statistics<Real>& of, int64_t k) {
   const bool some_below = problem.denominator != Denominator::kOnlyNegatives ||
                           of.lse[k] > -std::numeric_limits<double>::infinity();
-  if (!(of.num_positives[k] > 0 && some_below)) return;
-  ++out.counts[1];
+  return of.num_positives[k] > 0 && some_below;
+}
+
+// Writes what the caller gets of sorted row k, which contributes, and returns its loss.
+template <typename Real>
+double write_results(const Sides<Real>& sides, const Statistics<Real>& of, int64_t k,
+                     const Results<Real>& out) {
+  const Problem<Real>& problem = sides.problem;
+  const int64_t i = sides.rows.order[k];
   const bool mean_of_logs = problem.summation == Summation::kOut;
   const bool lse_is_below = problem.denominator != Denominator::kOnePositive;
   double loss = lse_is_below ? of.lse[k] : 0.0;
   loss -= mean_of_logs ? of.mean_log[k] : of.log_mean[k] - std::log2(of.num_positives[k]);
-  out.loss[i] = static_cast<Real>(kLn2 * loss);
+  loss *= kLn2;
+  out.loss[i] = static_cast<Real>(loss);
   out.statistics.lse[i] = of.lse[k];
   out.statistics.normalizer[i] = mean_of_logs ? of.num_positives[k] : of.log_mean[k];
   out.statistics.softmax_weight[i] = of.softmax_weight[k];
+  return loss;
 }
 
 // Of each sorted row what the backward weighs pairs with, base 2 where it is a logarithm.
@@ -296,10 +301,12 @@ void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
   for (double* of_row : {s.lse, s.normalizer, s.softmax_weight})
     std::fill(of_row, of_row + n, infinity);
   const Sides<Real> sides(problem, isa, team);
-  out.counts[0] = static_cast<Real>(sides.rows.size);
-  out.counts[1] = 0;
+  *out.total = 0;
+  out.counts[0] = static_cast<Real>(std::max<int64_t>(sides.rows.size, 1));
+  out.counts[1] = 1;
   if (!sides.finite) {
-    for (int64_t i : sides.rows.order) out.loss[i] = std::numeric_limits<Real>::quiet_NaN();
+    for (int64_t i : sides.rows.order)
+      *out.total = out.loss[i] = std::numeric_limits<Real>::quiet_NaN();
     return;
   }
   Statistics<Real> statistics(sides);
@@ -312,7 +319,15 @@ void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
       mean_exponents(sides, segments[c], statistics.num_positives, statistics.mean_log.data());
     });
   }
-  for (int64_t k = 0; k < sides.rows.size; ++k) write_results(sides, statistics, k, out);
+  double total = 0;
+  int64_t count = 0;
+  for (int64_t k = 0; k < sides.rows.size; ++k) {
+    if (!contributes(problem, statistics, k)) continue;
+    total += write_results(sides, statistics, k, out);
+    ++count;
+  }
+  *out.total = static_cast<Real>(total);
+  out.counts[1] = static_cast<Real>(std::max<int64_t>(count, 1));
 }
 
 template <typename Real>

@@ -58,7 +58,8 @@ struct RowStatistics {
 template <typename Real>
 struct Results {
   Real* loss;    // (N,) NaN after a non-finite input
-  Real* counts;  // (2,) the rows that are not ignored, and those that contribute
+  Real* total;   // the sum of the losses
+  Real* counts;  // (2,) the rows that are not ignored, and those that contribute; at least 1
   RowStatistics statistics;
 };
 

@@ -155,11 +155,12 @@ template <typename Real>
 Result by_core(const Data<Real>& data, const Isa& isa, int threads) {
   const int64_t n = data.shape.rows, m = data.m, dim = data.shape.dim;
   const supcon::Team team = {threads, run_threads};
-  std::vector<Real> loss(n), counts(2), weight(n), rows(n * dim), cols(m * dim);
+  std::vector<Real> loss(n), total(1), counts(2), weight(n), rows(n * dim), cols(m * dim);
   std::vector<double> lse(n), normalizer(n), softmax_weight(n);
   const supcon::RowStatistics statistics = {lse.data(), normalizer.data(), softmax_weight.data()};
   Result result;
-  supcon::forward<Real>(data.problem(), isa, team, {loss.data(), counts.data(), statistics});
+  supcon::forward<Real>(data.problem(), isa, team,
+                        {loss.data(), total.data(), counts.data(), statistics});
   for (int64_t i = 0; i < n; ++i) weight[i] = static_cast<Real>(upstream(i));
   supcon::backward<Real>(data.problem(), isa, team,
                          {weight.data(), statistics, rows.data(),

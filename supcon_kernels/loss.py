@@ -139,12 +139,14 @@ def supcon_loss(
     )
     chosen = backends.choose(problem, backend)
     if chosen == "reference":
-        loss, counts = backends.reference.rows_loss(problem)
+        loss, total, counts = backends.reference.rows_loss(problem)
     else:
-        loss, counts, _ = op.forward(*problem.operands(), chosen)
+        loss, total, counts, _ = op.forward(*problem.operands(), chosen)
+    if reduction != "none":
+        loss = total if reduction == "sum" else total / counts[0 if reduction == "mean" else 1]
     if base_temperature is not None:
         loss = loss * (problem.tau / base_temperature)
-    return _reduce(loss, counts, reduction)
+    return loss
 
 
 def _rows_and_cols(
@@ -166,14 +168,6 @@ def _repeated(labels: Tensor | None, num_views: int) -> Tensor | None:
         return None
     labels = labels if labels.is_floating_point() else labels.long()
     return labels if num_views == 1 else labels.repeat(num_views, *[1] * (labels.ndim - 1))
-
-
-def _reduce(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    return loss.sum() / counts[0 if reduction == "mean" else 1].clamp(min=1)
 
 
 class SupConLoss(nn.Module):

@@ -30,17 +30,19 @@ def _define(schema: str) -> Any:
     return getattr(torch.ops.supcon_kernels, schema.partition("(")[0]).default
 
 
-forward = _define(f"forward({_PROBLEM}) -> (Tensor loss, Tensor counts, Tensor stats)")
+forward = _define(
+    f"forward({_PROBLEM}) -> (Tensor loss, Tensor total, Tensor counts, Tensor stats)"
+)
 backward = _define(
     "backward(Tensor grad_loss, Tensor stats, bool needs_rows, bool needs_cols, "
     f"bool needs_temperature, {_PROBLEM}) -> (Tensor rows, Tensor cols, Tensor temperature)"
 )
 
 
-def _forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (N,), counts (2,) of anchors and of contributing ones, statistics (3, N) for ``backward``."""
+def _forward(*operands: Any) -> tuple[Tensor, ...]:
+    """Loss (N,), total and counts as ``Problem.reduced`` has them, statistics (3, N) for ``backward``."""
     *fields, backend = operands
-    result: tuple[Tensor, Tensor, Tensor] = BACKENDS[backend].forward(Problem(*fields))
+    result: tuple[Tensor, ...] = BACKENDS[backend].forward(Problem(*fields))
     return result
 
 
@@ -61,11 +63,11 @@ def _backward(
     return grads
 
 
-def _forward_fake(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(*operands: Any) -> tuple[Tensor, ...]:
     rows = operands[_ROWS]
     loss = rows.new_empty(rows.shape[0], dtype=working_dtype(rows))
     stats = rows.new_empty(3, rows.shape[0], dtype=statistics_dtype(rows))
-    return loss, loss.new_empty(2), stats
+    return loss, loss.new_empty(()), loss.new_empty(2), stats
 
 
 def _backward_fake(
@@ -84,9 +86,9 @@ def _backward_fake(
     )
 
 
-def _below_autograd(operator: Any, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _below_autograd(operator: Any, *operands: Any) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
-        result: tuple[Tensor, Tensor, Tensor] = operator(*operands)
+        result: tuple[Tensor, ...] = operator(*operands)
     return result
 
 
@@ -94,20 +96,25 @@ class _Differentiable(torch.autograd.Function):
     """``forward``, whose gradient is ``backward``."""
 
     @staticmethod
-    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-        loss, counts, stats = _below_autograd(forward, *operands)
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, ...]:
+        loss, total, counts, stats = _below_autograd(forward, *operands)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(counts, stats)
         ctx.save_for_backward(stats, *operands[:_NUM_TENSORS])
         ctx.options = operands[_NUM_TENSORS:]
-        return loss, counts, stats
+        return loss, total, counts, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, grad_total: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
         result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        stats, *tensors = ctx.saved_tensors
+        if grad_total is not None:
+            of_all = grad_total.expand(stats.shape[1])
+            grad_loss = of_all if grad_loss is None else grad_loss + of_all
         if grad_loss is None:
             return tuple(result)
-        stats, *tensors = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[k] for k in (_ROWS, _COLS, _TEMPERATURE)]
         grads = backward(grad_loss, stats, *wanted, *tensors, *ctx.options)
         for index, want, grad in zip((_ROWS, _COLS, _TEMPERATURE), wanted, grads):
@@ -120,7 +127,7 @@ class _NotTwice(torch.autograd.Function):
     """``backward``, whose own gradient is refused."""
 
     @staticmethod
-    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, ...]:
         return _below_autograd(backward, *operands)
 
     @staticmethod
@@ -134,9 +141,9 @@ class _NotTwice(torch.autograd.Function):
 def _register(
     operator: Any, kernel: Callable[..., Any], fake: Callable[..., Any], function: Any
 ) -> None:
-    def autograd(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def autograd(*operands: Any) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
-            result: tuple[Tensor, Tensor, Tensor] = function.apply(*operands)
+            result: tuple[Tensor, ...] = function.apply(*operands)
             return result
         return _below_autograd(operator, *operands)
 

@@ -94,10 +94,15 @@ class Problem:
             return torch.zeros(embeddings.shape[0], dtype=torch.bool, device=embeddings.device)
         return labels == self.ignore_index
 
-    def counts(self, contributes: Tensor) -> Tensor:
-        """(2,) how many anchors are not ignored, and how many contribute (N,), in the working dtype."""
+    def reduced(self, loss: Tensor, contributes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (N,), its total (0-dim), and counts (2,), at least 1, in the working dtype.
+
+        The counts are of the anchors that are not ignored, and of those that contribute (N,).
+        """
+        total = loss.sum(dtype=accumulation_dtype(loss)).to(self.dtype)
         is_anchor = ~self.row_ignored()
-        return torch.stack((is_anchor.sum(), contributes.sum())).to(self.dtype)
+        counts = torch.stack((is_anchor.sum(), contributes.sum())).clamp(min=1)
+        return loss, total, counts.to(self.dtype)
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Rows (N, D) and columns (M, D) in the working dtype, normalised if asked, ignored ones zero."""

@@ -68,7 +68,7 @@ def test_opcheck(backend, name, variant):
     problem = problem_of(name, **options)
     operands = (*require_grad(problem), backend)
     torch.library.opcheck(op.forward, operands)
-    loss, _, stats = op.forward(*problem.operands(), backend)
+    loss, *_, stats = op.forward(*problem.operands(), backend)
     needs = (True, problem.cols is not None, problem.temperature_tensor is not None)
     fixed = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in operands)
     torch.library.opcheck(
@@ -76,6 +76,19 @@ def test_opcheck(backend, name, variant):
         (torch.ones_like(loss), stats, *needs, *fixed),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@fused
+def test_losses_and_their_total_are_differentiated_together(backend):
+    operands = (*require_grad(problem_of("ragged")), backend)
+    loss, total, counts, _ = op.forward(*operands)
+    torch.testing.assert_close(total, loss.sum())
+    assert counts.tolist() == [len(loss), len(loss)]
+    weight = torch.linspace(0.5, 1.5, len(loss))
+    (together,) = torch.autograd.grad((loss * weight).sum() + 3 * total, operands[:1])
+    loss, *_ = op.forward(*operands)
+    (apart,) = torch.autograd.grad((loss * (weight + 3)).sum(), operands[:1])
+    torch.testing.assert_close(together, apart)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -61,17 +61,18 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (N,), counts (2,) of anchors and of contributing ones, statistics (3, N) for ``backward``.
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (N,), total and counts as ``Problem.reduced`` has them, statistics (3, N) for ``backward``.
 
     The statistics are ``RowStatistics`` in csrc/supcon.h.
     """
     n, dtype = problem.rows.shape[0], problem.dtype
     loss = torch.empty(n, dtype=dtype)
+    total = torch.empty((), dtype=dtype)
     counts = torch.empty(2, dtype=dtype)
     stats = torch.empty(3, n, dtype=torch.float64)
-    _call(problem).forward(loss.data_ptr(), counts.data_ptr(), stats.data_ptr())
-    return loss, counts, stats
+    _call(problem).forward(loss.data_ptr(), total.data_ptr(), counts.data_ptr(), stats.data_ptr())
+    return loss, total, counts, stats
 
 
 def backward(

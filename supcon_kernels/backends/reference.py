@@ -22,15 +22,15 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def rows_loss(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Loss (N,) and counts (2,) of anchors and of contributing ones, in plain differentiable PyTorch."""
+def rows_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (N,), total and counts as ``Problem.reduced`` has them, in plain differentiable PyTorch."""
     with torch.autocast(problem.rows.device.type, enabled=False):
         rows, cols = problem.embeddings()
         s = rows @ cols.T / problem.tau
         w = problem.pair_weights(0, rows.shape[0])
         loss, contributes = pair_loss(s, w, problem.summation, problem.denominator)
         loss = torch.where(problem.row_ignored(), 0.0, loss.to(problem.dtype) + problem.poison())
-    return loss, problem.counts(contributes)
+    return problem.reduced(loss, contributes)
 
 
 def pair_loss(s: Tensor, w: Tensor, summation: str, denominator: str) -> tuple[Tensor, Tensor]:

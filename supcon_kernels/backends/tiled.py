@@ -38,8 +38,8 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (N,), counts (2,) of anchors and of contributing ones, statistics (3, N) for ``backward``.
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (N,), total and counts as ``Problem.reduced`` has them, statistics (3, N) for ``backward``.
 
     The statistics of a row are the log-sum-exp of its denominator, the normaliser of its
     positives (their total weight, or the log-sum-exp over them), and the weight of the softmax
@@ -50,7 +50,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(problem.rows.device.type, enabled=False):
         loss, contributes, stats = statistics(problem, *problem.embeddings())
     loss = torch.where(problem.row_ignored(), 0.0, loss + problem.poison())
-    return loss, problem.counts(contributes), stats
+    return *problem.reduced(loss, contributes), stats
 
 
 def backward(
