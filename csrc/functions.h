@@ -17,6 +17,7 @@ constexpr Functions<Real> functions() {
           tile_backward<Real>,
           embed_row<Real>,
           pack_rows<Real, kPanel>,
+          dots_of_tile<Real>,
           dot<Real, Real>,
           dot<Real, double>,
           add_row<Real>,

@@ -17,7 +17,8 @@ const std::vector<const Isa*>& available_isas() {
 #ifdef SUPCON_EMULATE_AVX512
     const bool avx512 = avx2;
 #else
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+    const bool avx512 =
+        avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
 #endif
     if (avx512) found.push_back(&kAvx512);
     if (avx2) found.push_back(&kAvx2);

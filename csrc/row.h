@@ -84,6 +84,42 @@ void pack_rows(const Real* rows, ptrdiff_t stride, int64_t dim, Real* packed) {
         packed[d * kPanel + k] = rows[k * stride + d];
 }
 
+// As compilers contract the register kernel's products and sums. Of plain loops they make vectors
+// of products first, where there is a multiply-add.
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline double multiply_add(double a, double b, double c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// One feature after the other, as the register kernel adds them up. A few columns at a time, so
+// that additions need not wait for each other.
+template <typename Real>
+double dots_of_tile(const Real* row, const Real* cols, ptrdiff_t stride, int64_t count,
+                    int64_t dim) {
+  constexpr int kChains = 4;
+  double total = 0;
+  for (int64_t j = 0; j < count; j += kChains) {
+    const Real* col[kChains];
+    Real sum[kChains] = {};
+    for (int c = 0; c < kChains; ++c) col[c] = cols + (j + c < count ? j + c : j) * stride;
+    for (int64_t d = 0; d < dim; ++d)
+      for (int c = 0; c < kChains; ++c) sum[c] = multiply_add(row[d], col[c][d], sum[c]);
+    for (int c = 0; c < kChains && j + c < count; ++c) total += static_cast<double>(sum[c]);
+  }
+  return total;
+}
+
 template <typename A, typename B>
 double dot(const A* a, const B* b, int64_t dim) {
   double sum = 0;

@@ -132,10 +132,11 @@ struct Statistics {
       }
       return;
     }
-    // The largest q of a row is that of its largest exponent.
+    // The largest q of a row is that of its largest exponent, by the tiles' own arithmetic: no
+    // log2(q) may be far above the shift.
     std::vector<Real> shift = maxima(sides, Pairs::kPositives);
     for (size_t k = 0; k < shift.size(); ++k) {
-      const double d = lse[k] - static_cast<double>(shift[k]);
+      const double d = static_cast<double>(l[k] - shift[k]);
       shift[k] = static_cast<Real>(-std::max(d, 0.0) - std::log2(1 + std::exp2(-std::abs(d))));
     }
     const std::vector<double> sum = sums(sides, Pairs::kPositives, Term::kQ, {&l, &shift});
@@ -169,6 +170,8 @@ double write_results(const Sides<Real>& sides, const Statistics<Real>& of, int64
   double loss = lse_is_below ? of.lse[k] : 0.0;
   loss -= mean_of_logs ? of.mean_log[k] : of.log_mean[k] - std::log2(of.num_positives[k]);
   loss *= kLn2;
+  // What the positives hold, all hold: below zero there are only roundings.
+  if (problem.denominator == Denominator::kAll) loss = std::max(loss, 0.0);
   out.loss[i] = static_cast<Real>(loss);
   out.statistics.lse[i] = of.lse[k];
   out.statistics.normalizer[i] = mean_of_logs ? of.num_positives[k] : of.log_mean[k];
@@ -186,12 +189,13 @@ struct Upstream {
         normalizer(sides.rows.padded, std::numeric_limits<Real>::infinity()),
         shifted_pull(sides.rows.padded, 0),
         plain_pull(sides.rows.padded, 0),
-        pull_by_class(sides.rows.padded, 0.0) {
+        pull_by_class(sides.rows.padded, 0.0),
+        unit(unit_of(sides, out)) {
     for (int64_t k = 0; k < sides.rows.size; ++k) {
       const int64_t i = sides.rows.order[k];
       const double exact = out.statistics.lse[i], normalizes = out.statistics.normalizer[i];
       if (!(normalizes < std::numeric_limits<double>::infinity())) continue;
-      const double grad = static_cast<double>(out.loss[i]);
+      const double grad = static_cast<double>(out.loss[i]) / unit;
       const double weight = grad * out.statistics.softmax_weight[i];
       lse[k] = static_cast<Real>(exact);
       if (weight != 0) {
@@ -216,8 +220,19 @@ struct Upstream {
   std::vector<Real> shifted_pull;    // of 2^(x - normalizer), or of every positive
   std::vector<Real> plain_pull;      // of 2^x
   std::vector<double> pull_by_class;
+  double unit;  // all weights and pulls, and gradients made of them, are in this unit
 
  private:
+  // A power of two near the largest gradient: weights divided by sums of 2^x have no range to
+  // spare.
+  static double unit_of(const Sides<Real>& sides, const Gradients<Real>& out) {
+    Real largest = 0;
+    for (int64_t i : sides.rows.order) largest = std::max(largest, std::abs(out.loss[i]));
+    if (largest == 0 || !std::isfinite(largest)) return 1.0;
+    constexpr int kReach = std::numeric_limits<Real>::max_exponent * 3 / 4;
+    return std::ldexp(1.0, std::clamp(std::ilogb(largest), -kReach, kReach));
+  }
+
   // What a logarithm gained by being rounded: weights are made smaller by as much.
   static double rounding(Real rounded, double exact) {
     return static_cast<double>(rounded) - exact;
@@ -257,15 +272,15 @@ void pair_gradients(const Sides<Real>& sides, const Upstream<Real>& upstream, Re
   });
 }
 
-// Turns the gradient of a side's scaled embeddings into that of its input, and returns the sum of
-// the products of both, which the temperature's gradient is made of.
+// Turns the gradient of a side's scaled embeddings, which is in `grad_unit`, into that of its
+// input, and returns the sum of the products of both, which the temperature's gradient is made of.
 template <typename Real>
 double finish_side(const Side<Real>& side, const Sides<Real>& sides, const Real* grad,
-                   int64_t count, Real* out) {
+                   double grad_unit, int64_t count, Real* out) {
   const Problem<Real>& problem = sides.problem;
   const Functions<Real>& functions = sides.functions;
   const double unit = std::sqrt(kLog2E / problem.temperature);
-  const double factor = 1 / (problem.temperature * unit);
+  const double factor = grad_unit / (problem.temperature * unit);
   std::vector<double> products(count, 0.0);
   const int64_t chunk = 64;
   parallel_for(sides.team, (count + chunk - 1) / chunk, [&](int64_t c) {
@@ -353,10 +368,11 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
         attract_class(sides, rows.segments[c], upstream.pull_by_class, grad_rows.get(), grad_cols);
       });
   }
-  const double product = finish_side(rows, sides, grad_rows.get(), problem.num_rows, out.rows);
+  const double product =
+      finish_side(rows, sides, grad_rows.get(), upstream.unit, problem.num_rows, out.rows);
   if (out.temperature != nullptr)
     *out.temperature = -product / problem.temperature / (sides.square ? 2 : 1);
-  if (wants_cols) finish_side(cols, sides, grad_cols, problem.num_cols, out.cols);
+  if (wants_cols) finish_side(cols, sides, grad_cols, upstream.unit, problem.num_cols, out.cols);
 }
 
 template <typename Real>

@@ -157,6 +157,9 @@ struct Functions {
                 Real* norm);
   // A panel of rows transposed; dim is a multiple of the panel.
   void (*pack)(const Real* rows, ptrdiff_t stride, int64_t dim, Real* packed);
+  // The sum of the products of a row with `count` columns, each rounded as tiles round it.
+  double (*dots_of_tile)(const Real* row, const Real* cols, ptrdiff_t stride, int64_t count,
+                         int64_t dim);
   double (*dot)(const Real* a, const Real* b, int64_t dim);
   double (*dot_sum)(const Real* a, const double* sum, int64_t dim);
   // sum += weight x

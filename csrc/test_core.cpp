@@ -68,6 +68,12 @@ const Shape kShapes[] = {
     {"soft memory with the rows in it", 70, 90, 20, 9, 0.1, true, 5},
 };
 
+// Too large for loops: the tiles that small problems do not have.
+const Shape kLargeShapes[] = {
+    {"larger tiles", 900, 0, 2, -1, 0.1, true, 0},
+    {"largest tiles", 1700, 0, 2, -1, 0.1, true, 0},
+};
+
 template <typename Real>
 struct Data {
   Data(const Shape& shape, Variant variant)
@@ -333,6 +339,18 @@ void test(const Isa& isa, const Shape& shape, Variant variant, double tolerance)
     expect(same(alone, by_core(data, isa, threads)), "bits of several threads", isa, shape);
 }
 
+// In float32 as in float64, and the same bits from several threads.
+void test_large(const Isa& isa, const Shape& shape, Variant variant) {
+  const Data<float> data(shape, variant);
+  Data<double> exact(shape, variant);
+  exact.rows.assign(data.rows.begin(), data.rows.end());
+  const Result alone = by_core(data, isa, 1), expected = by_core(exact, isa, 1);
+  const double bound = 2e-6 / shape.temperature;
+  expect(near(alone.loss, expected.loss, bound), "loss", isa, shape);
+  expect(near(alone.rows, expected.rows, bound), "gradient of rows", isa, shape);
+  expect(same(alone, by_core(data, isa, 3)), "bits of several threads", isa, shape);
+}
+
 // Every pair of tiles meets once, no two jobs have a tile at the same time, and each tile meets the
 // others in the same order whatever the number of threads.
 void test_schedule(int64_t row_tiles, int64_t col_tiles, bool square) {
@@ -430,6 +448,8 @@ int main() {
         test<double>(*isa, shape, variant, 1e-14);
       }
     }
+    for (const Shape& shape : kLargeShapes)
+      for (Variant variant : {kVariants[0], kVariants[3]}) test_large(*isa, shape, variant);
     test_concurrent_calls(*isa);
   }
   std::printf("%d passed, %d failed\n", num_passed, num_failed);

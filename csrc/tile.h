@@ -10,6 +10,10 @@
 
 #include "supcon.h"
 
+#ifdef __FAST_MATH__
+#error "-ffast-math folds away the rounding in exp2 and the test for non-finite rows"
+#endif
+
 namespace supcon {
 namespace {
 

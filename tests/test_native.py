@@ -108,6 +108,50 @@ def test_a_denormal_row_that_does_not_contribute_has_no_gradient(dtype, tiny):
     assert gradient[0].eq(0).all() and gradient[1:].isfinite().all() and gradient.any()
 
 
+def test_ties_of_large_similarities_leave_no_logarithm_of_zero():
+    # Shift and tile must round alike: here a unit in the last place is more than all of 2^x's range.
+    g = torch.Generator().manual_seed(0)
+    n = 150
+    anchors = torch.rand(n, 1, generator=g) * 1e4
+    memory = torch.cat([-torch.rand(n, 1, generator=g) * 1e4, torch.full((8, 1), 7e3)])
+    names = torch.cat([torch.arange(n), torch.full((8,), -5)])
+    options = {"summation": "in", "denominator": "one_positive", "normalize": False}
+    arguments = {"contrast_features": memory, "contrast_labels": names, **options}
+    losses = [
+        supcon_loss(anchors, torch.arange(n), **arguments, reduction="none", backend=backend)
+        for backend in ("native", "reference")
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.03, 0.07])
+def test_a_positive_that_is_all_of_the_softmax(temperature):
+    # The loss is the difference of two equal numbers: rounded alike, nothing is left of them.
+    g = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(256, 128, generator=g))
+    features = torch.cat([features, features + 0.003 * torch.randn(256, 128, generator=g)])
+    labels = torch.arange(256).repeat(2)
+    arguments = {"labels": labels, "temperature": temperature, "reduction": "none"}
+    loss = native_loss(features, **arguments)
+    exact = supcon_loss(features.double(), **arguments, backend="reference")
+    assert loss.min() >= 0
+    assert (loss - exact).abs().max() < 5e-7
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**95])
+def test_gradients_of_any_magnitude(scale):
+    # At this temperature 2^x spans float32's range, and weights divided by its sums have none to spare.
+    g = torch.Generator().manual_seed(0)
+    features = 1 + 0.1 * torch.randn(64, 16, generator=g)
+    labels = torch.arange(64) % 7
+    for options in ({}, {"contrast_features": -features, "contrast_labels": labels}):
+        leaf = features.clone().requires_grad_()
+        loss = native_loss(leaf, labels, temperature=0.0231, **options)
+        whole = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+        scaled = torch.autograd.grad(loss, leaf, torch.tensor(scale))[0]
+        assert whole.any() and torch.equal(scaled.double() / scale, whole.double())
+
+
 @pytest.fixture
 def threads():
     """Sets the number of threads, and puts it back."""
@@ -117,9 +161,21 @@ def threads():
 
 
 @pytest.mark.parametrize("variant", [("out", "all"), ("in", "one_positive")], ids="/".join)
-@pytest.mark.parametrize("name", ["several_tiles", "self_in_memory"])
-def test_the_same_bits_from_any_number_of_threads(name, variant, threads):
-    arguments = arguments_of(by_id(name), variant)
+@pytest.mark.parametrize("num_cols", [None, 800])
+def test_the_same_bits_from_any_number_of_threads(num_cols, variant, threads):
+    # So many products that the core does take a second thread.
+    g = torch.Generator().manual_seed(0)
+    arguments = {
+        "features": torch.randn(600, 32, generator=g),
+        "labels": torch.randint(7, (600,), generator=g),
+        "summation": variant[0],
+        "denominator": variant[1],
+    }
+    if num_cols is not None:
+        names = torch.randint(7, (num_cols,), generator=g)
+        names[100:700] = arguments["labels"]
+        arguments["contrast_features"] = torch.randn(num_cols, 32, generator=g)
+        arguments |= {"contrast_labels": names, "self_offset": 100}
     results = []
     for count in (1, 2, 3, 1):
         threads(count)
@@ -174,7 +230,7 @@ def test_calls_from_several_threads_at_once(threads):
 def loss_in_child(queue):
     """What a forked worker computes, where the parent's pool of threads does not exist."""
     torch.manual_seed(0)
-    queue.put(float(native_loss(torch.randn(300, 8), torch.arange(300) % 5)))
+    queue.put(float(native_loss(torch.randn(1200, 8), torch.arange(1200) % 5)))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
@@ -182,7 +238,7 @@ def loss_in_child(queue):
 def test_a_forked_child_does_not_hang(threads):
     threads(2)
     torch.manual_seed(0)
-    expected = float(native_loss(torch.randn(300, 8), torch.arange(300) % 5))
+    expected = float(native_loss(torch.randn(1200, 8), torch.arange(1200) % 5))
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=loss_in_child, args=(queue,))

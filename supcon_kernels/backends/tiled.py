@@ -275,7 +275,8 @@ def _class_statistics(
     lse = torch.empty_like(mean, dtype=rows.dtype)
     for chunk, s in _softmax_chunks(problem, rows, cols):
         lse[chunk] = s.logsumexp(dim=1)
-    loss = torch.where(contributes, lse - mean, 0.0).to(rows.dtype)
+    # What the positives hold, all hold: below zero there are only roundings.
+    loss = torch.where(contributes, (lse - mean).clamp(min=0.0), 0.0).to(rows.dtype)
     return loss, contributes, _stack(contributes, lse, counts, torch.ones_like(lse))
 
 
