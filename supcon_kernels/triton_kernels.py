@@ -166,7 +166,8 @@ def _class_sum(
     j = begin + k
     head = j < tl.minimum(first * CHUNK, end)
     total = tl.sum(_weighted_rows(rows_ptr, weights_ptr, j, d, head, WEIGHTED, PADDED_DIM), 0)
-    for c in range(first, last, CHUNK):
+    for c in range(0, last - first, CHUNK):
+        c = first + c
         at = (c + k).to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
         total += tl.sum(tl.load(sums_ptr + at, mask=(c + k < last)[:, None], other=0.0), 0)
     j = last * CHUNK + k
@@ -516,7 +517,9 @@ def _one_positive_kernel(
     largest = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     rest = tl.zeros((ROWS,), tl.float32)
-    for tile in tl.range(low // COLS, tl.cdiv(high, COLS), num_stages=1):
+    first = low // COLS
+    for n in tl.range(tl.cdiv(high, COLS) - first, num_stages=1):
+        tile = first + n
         b_ptrs = cols_ptr + tile.to(tl.int64) * (COLS * PADDED_DIM) + b_offsets
         x, _ = _scores(
             a, a_ptrs, b_ptrs, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION, INTERPRETED
