@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpu_codegen import DOCUMENT, RESULTS, Compiled, ints
 from results import read_rows, render_table, update_document, write_rows
+from supcon_kernels.triton_launch import padded_dim, slice_of
 
 CSV = RESULTS / "roofline.csv"
 NUM_ROWS = (1024, 4096, 8192, 32768, 131072)
@@ -53,13 +54,21 @@ LAUNCH_US = 2.5
 
 @dataclass(frozen=True)
 class PairKernel:
-    """What one launch does for every pair of rows, in N×N×D products and exponentials."""
+    """A kernel over all pairs: it multiplies and exponentiates scores, and maybe goes on to a gradient."""
 
     phase: str
     label: str  # as in gpu_codegen.py's rows
-    products: int
-    exponentials: int
+    gradients: int = 0
     launches: int = 1
+
+
+def _whole(dim: int) -> int:
+    return 1
+
+
+def _slices(dim: int) -> int:
+    """Programs that share the features of a gradient row between them: each needs all scores."""
+    return padded_dim(dim) // slice_of(dim)
 
 
 @dataclass(frozen=True)
@@ -71,15 +80,22 @@ class Scheme:
     kernels: tuple[PairKernel, ...]
     takes_16_bit: bool = True
     float32_passes: int = 1
+    gradient_slices: Callable[[int], int] = _whole
 
     def in_phase(self, phase: str) -> list[PairKernel]:
         return [kernel for kernel in self.kernels if kernel.phase == phase]
 
-    def products(self, phase: str) -> int:
-        return sum(kernel.launches * kernel.products for kernel in self.in_phase(phase))
+    def exponentials(self, phase: str, dim: int) -> int:
+        """Of a pair; there is one for each score."""
+        return sum(
+            k.launches * (self.gradient_slices(dim) if k.gradients else 1)
+            for k in self.in_phase(phase)
+        )
 
-    def exponentials(self, phase: str) -> int:
-        return sum(kernel.launches * kernel.exponentials for kernel in self.in_phase(phase))
+    def products(self, phase: str, dim: int) -> int:
+        """N×N×D products: one for the scores, each time that they are computed, one for a gradient."""
+        gradients = sum(k.launches * k.gradients for k in self.in_phase(phase))
+        return self.exponentials(phase, dim) + gradients
 
     def launches(self, phase: str) -> int:
         return sum(kernel.launches for kernel in self.in_phase(phase))
@@ -89,29 +105,30 @@ SCHEMES = (
     Scheme(
         "supcon_kernels",
         "supcon_kernels",
-        # Rows are columns: one merged matrix, so one product for the scores and one for the gradient.
+        # Rows are columns: one merged matrix, so one product for the gradient where others have two.
         (
-            PairKernel("forward", "forward out/all", products=1, exponentials=1),
-            PairKernel("backward", "backward out/all", products=2, exponentials=1),
+            PairKernel("forward", "forward out/all"),
+            PairKernel("backward", "backward out/all", gradients=1),
         ),
-        float32_passes=3,
+        float32_passes=3,  # tf32 three times over, to float32's precision
+        gradient_slices=_slices,
     ),
     Scheme(
         "memeff",
         "memeff 0.3.1",
         (
-            PairKernel("forward", "clip_denom_kernel", products=1, exponentials=1),
+            PairKernel("forward", "clip_denom_kernel"),
             # Once for each tower.
-            PairKernel("backward", "clip_fa_grad_kernel", products=2, exponentials=1, launches=2),
+            PairKernel("backward", "clip_fa_grad_kernel", gradients=1, launches=2),
         ),
     ),
     Scheme(
         "Inf-CL",
         "Inf-CL 1.2.1",
         (
-            PairKernel("forward", "_prob_fwd_kernel", products=1, exponentials=1),
-            PairKernel("backward", "_dq_prob_bwd_kernel", products=2, exponentials=1),
-            PairKernel("backward", "_dk_prob_bwd_kernel", products=2, exponentials=1),
+            PairKernel("forward", "_prob_fwd_kernel"),
+            PairKernel("backward", "_dq_prob_bwd_kernel", gradients=1),
+            PairKernel("backward", "_dk_prob_bwd_kernel", gradients=1),
         ),
         takes_16_bit=False,  # it widens its operands to float32
     ),
@@ -154,8 +171,8 @@ def bound(
     is_16_bit = dtype != "float32" and scheme.takes_16_bit
     passes = scheme.float32_passes if dtype == "float32" else 1
     pairs = num_rows**2
-    flops = 2 * scheme.products(phase) * passes * pairs * dim
-    exponentials = scheme.exponentials(phase) * pairs
+    flops = 2 * scheme.products(phase, dim) * passes * pairs * dim
+    exponentials = scheme.exponentials(phase, dim) * pairs
     launches = scheme.launches(phase)
     # The features once, and a gradient as large, for each launch: columns come again from a cache.
     matrices = launches * (2 if phase == "backward" else 1)
@@ -178,8 +195,8 @@ def bound(
         dim=dim,
         dtype=dtype,
         phase=phase,
-        products=scheme.products(phase),
-        exponentials=scheme.exponentials(phase),
+        products=scheme.products(phase, dim),
+        exponentials=scheme.exponentials(phase, dim),
         launches=launches,
         instruction_us=limits_us.get("instruction"),
         **{f"{name}_us": limits_us[name] for name in ("matrix", "exponential", "memory", "launch")},
@@ -199,7 +216,8 @@ def _instructions_per_pair(
         row = next((row for row in compiled if row.key == wanted), None)
         if row is None or row.instructions_per_pair is None:
             return None
-        total += kernel.launches * row.instructions_per_pair
+        slices = scheme.gradient_slices(dim) if kernel.gradients else 1
+        total += kernel.launches * slices * row.instructions_per_pair
     return total
 
 
@@ -295,7 +313,7 @@ def document_block(bounds: Sequence[Bound]) -> str:
     for num_rows in sorted({b.num_rows for b in bounds}):
         for scheme in SCHEMES:
             each = [found[num_rows, scheme.name, c.name, p] for c in CARDS for p in PHASES]
-            products = "+".join(str(scheme.products(p)) for p in PHASES)
+            products = "+".join(str(scheme.products(p, bounds[0].dim)) for p in PHASES)
             times = [f"{_us(b.least_us)} ({b.limit})" for b in each]
             cells.append([str(num_rows), scheme.name, products, *times])
     return (
