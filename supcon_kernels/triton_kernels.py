@@ -18,6 +18,17 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Below every exponent, and still a number: differences with it are not NaN.
 LOWEST = tl.constexpr(-3e38)
 NOWHERE = tl.constexpr(2147483647)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """``x`` to the nearest of ``dtype``."""
+    if INTERPRETED and dtype == tl.bfloat16:  # it would cut the bits off
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 # --- rows
@@ -48,7 +59,7 @@ def _prepare_kernel(
         x = unit
     x = x * fold
     at = i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
-    tl.store(rows_ptr + at, x.to(rows_ptr.dtype.element_ty), mask=d[None, :] < PADDED_DIM)
+    tl.store(rows_ptr + at, _rounded(x, rows_ptr.dtype.element_ty), mask=d[None, :] < PADDED_DIM)
     tl.store(poison_ptr + i, poison)
 
 
@@ -119,7 +130,7 @@ def _finish_gradient_kernel(
     target = tl.load(order_ptr + i, mask=i < num_rows, other=0)
     tl.store(
         gradient_ptr + target[:, None] * dim + d[None, :],
-        g.to(gradient_ptr.dtype.element_ty),
+        _rounded(g, gradient_ptr.dtype.element_ty),
         mask=(i[:, None] < num_rows) & (d[None, :] < dim),
     )
 
@@ -209,9 +220,7 @@ def _positive_sums_kernel(
         begin = tl.load(begin_ptr + start)
         end = tl.load(end_ptr + start)
         here = taken & (begins == begin) & (ends == end)
-        of_class = _class_sum(
-            cols_ptr, rows_ptr, sums_ptr, begin, end, d, False, PADDED_DIM, CHUNK
-        )
+        of_class = _class_sum(cols_ptr, rows_ptr, sums_ptr, begin, end, d, False, PADDED_DIM, CHUNK)
         totals += tl.where(here, tl.sum(x * (of_class[None, :] - myself), axis=1), 0.0)
         start += tl.sum(here.to(tl.int32), 0)
     tl.store(totals_ptr + tl.program_id(1).to(tl.int64) * padded_rows + i, totals)
@@ -279,8 +288,8 @@ def _attraction_kernel(
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    if INTERPRETED:  # the interpreter would multiply the bits of bfloat16
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRETED:  # it would multiply the bits of bfloat16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -296,28 +305,44 @@ def _scores(
     NUM_CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Products of the block's rows with one tile of columns (ROWS, COLS), and the tile."""
     x = tl.zeros((ROWS, COLS), tl.float32)
     b = tl.load(b_ptrs)
     if NUM_CHUNKS == 1:
-        return _dot(a, tl.trans(b), x, PRECISION, INTERPRETED), b
+        return _dot(a, tl.trans(b), x, PRECISION), b
     for _ in range(NUM_CHUNKS):
-        x = _dot(tl.load(a_ptrs), tl.trans(tl.load(b_ptrs)), x, PRECISION, INTERPRETED)
+        x = _dot(tl.load(a_ptrs), tl.trans(tl.load(b_ptrs)), x, PRECISION)
         a_ptrs += CHUNK
         b_ptrs += CHUNK
     return x, b
 
 
 @triton.jit
+def _uniform(x):
+    """A number that the compiler is told to be the same in every thread of a warp.
+
+    One read from memory it would keep in a register of each thread, and with it all that a loop
+    of that length counts.
+    """
+    if INTERPRETED:
+        return x
+    return tl.inline_asm_elementwise(
+        "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def _walk(low, high, num_cols, COLS: tl.constexpr):
-    """The tiles of this split: plain ones around the special ones that touch columns low ≤ j < high.
+    """Tiles of this split: plain ones around the special ones that touch columns low ≤ j < high.
 
     Returns:
         first tile, special tiles lo ≤ t < hi, the ragged tile (if any), numbers of plain and of
         special tiles.
     """
+    low = _uniform(low)
+    high = _uniform(high)
+    num_cols = _uniform(num_cols)
     num_tiles = tl.cdiv(num_cols, COLS)
     first = (num_tiles * tl.program_id(1)) // tl.num_programs(1)
     last = (num_tiles * (tl.program_id(1) + 1)) // tl.num_programs(1)
@@ -372,7 +397,6 @@ def _forward_kernel(
     COLS: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """A program owns ROWS anchors and one split of the columns; it keeps the sums of powers."""
     NUM_CHUNKS: tl.constexpr = PADDED_DIM // CHUNK
@@ -407,9 +431,7 @@ def _forward_kernel(
         tile = first + n
         tile += tl.where(tile >= lo, hi - lo, 0)
         b_ptrs = cols_ptr + tile.to(tl.int64) * (COLS * PADDED_DIM) + b_offsets
-        x, _ = _scores(
-            a, a_ptrs, b_ptrs, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION, INTERPRETED
-        )
+        x, _ = _scores(a, a_ptrs, b_ptrs, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION)
         if SHIFTED:
             places += tl.exp2(x)
         else:
@@ -423,9 +445,7 @@ def _forward_kernel(
         tile = lo + n
         tile = tl.where(tile < hi, tile, ragged)
         b_ptrs = cols_ptr + tile.to(tl.int64) * (COLS * PADDED_DIM) + b_offsets
-        x, _ = _scores(
-            a, a_ptrs, b_ptrs, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION, INTERPRETED
-        )
+        x, _ = _scores(a, a_ptrs, b_ptrs, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION)
         if not SHIFTED:
             x = x * scale
         j = (tile * COLS + k)[None, :]
@@ -452,7 +472,9 @@ def _log_sum(powers_ptr, i, which, num_splits, padded_rows):
     largest = tl.full(i.shape, LOWEST, tl.float32)
     for s in range(num_splits):
         here = tl.load(out + s * step)
-        largest = tl.where(here > 0.0, tl.maximum(largest, tl.load(out + s * step + padded_rows)), largest)
+        largest = tl.where(
+            here > 0.0, tl.maximum(largest, tl.load(out + s * step + padded_rows)), largest
+        )
     total = tl.zeros(i.shape, tl.float64)
     for s in range(num_splits):
         shift = tl.load(out + s * step + padded_rows).to(tl.float64) - largest.to(tl.float64)
@@ -493,7 +515,6 @@ def _one_positive_kernel(
     COLS: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """A program owns ROWS anchors and visits the tiles that hold their positives."""
     NUM_CHUNKS: tl.constexpr = PADDED_DIM // CHUNK
@@ -521,9 +542,7 @@ def _one_positive_kernel(
     for n in tl.range(tl.cdiv(high, COLS) - first, num_stages=1):
         tile = first + n
         b_ptrs = cols_ptr + tile.to(tl.int64) * (COLS * PADDED_DIM) + b_offsets
-        x, _ = _scores(
-            a, a_ptrs, b_ptrs, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION, INTERPRETED
-        )
+        x, _ = _scores(a, a_ptrs, b_ptrs, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION)
         j = (tile * COLS + k)[None, :]
         positive = (j < num_cols) & (j != own[:, None])
         positive = positive & (j >= begin[:, None]) & (j < end[:, None])
@@ -758,7 +777,6 @@ def _backward_kernel(
     CHUNK: tl.constexpr,
     SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """A program owns SLICE features of ROWS rows' gradient for one split of the columns.
 
@@ -808,9 +826,7 @@ def _backward_kernel(
             col_weight = tl.load(col_weights_ptr + tile * COLS + k)
             if not SHIFTED:
                 col_lse = tl.load(col_weights_ptr + padded_cols + tile * COLS + k)
-        x, b = _scores(
-            a, a_ptrs, tile_ptr + b_offsets, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION, INTERPRETED
-        )
+        x, b = _scores(a, a_ptrs, tile_ptr + b_offsets, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION)
         if not SHIFTED:
             x = x * scale
         h, _ = _softmax(
@@ -818,7 +834,7 @@ def _backward_kernel(
         )
         if NUM_CHUNKS > 1:
             b = tl.load(tile_ptr + kept_offsets)
-        gradient = _dot(h.to(b.dtype), b, gradient, PRECISION, INTERPRETED)
+        gradient = _dot(_rounded(h, b.dtype), b, gradient, PRECISION)
 
     col_pull = tl.zeros((COLS,), tl.float32)
     col_pull_lse = col_pull
@@ -831,9 +847,7 @@ def _backward_kernel(
             col_lse = tl.load(col_weights_ptr + padded_cols + tile * COLS + k)
             col_pull = tl.load(col_weights_ptr + 2 * padded_cols + tile * COLS + k)
             col_pull_lse = tl.load(col_weights_ptr + 3 * padded_cols + tile * COLS + k)
-        x, b = _scores(
-            a, a_ptrs, tile_ptr + b_offsets, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION, INTERPRETED
-        )
+        x, b = _scores(a, a_ptrs, tile_ptr + b_offsets, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION)
         if not SHIFTED:
             x = x * scale
         h, power = _softmax(
@@ -871,7 +885,7 @@ def _backward_kernel(
         h = tl.where((j < num_cols) & (j != own[:, None]), h, 0.0)
         if NUM_CHUNKS > 1:
             b = tl.load(tile_ptr + kept_offsets)
-        gradient = _dot(h.to(b.dtype), b, gradient, PRECISION, INTERPRETED)
+        gradient = _dot(_rounded(h, b.dtype), b, gradient, PRECISION)
 
     out = slices_ptr + tl.program_id(1).to(tl.int64) * padded_rows * PADDED_DIM
     out += i.to(tl.int64)[:, None] * PADDED_DIM + kept[None, :]

@@ -76,11 +76,6 @@ class Target:
     capability: int
     num_multiprocessors: int
 
-    @property
-    def interpreted(self) -> bool:
-        """Whether Triton's interpreter runs the kernels on the CPU."""
-        return self.capability == 0
-
 
 INTERPRETER = Target(capability=0, num_multiprocessors=1)
 
@@ -425,7 +420,6 @@ class Plan:
             "CHUNK": tile.chunk,
             # Without effect on 16-bit operands.
             "PRECISION": "tf32x3",
-            "INTERPRETED": self.target.interpreted,
         }
 
     def _launch(
@@ -510,7 +504,7 @@ def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, L
                         summation,
                         denominator,
                         True,
-                                    )
+                    )
                     for label, launch in _launches_of(plan):
                         launches.setdefault(label, launch)
     return _without_repetition(launches)
