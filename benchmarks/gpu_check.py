@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,8 @@ BACKEND = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MINUTES = 8.0
 SMOKE = ("ragged", "ignored_garbage", "self_in_memory")
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SANITIZERS = ("memcheck", "racecheck")
+SANITIZER_SECONDS = 60
 WORKLOADS = (
     Workload(4096, dtype="bfloat16", device="cuda"),
     Workload(8192, dtype="bfloat16", device="cuda"),
@@ -142,8 +144,11 @@ def check_cases(place: Place, checks: Sequence[Check]) -> list[Finding]:
     if place.num_jobs == 1:
         return [run(check) for check in checks]
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(place.num_jobs, spawn, initializer=_start_worker) as pool:
-        return list(pool.map(run, checks, chunksize=4))
+    try:
+        with ProcessPoolExecutor(place.num_jobs, spawn, initializer=_start_worker) as pool:
+            return list(pool.map(run, checks, chunksize=4))
+    except BrokenProcessPool:
+        return [Finding("cases", "all", "failed", "a process died: run again with --jobs 1")]
 
 
 def _start_worker() -> None:
@@ -255,21 +260,23 @@ def check_sanitizers(place: Place) -> list[Finding]:
     if tool is None:
         return [Finding("compute-sanitizer", "all tools", "refused", "it is not installed")]
 
-    def run(name: str) -> None:
-        command = [
-            tool,
-            "--tool",
-            name,
-            "--error-exitcode",
-            "1",
-            sys.executable,
-            __file__,
-            "--smoke",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
-        assert done.returncode == 0, (done.stdout + done.stderr).strip().splitlines()[-1]
-
-    return [finding("compute-sanitizer", n, functools.partial(run, n)) for n in SANITIZERS]
+    # Without torch's cache of blocks a step beyond a tensor is a step beyond its allocation.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    script = [sys.executable, __file__, "--smoke"]
+    found = []
+    for name in SANITIZERS:
+        command = [tool, "--tool", name, "--error-exitcode", "1", *script]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=environment, timeout=SANITIZER_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            found.append(Finding("compute-sanitizer", name, "not reached", "it took too long"))
+            continue
+        last_line = (done.stdout + done.stderr).strip().splitlines()[-1]
+        status = "ok" if done.returncode == 0 else "failed"
+        found.append(Finding("compute-sanitizer", name, status, last_line))
+    return found
 
 
 def smoke() -> int:
@@ -315,7 +322,7 @@ def time_table(results: Sequence[Result], device_name: str) -> str:
             )
         ratio = both.time_ms / least_ms if both.time_ms and least_ms else None
         time_ms = both.verdict if both.time_ms is None else f"{both.time_ms:.3g}"
-        error = f"{max(both.errors):.1e}" if both.errors else both.note
+        error = f"{max(both.errors):.1e}" if both.errors else "not compared"
         cells.append(
             [
                 *(both.provider, str(both.num_rows), both.dtype, *map(_three, halves), time_ms),

@@ -189,6 +189,13 @@ def test_too_much_shared_memory_is_a_fault() -> None:
     assert any("of 99 KiB" in fault for fault in row.faults), row
 
 
+def test_more_instructions_than_the_goal_are_a_fault() -> None:
+    row = replace(compiled(forward, 90), label="forward out/all")
+    assert row.faults == []
+    assert "instructions" in replace(row, instructions_per_pair=4.4).faults[0]
+    assert "rcp" in replace(row, rcp_per_pair=0.5).faults[0]
+
+
 def test_what_does_not_compile_is_a_fault() -> None:
     bad = source(forward)
     bad = replace(bad, launch=replace(bad.launch, constexprs={"D": 100, "ROWS": 64, "COLS": 64}))
