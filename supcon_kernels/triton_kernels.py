@@ -333,12 +333,14 @@ def _uniform(x):
 
 
 @triton.jit
-def _walk(low, high, num_cols, COLS: tl.constexpr):
+def _walk(low, high, num_cols, COLS: tl.constexpr, NARROW: tl.constexpr):
     """Tiles of this split: plain ones around the special ones that touch columns low ≤ j < high.
 
     Returns:
-        first tile, special tiles lo ≤ t < hi, the ragged tile (if any), numbers of plain and of
-        special tiles.
+        The first plain tile, which plain tile the special ones come before, how many plain ones
+        there are, and how many tiles of columns are jumped over for them; the first special
+        tile, in narrow ones, how many come before the ragged one, where that begins, and how
+        many there are in all.
     """
     low = _uniform(low)
     high = _uniform(high)
@@ -350,8 +352,19 @@ def _walk(low, high, num_cols, COLS: tl.constexpr):
     lo = tl.minimum(tl.maximum(low // COLS, first), whole)
     hi = tl.maximum(tl.minimum(tl.cdiv(high, COLS), last), lo)
     ragged = tl.maximum(hi, whole)
+    SUB: tl.constexpr = COLS // NARROW
     num_plain = lo - first + tl.maximum(whole - hi, 0)
-    return first, lo, hi, ragged, num_plain, hi - lo + last - ragged
+    num_special = (hi - lo + last - ragged) * SUB
+    return (
+        first,
+        lo,
+        hi - lo,
+        num_plain,
+        lo * SUB,
+        (hi - lo) * SUB,
+        (ragged - hi) * SUB,
+        num_special,
+    )
 
 
 @triton.jit
@@ -395,6 +408,7 @@ def _forward_kernel(
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    NARROW: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -413,7 +427,9 @@ def _forward_kernel(
         begin = tl.load(begin_ptr + i, mask=taken, other=0)
         end = tl.load(end_ptr + i, mask=taken, other=0)
     low, high = _extent(begin, end, own, taken, BANDED)
-    first, lo, hi, ragged, num_plain, num_special = _walk(low, high, num_cols, COLS)
+    first, lo, jump, num_plain, special, before, gap, num_special = _walk(
+        low, high, num_cols, COLS, NARROW
+    )
     scale = 1.0
     if not SHIFTED:
         scale = tl.load(scale_ptr)
@@ -429,7 +445,7 @@ def _forward_kernel(
         places = tl.zeros((ROWS, COLS), tl.float32)
     for n in range(num_plain):
         tile = first + n
-        tile += tl.where(tile >= lo, hi - lo, 0)
+        tile += tl.where(tile >= lo, jump, 0)
         b_ptrs = cols_ptr + tile.to(tl.int64) * (COLS * PADDED_DIM) + b_offsets
         x, _ = _scores(a, a_ptrs, b_ptrs, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION)
         if SHIFTED:
@@ -441,14 +457,15 @@ def _forward_kernel(
 
     pos_largest = largest * 0.0 if SHIFTED else tl.full((ROWS,), LOWEST, tl.float32)
     pos_total = tl.zeros((ROWS,), tl.float32)
+    narrow = tl.arange(0, NARROW)
+    narrow_offsets = narrow[:, None] * PADDED_DIM + d[None, :]
     for n in tl.range(num_special, num_stages=1):
-        tile = lo + n
-        tile = tl.where(tile < hi, tile, ragged)
-        b_ptrs = cols_ptr + tile.to(tl.int64) * (COLS * PADDED_DIM) + b_offsets
-        x, _ = _scores(a, a_ptrs, b_ptrs, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION)
+        tile = special + n + tl.where(n < before, 0, gap)
+        b_ptrs = cols_ptr + tile.to(tl.int64) * (NARROW * PADDED_DIM) + narrow_offsets
+        x, _ = _scores(a, a_ptrs, b_ptrs, ROWS, NARROW, NUM_CHUNKS, CHUNK, PRECISION)
         if not SHIFTED:
             x = x * scale
-        j = (tile * COLS + k)[None, :]
+        j = (tile * NARROW + narrow)[None, :]
         counts = (j < num_cols) & (j != own[:, None])
         if BANDED:
             positive = counts & (j >= begin[:, None]) & (j < end[:, None])
@@ -774,6 +791,7 @@ def _backward_kernel(
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    NARROW: tl.constexpr,
     CHUNK: tl.constexpr,
     SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -797,7 +815,9 @@ def _backward_kernel(
         begin = tl.load(begin_ptr + i, mask=taken, other=0)
         end = tl.load(end_ptr + i, mask=taken, other=0)
     low, high = _extent(begin, end, own, taken, BANDED)
-    first, lo, hi, ragged, num_plain, num_special = _walk(low, high, num_cols, COLS)
+    first, lo, jump, num_plain, special, before, gap, num_special = _walk(
+        low, high, num_cols, COLS, NARROW
+    )
     scale = 1.0
     if not SHIFTED:
         scale = tl.load(scale_ptr)
@@ -820,7 +840,7 @@ def _backward_kernel(
     col_lse = col_weight
     for n in range(num_plain):
         tile = first + n
-        tile += tl.where(tile >= lo, hi - lo, 0)
+        tile += tl.where(tile >= lo, jump, 0)
         tile_ptr = cols_ptr + tile.to(tl.int64) * (COLS * PADDED_DIM)
         if COLS_ANCHOR:
             col_weight = tl.load(col_weights_ptr + tile * COLS + k)
@@ -836,24 +856,30 @@ def _backward_kernel(
             b = tl.load(tile_ptr + kept_offsets)
         gradient = _dot(_rounded(h, b.dtype), b, gradient, PRECISION)
 
-    col_pull = tl.zeros((COLS,), tl.float32)
-    col_pull_lse = col_pull
+    narrow = tl.arange(0, NARROW)
+    narrow_offsets = narrow[:, None] * PADDED_DIM + d[None, :]
+    narrow_kept_offsets = narrow[:, None] * PADDED_DIM + kept[None, :]
+    col_weight = tl.zeros((NARROW,), tl.float32)
+    col_lse = col_weight
+    col_pull = col_weight
+    col_pull_lse = col_weight
     for n in tl.range(num_special, num_stages=1):
-        tile = lo + n
-        tile = tl.where(tile < hi, tile, ragged)
-        tile_ptr = cols_ptr + tile.to(tl.int64) * (COLS * PADDED_DIM)
+        tile = special + n + tl.where(n < before, 0, gap)
+        tile_ptr = cols_ptr + tile.to(tl.int64) * (NARROW * PADDED_DIM)
         if COLS_ANCHOR:
-            col_weight = tl.load(col_weights_ptr + tile * COLS + k)
-            col_lse = tl.load(col_weights_ptr + padded_cols + tile * COLS + k)
-            col_pull = tl.load(col_weights_ptr + 2 * padded_cols + tile * COLS + k)
-            col_pull_lse = tl.load(col_weights_ptr + 3 * padded_cols + tile * COLS + k)
-        x, b = _scores(a, a_ptrs, tile_ptr + b_offsets, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION)
+            col_weight = tl.load(col_weights_ptr + tile * NARROW + narrow)
+            col_lse = tl.load(col_weights_ptr + padded_cols + tile * NARROW + narrow)
+            col_pull = tl.load(col_weights_ptr + 2 * padded_cols + tile * NARROW + narrow)
+            col_pull_lse = tl.load(col_weights_ptr + 3 * padded_cols + tile * NARROW + narrow)
+        x, b = _scores(
+            a, a_ptrs, tile_ptr + narrow_offsets, ROWS, NARROW, NUM_CHUNKS, CHUNK, PRECISION
+        )
         if not SHIFTED:
             x = x * scale
         h, power = _softmax(
             x, row_weight, row_lse, col_weight, col_lse, SHIFTED, ROWS_ANCHOR, COLS_ANCHOR
         )
-        j = (tile * COLS + k)[None, :]
+        j = (tile * NARROW + narrow)[None, :]
         if BANDED:
             positive = (j >= begin[:, None]) & (j < end[:, None])
             of_positive = tl.zeros_like(h)
@@ -884,7 +910,7 @@ def _backward_kernel(
             h = tl.where(positive, of_positive, h)
         h = tl.where((j < num_cols) & (j != own[:, None]), h, 0.0)
         if NUM_CHUNKS > 1:
-            b = tl.load(tile_ptr + kept_offsets)
+            b = tl.load(tile_ptr + narrow_kept_offsets)
         gradient = _dot(_rounded(h, b.dtype), b, gradient, PRECISION)
 
     out = slices_ptr + tl.program_id(1).to(tl.int64) * padded_rows * PADDED_DIM

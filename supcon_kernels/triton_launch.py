@@ -52,6 +52,7 @@ class Tile:
     Attributes:
         rows: rows that it owns.
         cols: columns that it streams at a time.
+        narrow: columns at a time where pairs are told apart, which takes registers.
         chunk: features multiplied at a time; all where there are no more.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
@@ -59,6 +60,7 @@ class Tile:
 
     rows: int
     cols: int
+    narrow: int
     chunk: int
     num_warps: int
     num_stages: int
@@ -126,28 +128,33 @@ def forward_tile(dtype: str, dim: int, capability: int) -> Tile:
     """The tile of the kernels that only multiply rows with columns."""
     padded = padded_dim(dim)
     if capability == 0:
-        return Tile(32, 32, min(padded, 64), 4, 1)
+        return Tile(32, 32, 16, min(padded, 64), 4, 1)
     chunk = padded if padded <= 256 else 64
     if dtype == "float32":
-        return Tile(64, 64, min(chunk, 64) if padded > 128 else chunk, 4, 2)
+        return Tile(64, 64, 32, min(chunk, 64) if padded > 128 else chunk, 4, 2)
     if padded <= 128:
-        return Tile(128, 128, chunk, 8, 3 if capability >= 90 or capability == 80 else 2)
+        return Tile(128, 128, 32, chunk, 8, 3 if capability >= 90 or capability == 80 else 2)
     if padded <= 256:
-        return Tile(128, 64, chunk, 8, 2)
-    return Tile(128, 128, chunk, 8, 3)
+        return Tile(128, 64, 32, chunk, 8, 2)
+    return Tile(128, 128, 32, chunk, 8, 3)
 
 
-def backward_tile(dtype: str, dim: int, capability: int) -> Tile:
+def backward_tile(dtype: str, dim: int, capability: int, shifted: bool) -> Tile:
     """The tile of the kernel that also multiplies with what it made of the products."""
     padded = padded_dim(dim)
     if capability == 0:
-        return Tile(32, 32, min(padded, 64), 4, 1)
+        return Tile(32, 32, 16, min(padded, 64), 4, 1)
     chunk = padded if padded <= 256 else 64
     if dtype == "float32":
-        return Tile(64, 32, chunk, 4, 1)
+        return Tile(64, 32, 32, chunk, 4, 1)
     if padded <= 128:
-        return Tile(128, 128, chunk, 8, 2)
-    return Tile(64, 64, chunk, 4, 2)
+        cols = 128 if shifted else 64
+        return (
+            Tile(128, cols, 32, chunk, 8, 2)
+            if capability >= 90
+            else Tile(64, cols, 32, chunk, 4, 2)
+        )
+    return Tile(64, 64, 32, chunk, 4, 2)
 
 
 def slice_of(dim: int) -> int:
@@ -319,6 +326,7 @@ class Plan:
                 "SHIFTED": self.shifted,
                 "BANDED": not self.by_class,
                 **self._pair_constexprs(tile),
+                "NARROW": tile.narrow,
             },
             (padded_rows(self.num_rows) // tile.rows, self.forward_splits),
             tile,
@@ -335,6 +343,7 @@ class Plan:
                 "SHIFTED": self.shifted,
                 "OUT": self.summation == "out",
                 **self._pair_constexprs(tile),
+                "COLS": tile.narrow,
             },
             (padded_rows(self.num_rows) // tile.rows,),
             tile,
@@ -356,6 +365,7 @@ class Plan:
                 "DENOMINATOR": self.denominator,
                 **self._anchors(of_columns),
                 **self._pair_constexprs(tile),
+                "NARROW": tile.narrow,
                 "SLICE": slice_of(self.dim),
             },
             (padded_rows(owners) // tile.rows, self.backward_splits(of_columns), slices),
@@ -379,7 +389,7 @@ class Plan:
 
     @property
     def _backward_tile(self) -> Tile:
-        return backward_tile(self.dtype, self.dim, self.target.capability)
+        return backward_tile(self.dtype, self.dim, self.target.capability, self.shifted)
 
     def _splits(self, owners: int, streamed: int, tile: Tile, slices: int) -> int:
         blocks = slices * _cdiv(owners, tile.rows)
