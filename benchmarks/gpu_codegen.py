@@ -37,6 +37,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 DIMS = (64, 128, 256, 512, 1024, 2048)
 SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227}
 """Shared memory that one program may have, by architecture."""
+TENSOR_MEMORY_COLUMNS = 512  # of a multiprocessor from sm_100 on, where products accumulate
 GOALS = {
     ("forward out/all", 80): 4.5,
     ("backward out/all", 80): 7.7,
@@ -82,6 +83,7 @@ class Compiled:
     registers: int = 0
     spilled_bytes: int = 0
     shared_bytes: int = 0
+    tensor_memory_columns: int = 0
     tensor_cores: str = ""
     num_atomics: int = 0
     is_pair_kernel: int = 0
@@ -112,6 +114,8 @@ class Compiled:
             found.append(f"spills {self.spilled_bytes} bytes")
         if self.shared_bytes > SHARED_KIB[self.arch] * 1024:
             found.append(f"needs {self.shared_bytes / 1024:.1f} of {SHARED_KIB[self.arch]} KiB")
+        if self.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
+            found.append(f"needs {self.tensor_memory_columns} columns of tensor memory")
         if self.is_pair_kernel and self.dtype != "float32" and not self.tensor_cores:
             found.append("uses no tensor cores")
         if self.num_atomics:
@@ -263,6 +267,7 @@ def _read(blank: Compiled, kernel: Any, log: str) -> Compiled:
         spilled_bytes=_only(r"(\d+) bytes spill stores", log)
         + _only(r"(\d+) bytes spill loads", log),
         shared_bytes=kernel.metadata.shared,
+        tensor_memory_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
         tensor_cores=" ".join(kinds),
         num_atomics=sum(1 for o in opcodes if sass.GLOBAL_ATOMIC.match(o)),
         is_pair_kernel=int("tt.dot" in code["ttir"]),

@@ -24,7 +24,7 @@ PHASES = ("forward", "backward")
 
 @dataclass(frozen=True)
 class Card:
-    """Published rates, dense, at boost clock."""
+    """Published rates without sparsity, and the clock that they imply."""
 
     name: str
     arch: int
@@ -43,13 +43,13 @@ class Card:
 CARDS = (
     # NVIDIA A100 Tensor Core GPU datasheet (SXM, 80 GB) and architecture whitepaper.
     Card("A100", 80, 108, 1.41, {"16-bit": 312, "tf32": 156}, 2039),
-    # NVIDIA H100 datasheet (SXM) and architecture whitepaper; rates without sparsity.
+    # NVIDIA H100 datasheet (SXM) and architecture whitepaper.
     Card("H100", 90, 132, 1.83, {"16-bit": 989.4, "tf32": 494.7}, 3350),
-    # NVIDIA HGX B200 datasheet, per GPU, without sparsity; the clock that its rates imply.
+    # NVIDIA HGX B200 datasheet, per GPU.
     Card("B200", 100, 148, 1.86, {"16-bit": 2250, "tf32": 1125}, 8000),
 )
 LAUNCH_US = 2.5
-"""What a launch costs in a stream, as NVIDIA gives it for straight-line work."""
+"""Assumed for one launch: what NVIDIA reports for launching a straight-line CUDA graph."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import gpu_codegen
 import roofline
 import sass
 from gpu_codegen import Compiled, Source, compile_all
-from results import read_rows, write_rows
+from results import read_rows, update_document, write_rows
 from supcon_kernels.triton_launch import Launch
 from workloads import Workload
 
@@ -234,6 +234,29 @@ def test_a_csv_that_says_something_else_is_stale(
     assert gpu_codegen.differs_from(tmp_path / "rows.csv", [replace(rows[0], label="new")])
     other = [replace(rows[0], registers=1, triton="0.0")]
     assert not gpu_codegen.differs_from(tmp_path / "rows.csv", other)
+
+
+def test_a_document_is_found_stale_and_renewed(tmp_path: Path) -> None:
+    document = tmp_path / "gpu.md"
+    document.write_text("before\n<!-- rows:begin -->\nold\n<!-- rows:end -->\nafter\n")
+    assert update_document(document, "rows", "new", only_check=True)
+    assert "old" in document.read_text()
+    assert update_document(document, "rows", "new", only_check=False)
+    assert document.read_text() == "before\n<!-- rows:begin -->\nnew\n<!-- rows:end -->\nafter\n"
+    assert not update_document(document, "rows", "new", only_check=True)
+    with pytest.raises(ValueError, match="needs one"):
+        update_document(document, "others", "new", only_check=True)
+
+
+def test_rows_of_other_kernels_are_kept(shipped_kernel: list[Source], tmp_path: Path) -> None:
+    shipped_kernel.append(source(in_slices))
+    path = tmp_path / "rows.csv"
+    old = compile_all(shipped_kernel, 1)
+    gone = replace(old[0], label="no longer shipped")
+    write_rows(path, [*old, gone])
+    run = ["--jobs", "1", "--output", str(path), "--resume", "--labels", "forward"]
+    assert gpu_codegen.main(run) == 0
+    assert read_rows(path, Compiled) == old
 
 
 def test_the_same_code_is_not_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
