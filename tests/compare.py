@@ -144,4 +144,7 @@ def _floor(name: str, exact: Tensor, arguments: dict[str, Any], dtype: torch.dty
     floor = FLOOR_ROUNDINGS * torch.finfo(working).eps * (size + term) * max(1.0, reach)
     if dtype != working and name in ("features", "contrast_features"):
         floor += torch.finfo(dtype).eps * size
+    if dtype != working and name == "temperature":
+        # It may be the rows' product with gradients made of 16-bit factors, which cancel.
+        floor += torch.finfo(dtype).eps * (size + term)
     return floor
