@@ -556,7 +556,7 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
 
 def _without_repetition(launches: dict[str, Launch]) -> list[tuple[str, Launch]]:
     """One launch for each that compiles to a kernel of its own."""
-    seen = {}
+    seen: dict[object, tuple[str, Launch]] = {}
     for label, launch in launches.items():
         key = (launch.kernel, tuple(launch.constexprs.items()))
         seen.setdefault(key, (label, launch))

@@ -44,6 +44,13 @@ def unavailable() -> str | None:
     return _too_old(torch.device("cuda"))
 
 
+def description() -> str:
+    """What of the kernels has been shown, and what has not."""
+    return (
+        "(interpreted and compiled for sm_80, sm_86, sm_90 and sm_100; not yet measured on a GPU)"
+    )
+
+
 def why_not(problem: Problem) -> str | None:
     """Why this backend cannot take ``problem``, in one sentence; None: it can."""
     device = problem.rows.device
