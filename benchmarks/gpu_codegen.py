@@ -426,15 +426,18 @@ def update_docs(document: Path, only_check: bool) -> bool:
 
 def codegen_block(rows: Sequence[Compiled]) -> str:
     """What was compiled altogether, then the pair kernels at the dimension of the comparison."""
-    worst = max(rows, key=lambda row: row.shared_bytes / SHARED_KIB[row.arch])
-    counted = [row for row in rows if row.faults]
+    num_shipped = len(shipped(DTYPES, DIMS, tuple(SHARED_KIB)))
+    num_faulty = sum(1 for row in rows if row.faults)
+    fullest = max(rows, key=lambda row: row.shared_bytes / SHARED_KIB[row.arch])
     summary = (
-        f"{len(rows)} kernels ({', '.join(_seen(rows, 'dtype'))}; D = {', '.join(_seen(rows, 'dim'))}; "
-        f"sm_{', sm_'.join(_seen(rows, 'arch'))}), Triton {rows[0].triton}: {len(counted)} with a fault, "
-        f"{sum(row.spilled_bytes for row in rows)} bytes spilled, at most "
-        f"{max(row.registers for row in rows)} registers, {sum(row.num_atomics for row in rows)} atomics; "
-        f"the nearest to its architecture's shared memory needs {worst.shared_bytes / 1024:.0f} of "
-        f"{SHARED_KIB[worst.arch]} KiB (D={worst.dim}, sm_{worst.arch})."
+        f"{len(rows)} of the {num_shipped} kernels that can be launched, by Triton "
+        f"{rows[0].triton} ({', '.join(_seen(rows, 'dtype'))}; D = {', '.join(_seen(rows, 'dim'))}; "
+        f"sm_{', sm_'.join(_seen(rows, 'arch'))}): {num_faulty} with a fault, "
+        f"{sum(row.spilled_bytes for row in rows)} bytes spilled, "
+        f"{sum(row.num_atomics for row in rows)} atomics, at most "
+        f"{max(row.registers for row in rows)} registers; the nearest to its architecture's "
+        f"shared memory needs {fullest.shared_bytes / 1024:.0f} of {SHARED_KIB[fullest.arch]} KiB "
+        f"(D={fullest.dim}, sm_{fullest.arch})."
     )
     header = ["kernel", "sm", "registers", "shared KiB", "tensor cores", "instructions"]
     header += ["peeled", "ex2", "rcp", "compares"]
