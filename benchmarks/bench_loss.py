@@ -16,7 +16,7 @@ from statistics import quantiles
 import torch
 
 from machine import available_memory_bytes, describe_machine
-from peak_memory import PeakMib, measure_peak_mib
+from peak_memory import PeakMib, measure_own_peak_mib, measure_peak_mib
 from providers import FACTORIES, OURS, Provider, Unavailable, make_provider, provider_names
 from results import (
     Report,
@@ -161,7 +161,8 @@ def bench_size(
     admissions = {name: admit(name, workload, checked, truth) for name in names}
     right = {name: a.provider for name, a in admissions.items() if a.provider}
     _say(f"N={workload.num_rows}: timing {', '.join(right) or 'none of them'}")
-    samples = time_interleaved(list(right.values()), make_problem(workload), budget_s)
+    problem = make_problem(workload)
+    samples = time_interleaved(list(right.values()), problem, budget_s)
     results = []
     for name, admission in admissions.items():
         if name not in right:
@@ -170,7 +171,10 @@ def bench_size(
         peak = None
         if with_memory:
             _say(f"N={workload.num_rows}: memory of {name}")
-            peak = measure_peak_mib(name, workload, torch.get_num_threads())
+            if workload.device == "cuda":  # the allocator keeps its own mark, apart from libraries
+                peak = measure_own_peak_mib(right[name], problem)
+            else:
+                peak = measure_peak_mib(name, workload, torch.get_num_threads())
         results += [_summarise(admission.verdict, p, samples[name], peak) for p in PHASES]
     return results
 

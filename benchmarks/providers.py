@@ -140,12 +140,52 @@ def _supcon_kernels(backend: str, workload: Workload) -> Provider:
     return Provider(f"{OURS}{backend}]", forward)
 
 
+def _memeff(workload: Workload) -> Provider:
+    _refuse_without_gpu(workload)
+    try:
+        from memeff import MemoryEfficientCLIPLoss
+    except ModuleNotFoundError:
+        raise Unavailable("not installed: pip install memeff") from None
+    clip = MemoryEfficientCLIPLoss(temperature=workload.temperature, stable=False)
+
+    def forward(problem: Problem) -> Tensor:
+        loss = clip(problem.features, problem.cols)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    return Provider("memeff", forward, has_loss=False)
+
+
+def _inf_cl(workload: Workload) -> Provider:
+    _refuse_without_gpu(workload)
+    try:
+        from inf_cl import cal_flash_loss
+    except ModuleNotFoundError:
+        raise Unavailable("not installed: pip install inf-cl") from None
+
+    def forward(problem: Problem) -> Tensor:
+        rows, cols = F.normalize(problem.features), F.normalize(problem.cols)
+        head_dim = min(workload.dim, 256)
+        loss = cal_flash_loss(rows, cols, scale=1 / workload.temperature, head_dim=head_dim)
+        assert isinstance(loss, Tensor)
+        return loss.mean()
+
+    return Provider("inf-cl", forward, has_loss=False)
+
+
+def _refuse_without_gpu(workload: Workload) -> None:
+    if workload.device != "cuda":
+        raise Unavailable("runs on CUDA only")
+
+
 FACTORIES: dict[str, Callable[[Workload], Provider]] = {
     "dense": _dense,
     "dense-compiled": _dense_compiled,
     "pytorch-metric-learning": _pytorch_metric_learning,
     "matmuls": _matmuls,
 }
+GPU_PEERS: dict[str, Callable[[Workload], Provider]] = {"memeff": _memeff, "inf-cl": _inf_cl}
+"""The nearest in kind: CLIP's loss on the same rows, which is another one, so it is not checked."""
 OURS = "supcon_kernels["
 SPECIFICATION = "reference"
 """The backend that is a specification, not a contender: measured only when named."""
@@ -160,7 +200,7 @@ def make_provider(name: str, workload: Workload) -> Provider:
     """Build the named provider for a workload, or raise Unavailable."""
     if name.startswith(OURS):
         return _supcon_kernels(name.removeprefix(OURS).removesuffix("]"), workload)
-    return FACTORIES[name](workload)
+    return (FACTORIES | GPU_PEERS)[name](workload)
 
 
 def _ready_backends() -> list[str]:

@@ -10,9 +10,13 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from providers import OURS
 from workloads import Workload, worst
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 BEGIN, END = "<!-- bench_loss:begin -->", "<!-- bench_loss:end -->"
 UNTIMED = ("wrong", "failed", "unavailable")
@@ -245,3 +249,39 @@ def replace_block(readme: Path, report: Report, csv_path: Path) -> tuple[str, st
     picture = os.path.relpath(csv_path.resolve().with_suffix(".png"), readme.resolve().parent)
     before, after = old.split(BEGIN)[0], old.split(END)[1]
     return old, f"{before}{BEGIN}\n{readme_block(report, picture)}\n{END}{after}"
+
+
+# --- rows of any kind, for the tools that have no times to report
+
+
+Row = TypeVar("Row", bound="DataclassInstance")
+
+
+def write_rows(path: Path, rows: Sequence[DataclassInstance]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([f.name for f in fields(rows[0])])
+        for row in rows:
+            writer.writerow(map(_to_cell, asdict(row).values()))
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """What ``write_rows`` wrote of that dataclass."""
+    with path.open(newline="") as file:
+        return [
+            kind(**{f.name: _from_cell(row[f.name], str(f.type)) for f in fields(kind)})
+            for row in csv.DictReader(file)
+        ]
+
+
+def update_document(document: Path, name: str, block: str, only_check: bool) -> bool:
+    """Put the block between the document's two markers of that name; answer whether it differed."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    old = document.read_text()
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise ValueError(f"{document} needs one {begin} and, after it, one {end}")
+    new = f"{old.split(begin)[0]}{begin}\n{block}\n{end}{old.split(end)[1]}"
+    if new != old and not only_check:
+        document.write_text(new)
+    return new != old

@@ -7,7 +7,7 @@ import platform
 import torch
 
 import supcon_kernels
-from supcon_kernels.backends import native
+from supcon_kernels.backends import native, triton
 
 
 def report() -> str:
@@ -25,6 +25,8 @@ def report() -> str:
     for name, reason in supcon_kernels.available_backends().items():
         detail = f" ({native.description()})" if name == "native" and reason is None else ""
         lines.append(f"  {name:<12} {reason or 'ready'}{detail}")
+        if name == "triton":
+            lines.append(f"  {'':<12} {triton.description()}")
     return "\n".join(lines)
 
 

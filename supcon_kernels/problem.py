@@ -164,8 +164,8 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of what the forward hands the backward: float64 costs nothing on a CPU."""
-    return torch.float64 if x.device.type == "cpu" else working_dtype(x)
+    """The dtype of what the forward hands the backward, a few numbers for each row."""
+    return accumulation_dtype(x)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from supcon_kernels.backends import native, reference, tiled
+from supcon_kernels.backends import native, reference, tiled, triton
 from supcon_kernels.problem import Problem
 
 BACKENDS: dict[str, ModuleType] = {
     "native": native,
+    "triton": triton,
     "tiled": tiled,
     "reference": reference,
 }

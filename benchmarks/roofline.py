@@ -1,0 +1,330 @@
+"""A model, not a measurement: the least time that forward and backward can take on a card.
+
+It counts what a scheme must do for N rows of D features (products, exponentials, instructions,
+bytes, launches) and divides by the card's published rates; all are taken to overlap perfectly, so
+the slowest is the bound. python benchmarks/roofline.py writes benchmarks/results/roofline.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gpu_codegen import DOCUMENT, RESULTS, Compiled, ints
+from results import read_rows, render_table, update_document, write_rows
+from supcon_kernels.triton_launch import padded_dim, slice_of
+
+CSV = RESULTS / "roofline.csv"
+NUM_ROWS = (1024, 4096, 8192, 32768, 131072)
+PHASES = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Card:
+    """Published rates without sparsity, and the clock that they imply."""
+
+    name: str
+    arch: int
+    num_sms: int
+    clock_ghz: float
+    matrix_tflops: dict[str, float]
+    bandwidth_gbs: float
+    ex2_per_sm_clock: int = 16
+    instructions_per_sm_clock: int = 128  # four schedulers, one instruction of 32 threads each
+
+    @property
+    def sm_ghz(self) -> float:
+        return self.num_sms * self.clock_ghz
+
+
+CARDS = (
+    # NVIDIA A100 Tensor Core GPU datasheet (SXM, 80 GB) and architecture whitepaper.
+    Card("A100", 80, 108, 1.41, {"16-bit": 312, "tf32": 156}, 2039),
+    # NVIDIA H100 datasheet (SXM) and architecture whitepaper.
+    Card("H100", 90, 132, 1.83, {"16-bit": 989.4, "tf32": 494.7}, 3350),
+    # NVIDIA HGX B200 datasheet, per GPU.
+    Card("B200", 100, 148, 1.86, {"16-bit": 2250, "tf32": 1125}, 8000),
+)
+LAUNCH_US = 2.5
+"""Assumed for one launch: what NVIDIA reports for launching a straight-line CUDA graph."""
+
+
+@dataclass(frozen=True)
+class PairKernel:
+    """A kernel over all pairs: it multiplies and exponentiates scores, and maybe goes on to a gradient."""
+
+    phase: str
+    label: str  # as in gpu_codegen.py's rows
+    gradients: int = 0
+    launches: int = 1
+
+
+def _whole(dim: int) -> int:
+    return 1
+
+
+def _slices(dim: int) -> int:
+    """Programs that share the features of a gradient row between them: each needs all scores."""
+    return padded_dim(dim) // slice_of(dim)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The kernels over pairs that a step launches, read from their source."""
+
+    name: str
+    package: str
+    kernels: tuple[PairKernel, ...]
+    takes_16_bit: bool = True
+    float32_passes: int = 1
+    gradient_slices: Callable[[int], int] = _whole
+
+    def in_phase(self, phase: str) -> list[PairKernel]:
+        return [kernel for kernel in self.kernels if kernel.phase == phase]
+
+    def exponentials(self, phase: str, dim: int) -> int:
+        """Of a pair; there is one for each score."""
+        return sum(
+            k.launches * (self.gradient_slices(dim) if k.gradients else 1)
+            for k in self.in_phase(phase)
+        )
+
+    def products(self, phase: str, dim: int) -> int:
+        """N×N×D products: one for the scores, each time that they are computed, one for a gradient."""
+        gradients = sum(k.launches * k.gradients for k in self.in_phase(phase))
+        return self.exponentials(phase, dim) + gradients
+
+    def launches(self, phase: str) -> int:
+        return sum(kernel.launches for kernel in self.in_phase(phase))
+
+
+SCHEMES = (
+    Scheme(
+        "supcon_kernels",
+        "supcon_kernels",
+        # Rows are columns: one merged matrix, so one product for the gradient where others have two.
+        (
+            PairKernel("forward", "forward out/all"),
+            PairKernel("backward", "backward out/all", gradients=1),
+        ),
+        float32_passes=3,  # tf32 three times over, to float32's precision
+        gradient_slices=_slices,
+    ),
+    Scheme(
+        "memeff",
+        "memeff 0.3.1",
+        (
+            PairKernel("forward", "clip_denom_kernel"),
+            # Once for each tower.
+            PairKernel("backward", "clip_fa_grad_kernel", gradients=1, launches=2),
+        ),
+    ),
+    Scheme(
+        "Inf-CL",
+        "Inf-CL 1.2.1",
+        (
+            PairKernel("forward", "_prob_fwd_kernel"),
+            PairKernel("backward", "_dq_prob_bwd_kernel", gradients=1),
+            PairKernel("backward", "_dk_prob_bwd_kernel", gradients=1),
+        ),
+        takes_16_bit=False,  # it widens its operands to float32
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The least time of one phase, limit by limit: a row of the CSV."""
+
+    scheme: str
+    card: str
+    num_rows: int
+    dim: int
+    dtype: str
+    phase: str
+    products: int
+    exponentials: int
+    launches: int
+    matrix_us: float
+    exponential_us: float
+    instruction_us: float | None
+    memory_us: float
+    launch_us: float
+    least_us: float
+    limit: str
+    kind: str = "model, not measured"
+
+
+def bound(
+    scheme: Scheme,
+    card: Card,
+    num_rows: int,
+    dim: int,
+    dtype: str,
+    phase: str,
+    compiled: Sequence[Compiled] = (),
+) -> Bound:
+    """The model. Instructions count where ``compiled`` holds all kernels of the phase."""
+    is_16_bit = dtype != "float32" and scheme.takes_16_bit
+    passes = scheme.float32_passes if dtype == "float32" else 1
+    pairs = num_rows**2
+    flops = 2 * scheme.products(phase, dim) * passes * pairs * dim
+    exponentials = scheme.exponentials(phase, dim) * pairs
+    launches = scheme.launches(phase)
+    # The features once, and a gradient as large, for each launch: columns come again from a cache.
+    matrices = launches * (2 if phase == "backward" else 1)
+    num_bytes = matrices * num_rows * dim * (2 if is_16_bit else 4)
+    instructions = _instructions_per_pair(scheme, card, dim, dtype, phase, compiled)
+    limits_us = {
+        "matrix": 1e-6 * flops / card.matrix_tflops["16-bit" if is_16_bit else "tf32"],
+        "exponential": 1e-3 * exponentials / (card.ex2_per_sm_clock * card.sm_ghz),
+        "memory": 1e-3 * num_bytes / card.bandwidth_gbs,
+        "launch": LAUNCH_US * launches,
+    }
+    if instructions is not None:
+        rate = card.instructions_per_sm_clock * card.sm_ghz
+        limits_us["instruction"] = 1e-3 * instructions * pairs / rate
+    limit = max(limits_us, key=limits_us.__getitem__)
+    return Bound(
+        scheme=scheme.name,
+        card=card.name,
+        num_rows=num_rows,
+        dim=dim,
+        dtype=dtype,
+        phase=phase,
+        products=scheme.products(phase, dim),
+        exponentials=scheme.exponentials(phase, dim),
+        launches=launches,
+        instruction_us=limits_us.get("instruction"),
+        **{f"{name}_us": limits_us[name] for name in ("matrix", "exponential", "memory", "launch")},
+        least_us=limits_us[limit],
+        limit=limit,
+    )
+
+
+def _instructions_per_pair(
+    scheme: Scheme, card: Card, dim: int, dtype: str, phase: str, compiled: Sequence[Compiled]
+) -> float | None:
+    """Instructions outside the matrix unit in the main loops, as compiled for the card."""
+    total = 0.0
+    for kernel in scheme.in_phase(phase):
+        taken = dtype if scheme.takes_16_bit else "float32"
+        wanted = (scheme.package, kernel.label, taken, dim, card.arch)
+        row = next((row for row in compiled if row.key == wanted), None)
+        if row is None or row.instructions_per_pair is None:
+            return None
+        slices = scheme.gradient_slices(dim) if kernel.gradients else 1
+        total += kernel.launches * slices * row.instructions_per_pair
+    return total
+
+
+def read_compiled() -> list[Compiled]:
+    """What gpu_codegen.py has found, of ours and of the peers'."""
+    paths = (RESULTS / "gpu_codegen.csv", RESULTS / "gpu_codegen_peers.csv")
+    return [row for path in paths if path.exists() for row in read_rows(path, Compiled)]
+
+
+def all_bounds(num_rows: Sequence[int], dims: Sequence[int], dtypes: Sequence[str]) -> list[Bound]:
+    compiled = read_compiled()
+    return [
+        bound(scheme, card, n, dim, dtype, phase, compiled)
+        for dtype in dtypes
+        for dim in dims
+        for card in CARDS
+        for n in num_rows
+        for scheme in SCHEMES
+        for phase in PHASES
+    ]
+
+
+def find_card(device_name: str) -> Card | None:
+    """The card of that name, as torch gives it: 'NVIDIA H100 80GB HBM3'."""
+    return next((card for card in CARDS if card.name in device_name), None)
+
+
+# --- the command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _make_parser().parse_args(argv)
+    if args.table:
+        bounds = read_rows(args.output, Bound)
+    else:
+        bounds = all_bounds(args.rows, args.dims, args.dtypes)
+    print("A MODEL, NOT A MEASUREMENT: the least time in µs, and the limit that binds.")
+    print(full_table(bounds))
+    if args.check:
+        is_stale = read_rows(args.output, Bound) != [_rounded(each) for each in bounds]
+        is_stale |= update_document(args.document, "roofline", document_block(bounds), True)
+        if is_stale:
+            print(f"STALE: {args.output} or {args.document}", file=sys.stderr)
+        return int(is_stale)
+    if not args.table:
+        write_rows(args.output, bounds)
+    if args.update_docs:
+        update_document(args.document, "roofline", document_block(bounds), False)
+    return 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=ints, default=NUM_ROWS, help="numbers of rows, as 4096,8192")
+    parser.add_argument("--dims", type=ints, default=(128,), help="as 128,256")
+    parser.add_argument("--dtypes", nargs="+", default=("bfloat16", "float32"))
+    parser.add_argument("--output", type=Path, default=CSV)
+    parser.add_argument("--table", action="store_true", help="compute nothing, show the CSV")
+    parser.add_argument("--update-docs", action="store_true", help="renew the document's table")
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 where stale")
+    return parser
+
+
+def _rounded(row: Bound) -> Bound:
+    """As it comes back from a CSV."""
+    told = {k: float(f"{v:.6g}") for k, v in vars(row).items() if isinstance(v, float)}
+    return replace(row, **told)
+
+
+def full_table(bounds: Sequence[Bound]) -> str:
+    header = ["scheme", "card", "N", "D", "dtype", "phase", "products", "exp"]
+    header += ["matrix", "exponential", "instruction", "memory", "launch", "least", "limit"]
+    cells = [
+        [
+            *(b.scheme, b.card, str(b.num_rows), str(b.dim), b.dtype, b.phase),
+            *(str(b.products), str(b.exponentials)),
+            *(_us(getattr(b, f"{name}_us")) for name in header[8:14]),
+            b.limit,
+        ]
+        for b in bounds
+    ]
+    return render_table([header, *cells], markdown=False)
+
+
+def document_block(bounds: Sequence[Bound]) -> str:
+    """Per scheme and number of rows, the two phases on each card, 16 bits."""
+    header = ["N", "scheme", "products", *(f"{c.name} {p}" for c in CARDS for p in PHASES)]
+    found = {(b.num_rows, b.scheme, b.card, b.phase): b for b in bounds if b.dtype == "bfloat16"}
+    cells = [header]
+    for num_rows in sorted({b.num_rows for b in bounds}):
+        for scheme in SCHEMES:
+            each = [found[num_rows, scheme.name, c.name, p] for c in CARDS for p in PHASES]
+            products = "+".join(str(scheme.products(p, bounds[0].dim)) for p in PHASES)
+            times = [f"{_us(b.least_us)} ({b.limit})" for b in each]
+            cells.append([str(num_rows), scheme.name, products, *times])
+    return (
+        f"Model, not measured: least µs at D={bounds[0].dim}, bfloat16 (Inf-CL: widened to float32), "
+        f"and the limit that binds.\n\n{render_table(cells, markdown=True)}"
+    )
+
+
+def _us(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,388 @@
+"""The tools that stand in for a GPU must be able to say no: loops, spills, atomics, stale tables.
+
+The kernels here are compiled for real chips, on the CPU; none of them runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import gpu_check
+import gpu_codegen
+import roofline
+import sass
+from gpu_codegen import Compiled, Source, compile_all
+from results import read_rows, update_document, write_rows
+from supcon_kernels.triton_launch import Launch
+from workloads import Workload
+
+SPIN_BEHIND_THE_END = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;               /* 0x0 */
+        /*0010*/              @!P0 BRA 0x0070 ;                         /* 0x0 */
+        /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR4], R4 ; /* 0x0 */
+        /*0030*/              @!P1 BRA 0x0080 ;                         /* 0x0 */
+        /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ; /* 0x0 */
+        /*0050*/                   MUFU.EX2 R2, R3 ;                    /* 0x0 */
+        /*0060*/               @P2 BRA 0x0020 ;                         /* 0x0 */
+        /*0070*/                   EXIT ;                               /* 0x0 */
+        /*0080*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR4], R4 ; /* 0x0 */
+        /*0090*/              @!P1 BRA 0x0080 ;                         /* 0x0 */
+        /*00a0*/                   BRA 0x0040 ;                         /* 0x0 */
+        /*00b0*/                   BRA 0x00b0;                          /* 0x0 */
+"""
+
+
+@triton.jit
+def forward(rows, out, num_cols, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A ten-line forward: what the counts of the tool are held against."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    own = tl.load(rows + i[:, None] * D + d[None, :])
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, num_cols, COLS):
+        j = start + tl.arange(0, COLS)
+        col = tl.load(rows + j[:, None] * D + d[None, :])
+        total += tl.exp2(tl.dot(own, col.T))
+    tl.store(out + i, tl.sum(total, 1))
+
+
+@triton.jit
+def in_slices(rows, out, num_cols, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The same with an inner loop over slices of D, which no compiler unrolls."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, num_cols, COLS):
+        j = start + tl.arange(0, COLS)
+        score = tl.zeros((ROWS, COLS), tl.float32)
+        for low in tl.range(0, D, 32, disallow_acc_multi_buffer=True):
+            d = low + tl.arange(0, 32)
+            own = tl.load(rows + i[:, None] * D + d[None, :])
+            col = tl.load(rows + j[:, None] * D + d[None, :])
+            score = tl.dot(own, col.T, score)
+        total += tl.exp2(score)
+    tl.store(out + i, tl.sum(total, 1))
+
+
+@triton.jit
+def with_atomic(rows, out, num_cols, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    own = tl.load(rows + i[:, None] * D + d[None, :])
+    for start in range(0, num_cols, COLS):
+        j = start + tl.arange(0, COLS)
+        col = tl.load(rows + j[:, None] * D + d[None, :])
+        tl.atomic_add(out + j, tl.sum(tl.exp2(tl.dot(own, col.T)), 0))
+
+
+@triton.jit
+def without_tensor_cores(
+    rows, out, num_cols, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """float32 in full precision has none: a 16-bit kernel like it must be refused."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    own = tl.load(rows + i[:, None] * D + d[None, :]).to(tl.float32)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, num_cols, COLS):
+        j = start + tl.arange(0, COLS)
+        col = tl.load(rows + j[:, None] * D + d[None, :]).to(tl.float32)
+        total += tl.exp2(tl.dot(own, col.T, input_precision="ieee"))
+    tl.store(out + i, tl.sum(total, 1))
+
+
+def source(kernel, arch: int = 90, dim: int = 128, tile: int = 128, warps: int = 8) -> Source:
+    launch = Launch(
+        kernel=kernel.__name__,
+        signature={"rows": "*bf16", "out": "*fp32", "num_cols": "i32"},
+        constexprs={"D": dim, "ROWS": tile, "COLS": tile},
+        divisible_by_16=("rows", "out", "num_cols"),
+        num_warps=warps,
+        num_stages=2,
+        grid=(1,),
+    )
+    return Source("here", __name__, kernel.__name__, "bfloat16", dim, arch, launch)
+
+
+def compiled(*args, **options) -> Compiled:
+    (row,) = compile_all([source(*args, **options)], 1)
+    assert not row.failure, row.failure
+    return row
+
+
+# --- reading the disassembly
+
+
+def test_a_spin_loop_behind_the_end_is_no_loop_of_its_own_body() -> None:
+    nest = sass.loop_nest(sass.parse(SPIN_BEHIND_THE_END))
+    (main,) = nest.inner
+    assert {i.address for i in main.body} == {0x20, 0x30, 0x40, 0x50, 0x60, 0xA0}
+    (spin,) = main.inner
+    assert {i.address for i in spin.body} == {0x80, 0x90}
+    assert {i.address for i in nest.body} == {0x00, 0x10, 0x70}  # the padding cannot be reached
+
+
+@pytest.mark.parametrize(
+    ("opcode", "macs"),
+    [
+        ("HMMA.16816.F32.BF16", 2048),
+        ("HMMA.1688.F32.TF32", 1024),
+        ("HGMMA.64x128x16.F32.BF16", 32768),
+        ("FFMA", 0),
+    ],
+)
+def test_multiply_adds_of_a_warp(opcode: str, macs: int) -> None:
+    assert sass.Instruction(0, "", opcode, "").warp_macs == macs
+
+
+@pytest.mark.parametrize(
+    ("arch", "tensor_cores"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05")]
+)
+def test_a_plain_forward(arch: int, tensor_cores: str) -> None:
+    row = compiled(forward, arch)
+    assert row.faults == []
+    assert (row.tensor_cores, row.num_atomics, row.spilled_bytes) == (tensor_cores, 0, 0)
+    assert row.macs_per_pair == 128
+    assert (
+        row.ex2_per_pair == 1
+    )  # counted apart from the matrix instructions that pairs follow from
+    assert row.rcp_per_pair == 0
+    assert 2 < row.instructions_per_pair < 5
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_slices_of_the_features_count_as_often_as_they_run(arch: int) -> None:
+    row = compiled(in_slices, arch, dim=256)
+    assert row.ex2_per_pair == 1
+    assert row.macs_per_pair == 256
+    assert row.instructions_per_pair > compiled(forward, arch).instructions_per_pair
+
+
+# --- the gate
+
+
+def test_a_spill_is_a_fault() -> None:
+    assert "spills" in " ".join(compiled(forward, 80, tile=64, warps=1).faults)
+
+
+def test_an_atomic_is_a_fault() -> None:
+    for arch in (80, 90):
+        row = compiled(with_atomic, arch)
+        assert any("atomics" in fault for fault in row.faults), row
+
+
+def test_16_bits_without_tensor_cores_are_a_fault() -> None:
+    assert "uses no tensor cores" in compiled(without_tensor_cores, 80, tile=32).faults
+
+
+def test_too_much_shared_memory_is_a_fault() -> None:
+    row = compiled(forward, 86, dim=256)
+    assert any("of 99 KiB" in fault for fault in row.faults), row
+
+
+def test_more_instructions_than_the_goal_are_a_fault() -> None:
+    row = replace(compiled(forward, 90), label="forward out/all")
+    assert row.faults == []
+    assert "instructions" in replace(row, instructions_per_pair=4.4).faults[0]
+    assert "rcp" in replace(row, rcp_per_pair=0.5).faults[0]
+
+
+def test_what_does_not_compile_is_a_fault() -> None:
+    bad = source(forward)
+    bad = replace(bad, launch=replace(bad.launch, constexprs={"D": 100, "ROWS": 64, "COLS": 64}))
+    (row,) = compile_all([bad], 1)
+    assert "cannot be compiled" in row.faults[0]
+
+
+@pytest.fixture
+def shipped_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Source]]:
+    """What the command takes for shipped."""
+    sources = [source(forward)]
+    monkeypatch.setattr(gpu_codegen, "shipped", lambda *args: sources)
+    yield sources
+
+
+def test_the_command_exits_1_for_a_fault_and_knows_what_it_has(
+    shipped_kernel: list[Source], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--jobs", "1", "--output", str(tmp_path / "rows.csv")]
+    assert gpu_codegen.main(run) == 0
+    rows = read_rows(tmp_path / "rows.csv", Compiled)
+    assert [row.label for row in rows] == ["forward"]
+    shipped_kernel.append(source(with_atomic))
+    assert gpu_codegen.main(run) == 1
+    assert "FAULT: with_atomic" in capsys.readouterr().err
+
+
+def test_a_csv_that_says_something_else_is_stale(
+    shipped_kernel: list[Source], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = compile_all(shipped_kernel, 1)
+    write_rows(tmp_path / "rows.csv", rows)
+    assert not gpu_codegen.differs_from(tmp_path / "rows.csv", rows)
+    assert gpu_codegen.differs_from(tmp_path / "rows.csv", [replace(rows[0], registers=1)])
+    assert "registers" in capsys.readouterr().err
+    assert gpu_codegen.differs_from(tmp_path / "rows.csv", [replace(rows[0], label="new")])
+    other = [replace(rows[0], registers=1, triton="0.0")]
+    assert not gpu_codegen.differs_from(tmp_path / "rows.csv", other)
+
+
+def test_a_document_is_found_stale_and_renewed(tmp_path: Path) -> None:
+    document = tmp_path / "gpu.md"
+    document.write_text("before\n<!-- rows:begin -->\nold\n<!-- rows:end -->\nafter\n")
+    assert update_document(document, "rows", "new", only_check=True)
+    assert "old" in document.read_text()
+    assert update_document(document, "rows", "new", only_check=False)
+    assert document.read_text() == "before\n<!-- rows:begin -->\nnew\n<!-- rows:end -->\nafter\n"
+    assert not update_document(document, "rows", "new", only_check=True)
+    with pytest.raises(ValueError, match="needs one"):
+        update_document(document, "others", "new", only_check=True)
+
+
+def test_rows_of_other_kernels_are_kept(shipped_kernel: list[Source], tmp_path: Path) -> None:
+    shipped_kernel.append(source(in_slices))
+    path = tmp_path / "rows.csv"
+    old = compile_all(shipped_kernel, 1)
+    gone = replace(old[0], label="no longer shipped")
+    write_rows(path, [*old, gone])
+    run = ["--jobs", "1", "--output", str(path), "--resume", "--labels", "forward"]
+    assert gpu_codegen.main(run) == 0
+    assert read_rows(path, Compiled) == old
+
+
+def test_the_same_code_is_not_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = compile_all([source(forward)], 1)
+    monkeypatch.setattr(gpu_codegen, "compile_one", None)
+    assert compile_all([source(forward)], 1, known) == known
+    assert gpu_codegen.fingerprint(source(forward)) != gpu_codegen.fingerprint(source(in_slices))
+    assert gpu_codegen.fingerprint(source(forward)) != gpu_codegen.fingerprint(source(forward, 80))
+
+
+# --- the model
+
+
+def test_products_of_the_schemes() -> None:
+    def steps(dim: int) -> dict[str, list[int]]:
+        return {s.name: [s.products(p, dim) for p in roofline.PHASES] for s in roofline.SCHEMES}
+
+    assert steps(128) == {"supcon_kernels": [1, 2], "memeff": [1, 4], "Inf-CL": [1, 4]}
+    assert steps(1024)["supcon_kernels"] == [
+        1,
+        5,
+    ]  # four slices of the gradient, all scores for each
+
+
+def test_products_are_those_of_the_compiled_kernels() -> None:
+    """The counts that the model takes from the source are in the IR of the kernels."""
+    rows = {row.key: row for row in roofline.read_compiled()}
+    for scheme in roofline.SCHEMES:
+        for kernel in scheme.kernels:
+            dtype = "bfloat16" if scheme.takes_16_bit else "float32"
+            row = rows[scheme.package, kernel.label, dtype, 128, 90]
+            assert row.macs_per_pair == 128 * (1 + kernel.gradients), kernel
+
+
+def test_a_bound_by_hand() -> None:
+    ours, card = roofline.SCHEMES[0], roofline.find_card("NVIDIA B200")
+    assert card is not None
+    bound = roofline.bound(ours, card, 8192, 128, "bfloat16", "forward")
+    assert bound.matrix_us == pytest.approx(2 * 8192**2 * 128 / 2250e12 * 1e6)
+    assert bound.exponential_us == pytest.approx(8192**2 / (16 * 148 * 1.86e9) * 1e6)
+    assert bound.limit == "exponential"
+    assert bound.least_us == bound.exponential_us
+    assert bound.kind == "model, not measured"
+    small = roofline.bound(ours, card, 64, 128, "bfloat16", "forward")
+    assert small.limit == "launch"
+    backward = roofline.bound(ours, card, 8192, 128, "float32", "backward")
+    assert backward.matrix_us == pytest.approx(2 * 3 * 2 * 8192**2 * 128 / 1125e12 * 1e6)
+
+
+def test_a_card_that_is_not_in_the_table_has_no_bound() -> None:
+    assert roofline.find_card("NVIDIA GeForce RTX 4090") is None
+
+
+# --- the check of the first GPU
+
+PLACE = gpu_check.Place(device="cpu", backend="tiled", num_jobs=1)
+
+
+def test_without_a_gpu_it_lists_what_it_would_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main([]) == 0
+    out = capsys.readouterr().out
+    assert "no CUDA device" in out
+    for step in gpu_check.STEPS:
+        assert step in out
+
+
+def test_cases_are_compared_and_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [gpu_check.Check("ragged", torch.float32, ("out", "all"), on) for on in (False, True)]
+    assert [f.status for f in gpu_check.check_cases(PLACE, checks)] == ["ok", "ok"]
+    right = gpu_check.supcon_loss
+    monkeypatch.setattr(gpu_check, "supcon_loss", lambda **given: right(**given) * 1.001)
+    assert [f.status for f in gpu_check.check_cases(PLACE, checks)] == ["failed", "failed"]
+    late = replace(PLACE, deadline_s=0.0)
+    assert [f.status for f in gpu_check.check_cases(late, checks)] == ["not reached"] * 2
+
+
+def test_a_call_that_the_backend_refuses_is_no_failure() -> None:
+    native = replace(PLACE, backend="native")
+    (found,) = gpu_check.check_cases(
+        native, [gpu_check.Check("weighted_mask", torch.float32, ("out", "all"))]
+    )
+    assert found.status == "refused"
+
+
+def test_every_case_dtype_and_loss_is_on_the_list() -> None:
+    checks = gpu_check.all_checks()
+    assert len({check.name for check in checks}) == len(checks)
+    assert {c.case for c in checks} == {case.id for case in gpu_check.CASES}
+    assert {c.dtype for c in checks} == set(gpu_check.DTYPES)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_steps_that_a_cpu_can_do() -> None:
+    found = gpu_check.check_determinism(PLACE, num_rows=60)
+    assert [f.status for f in found] == ["ok"] * 3, found
+
+
+def test_a_step_that_varies_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu_check.supcon_loss
+
+    def varies(*args: object, **options: object) -> torch.Tensor:
+        return right(*args, **options) + 1e-3 * torch.rand(())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gpu_check, "supcon_loss", varies)
+    found = gpu_check.check_determinism(PLACE, num_rows=60)
+    assert [f.status for f in found] == ["failed"] * 3
+
+
+def test_times_stand_beside_the_model() -> None:
+    workload = Workload(64, 16, num_classes=4)
+    names = ("dense", "memeff", "inf-cl", "supcon_kernels[tiled]")
+    results = list(gpu_check.measure(PLACE, [workload], 0.0, names))
+    by_name = {r.provider: r for r in results}
+    assert by_name["supcon_kernels[tiled]"].time_ms
+    assert by_name["memeff"].status == "unavailable"
+    table = gpu_check.time_table(results, "NVIDIA H100 80GB HBM3")
+    assert "model: least ms" in table
+    assert gpu_check.card_stem("NVIDIA H100 80GB HBM3") == "h100_80gb_hbm3"
+
+
+def test_the_summary_names_what_failed() -> None:
+    found = [
+        gpu_check.Finding("cases", "ragged", "failed", "loss: error 1"),
+        gpu_check.Finding("cases", "wide", "ok"),
+    ]
+    assert "FAILED cases: ragged: loss: error 1" in gpu_check.summary(found)

@@ -1,0 +1,174 @@
+"""The Triton kernels run by Triton's interpreter: the numbers, not the speed.
+
+The interpreter must be asked for before the kernels are imported, so tests/test_triton.py runs this
+file in a process of its own. What an interpreter cannot show (registers, shared memory, tensor
+cores) benchmarks/gpu_codegen.py does.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from cases import CASES, NOWHERE, VARIANTS, by_id, takes
+from compare import assert_close
+from supcon_kernels import op, supcon_loss, triton_launch
+from supcon_kernels.backends import triton as backend
+from supcon_kernels.problem import Problem
+
+# The interpreter computes masked lanes too, of which some overflow.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+triton_loss = functools.partial(supcon_loss, backend="triton")
+
+
+# --- against float64
+
+
+def calls():
+    """Each case in float32 and float16, with the default loss and one variant beside it."""
+    for k, case in enumerate(CASES):
+        for variant in dict.fromkeys((("out", "all"), VARIANTS[k % len(VARIANTS)])):
+            if case.id == "several_tiles" and variant != ("out", "all"):
+                continue  # the slowest
+            dtypes = [torch.float32, torch.float16, torch.bfloat16]
+            for dtype in dtypes if k % 5 == 0 else dtypes[:2]:
+                name = f"{case.id}-{'/'.join(variant)}-{dtype}"
+                yield pytest.param(case, variant, dtype, id=name)
+
+
+def arguments_of(name: str, variant: tuple[str, str]) -> dict:
+    return {**by_id(name).arguments(), "summation": variant[0], "denominator": variant[1]}
+
+
+def as_float32(arguments: dict) -> dict:
+    return {k: v.float() if k.endswith("features") else v for k, v in arguments.items()}
+
+
+@pytest.mark.parametrize("case, variant, dtype", list(calls()))
+def test_every_case(case, variant, dtype):
+    arguments = arguments_of(case.id, variant)
+    if takes("triton", as_float32(arguments)):
+        assert_close(triton_loss, arguments, dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
+@pytest.mark.parametrize("name", ["ignored_garbage", "relabelled_self_in_memory", "singleton"])
+def test_every_variant(name, variant):
+    assert_close(triton_loss, arguments_of(name, variant), torch.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
+@pytest.mark.parametrize("name", ["ragged", "self_in_memory"])
+def test_a_temperature_that_the_host_does_not_read(name, variant, monkeypatch):
+    # As on CUDA: the sums keep a running maximum, and the scale is read by the kernels.
+    monkeypatch.setattr(backend, "_temperature", lambda problem: problem.tau)
+    arguments = {**arguments_of(name, variant), "temperature": torch.tensor(0.1)}
+    assert_close(triton_loss, arguments, torch.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
+@pytest.mark.parametrize("name", ["two_views", "self_in_memory"])
+def test_columns_split_among_programs(name, variant, monkeypatch):
+    whole = value_and_gradients(arguments_of(name, variant))
+    monkeypatch.setattr(backend, "_target", lambda device: triton_launch.Target(0, 64))
+    monkeypatch.setattr(triton_launch, "MIN_TILES_OF_SPLIT", 1)
+    arguments = arguments_of(name, variant)
+    assert_close(triton_loss, arguments, torch.float32)
+    split = value_and_gradients(arguments)
+    for a, b in zip(whole, split):
+        torch.testing.assert_close(a, b)
+
+
+def value_and_gradients(arguments: dict) -> list[torch.Tensor]:
+    """The loss and the gradients, as bits may be compared."""
+    arguments = as_float32(arguments)
+    leaves = {k: v.clone().requires_grad_() for k, v in arguments.items() if k.endswith("features")}
+    temperature = torch.tensor(0.1, requires_grad=True)
+    loss = triton_loss(**{**arguments, **leaves, "temperature": temperature})
+    return [loss.detach(), *torch.autograd.grad(loss, [*leaves.values(), temperature])]
+
+
+@pytest.mark.parametrize("variant", [("out", "all"), ("in", "one_positive")], ids="/".join)
+@pytest.mark.parametrize("name", ["ragged", "self_in_memory"])
+def test_the_same_bits_every_time(name, variant):
+    first, second = (value_and_gradients(arguments_of(name, variant)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_what_a_row_alone_in_its_block_holds_reaches_nothing_else():
+    # The last 30 rows of 127 are ignored: whole tiles of them, and one shared with others.
+    arguments = as_float32(by_id("ragged").arguments())
+    arguments["labels"][:90] = NOWHERE
+    expected = supcon_loss(**arguments, backend="reference")
+    arguments["features"][:90] = torch.nan
+    torch.testing.assert_close(triton_loss(**arguments), expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_makes_the_loss_nan(bad):
+    for name in ("two_views", "memory"):
+        arguments = as_float32(by_id(name).arguments())
+        key = "contrast_features" if name == "memory" else "features"
+        arguments[key].view(-1)[5] = bad
+        for variant in VARIANTS:
+            options = {"summation": variant[0], "denominator": variant[1]}
+            assert triton_loss(**arguments, **options).isnan()
+
+
+# --- float16 at many rows
+
+
+def test_float16_keeps_the_probabilities_of_many_rows():
+    """What 256 rows of 32,768 do in the backward: probabilities of 2^-15, a mean of as many rows.
+
+    The statistics say that there are 128 times as many columns as are here, and the gradient of a
+    mean over them all arrives. Then dR is 1/128 of that of 256 rows, up to the pull of positives.
+    """
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(256, 32, generator=g).half()
+    many = 32768
+    call = {"temperature": 0.5, "summation": "in", "denominator": "only_negatives"}
+    problem = problem_of(features, torch.arange(256) // 2, **call)
+    loss, _, stats = op.forward(*problem.operands(), "triton")
+    stats = stats.clone()
+    stats[0] += torch.tensor(many / 256).log2()
+    upstream = torch.full_like(loss, 1.0 / many)
+    got = op.backward(upstream, stats, True, False, False, *problem.operands(), "triton")[0]
+
+    exact = problem_of(features.float(), torch.arange(256) // 2, **call)
+    expected = op.backward(upstream, stats, True, False, False, *exact.operands(), "triton")[0]
+    error = (got.float() - expected).abs().max() / expected.abs().max()
+    assert error < 2 * torch.finfo(torch.float16).eps
+
+
+def problem_of(features, labels, **options):
+    """The problem of a square call."""
+    return Problem(
+        rows=features,
+        cols=None,
+        row_labels=labels,
+        col_labels=None,
+        weights=None,
+        temperature_tensor=None,
+        self_offset=0,
+        normalize=True,
+        ignore_index=-100,
+        **options,
+    )
+
+
+# --- what it takes
+
+
+def test_what_it_leaves_to_others():
+    features, soft, mask = torch.randn(4, 3), torch.rand(4, 2), torch.ones(4, 4)
+    with pytest.raises(ValueError, match="it takes labels or none"):
+        triton_loss(features, mask=mask)
+    with pytest.raises(ValueError, match="integer labels or none"):
+        triton_loss(features, soft)
+    with pytest.raises(ValueError, match="float32, float16 and bfloat16"):
+        triton_loss(features.double(), torch.arange(4))
+    with pytest.raises(ValueError, match="up to 2048 features"):
+        triton_loss(torch.randn(4, 2049), torch.arange(4))

@@ -1,0 +1,70 @@
+"""The Triton backend where there is no GPU: its numbers by an interpreter, and why it is not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from supcon_kernels import available_backends, supcon_loss
+from supcon_kernels.backends import triton as backend
+
+NO_TRITON = "triton is not installed"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason=NO_TRITON)
+def test_every_case_under_the_interpreter():
+    tests = pathlib.Path(__file__).parent / "interpreted_triton.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_it_says_why_it_is_not_there(monkeypatch):
+    monkeypatch.setattr(backend, "_FOUND", True)
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert available_backends()["triton"] == "there is no CUDA device."
+    with pytest.raises(ValueError, match="no CUDA device"):
+        supcon_loss(torch.randn(4, 3), torch.arange(4), backend="triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = types.SimpleNamespace(name="Tesla T4", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert "Tesla T4 is of compute capability 7.5" in available_backends()["triton"]
+    card.major = 8
+    assert available_backends()["triton"] is None
+    with pytest.raises(ValueError, match="the features are on cpu, and it runs on CUDA"):
+        supcon_loss(torch.randn(4, 3), torch.arange(4), backend="triton")
+    monkeypatch.setattr(backend, "_FOUND", False)
+    assert available_backends()["triton"] == "triton is not installed: pip install triton."
+
+
+def test_without_triton_the_package_works():
+    code = """
+import sys
+sys.modules["triton"] = None  # importing it fails
+import torch, supcon_kernels
+assert "triton is not installed" in supcon_kernels.available_backends()["triton"]
+print(supcon_kernels.supcon_loss(torch.eye(4), torch.arange(4) // 2))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_using_the_package_does_not_import_the_kernels():
+    code = """
+import sys, torch, supcon_kernels
+supcon_kernels.supcon_loss(torch.eye(4), torch.arange(4) // 2)
+assert "supcon_kernels.triton_kernels" not in sys.modules and "triton" not in sys.modules
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
