@@ -643,6 +643,8 @@ def _finish_loss_kernel(
         if not SHIFTED:
             total *= tl.load(scale_ptr).to(tl.float64)
         loss = lse - total / count
+        if DENOMINATOR == "all":  # what the positives hold, all hold: below zero it is roundings
+            loss = tl.where(loss < 0.0, 0.0, loss)
     else:
         normaliser = _log_sum(powers_ptr, i, 2, num_splits, padded_rows)
         if DENOMINATOR == "all":

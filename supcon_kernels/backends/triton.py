@@ -75,8 +75,8 @@ def _too_old(device: torch.device) -> str | None:
     return f"{properties.name} is of compute capability {capability}, and it needs 8.0 or newer."
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (N,), counts (2,) of anchors and of contributing ones, statistics (3, N) for ``backward``.
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (N,), total and counts as ``Problem.reduced`` has them, statistics (3, N) for ``backward``.
 
     The statistics of a row are, base 2, the log-sum-exp of its denominator; the number of its
     positives, or ("in") the log-sum-exp over them; and the weight of the softmax part of its
@@ -138,8 +138,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
             **band,
             **valid,
         )
-    counts = torch.stack((rows.num_valid.to(torch.float32), contributes.sum()))
-    return loss, counts, stats
+    return *problem.reduced(loss, contributes), stats
 
 
 def backward(
