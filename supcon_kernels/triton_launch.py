@@ -226,7 +226,7 @@ def backward_tile(dtype: str, dim: int, capability: int, *, lean: bool) -> Tile:
     return _find(_BACKWARD, dtype, dim, capability, lean)
 
 
-def slice_of(dtype: str, dim: int) -> int:
+def slice_of(dim: int, dtype: str = "bfloat16") -> int:
     """Features of the gradient that one program of the backward owns."""
     padded, widest = padded_dim(dim), 1024 // (2 * _BYTES[dtype])
     return padded if padded <= widest else widest if padded % widest == 0 else 128
@@ -300,7 +300,7 @@ class Plan:
     def backward_splits(self, of_columns: bool) -> int:
         """Parts of the streamed side in the backward kernel of the rows, or of the columns."""
         owners, streamed = self._sides(of_columns)
-        slices = padded_dim(self.dim) // slice_of(self.dtype, self.dim)
+        slices = padded_dim(self.dim) // slice_of(self.dim, self.dtype)
         return self._splits(owners, streamed, self._backward_tile, slices)
 
     # --- the small kernels
@@ -422,7 +422,7 @@ class Plan:
         """The gradient of the rows, of rows that are columns too, or of the columns."""
         tile = self._backward_tile
         owners, _ = self._sides(of_columns)
-        slices = padded_dim(self.dim) // slice_of(self.dtype, self.dim)
+        slices = padded_dim(self.dim) // slice_of(self.dim, self.dtype)
         return self._launch(
             "_backward_kernel",
             "rows cols begin end own row_weights col_weights num_valid_rows num_valid_cols scale "
@@ -435,7 +435,7 @@ class Plan:
                 **self._anchors(of_columns),
                 **self._pair_constexprs(tile),
                 "NARROW": tile.narrow,
-                "SLICE": slice_of(self.dtype, self.dim),
+                "SLICE": slice_of(self.dim, self.dtype),
             },
             (padded_rows(owners) // tile.rows, self.backward_splits(of_columns), slices),
             tile,
