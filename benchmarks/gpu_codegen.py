@@ -339,9 +339,8 @@ def _compile_wanted(args: argparse.Namespace, known: Sequence[Compiled]) -> list
         sources = [source for source in sources if args.labels in source.label]
     machine = describe_machine("cpu")
     origin = {name: machine[name] for name in ("commit", "dirty")}
-    fresh = {row.fingerprint for row in known}
-    rows = compile_all(sources, args.jobs, known)
-    return [row if row.fingerprint in fresh else replace(row, **origin) for row in rows]
+    # What is known has this commit's fingerprint, so it is a row of this commit as well.
+    return [replace(row, **origin) for row in compile_all(sources, args.jobs, known)]
 
 
 def _make_parser() -> argparse.ArgumentParser:

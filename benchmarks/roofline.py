@@ -62,13 +62,13 @@ class PairKernel:
     launches: int = 1
 
 
-def _whole(dim: int) -> int:
+def _whole(dim: int, dtype: str) -> int:
     return 1
 
 
-def _slices(dim: int) -> int:
+def _slices(dim: int, dtype: str) -> int:
     """Programs that share the features of a gradient row between them: each needs all scores."""
-    return padded_dim(dim) // slice_of(dim)
+    return padded_dim(dim) // slice_of(dim, dtype)
 
 
 @dataclass(frozen=True)
@@ -80,22 +80,22 @@ class Scheme:
     kernels: tuple[PairKernel, ...]
     takes_16_bit: bool = True
     float32_passes: int = 1
-    gradient_slices: Callable[[int], int] = _whole
+    gradient_slices: Callable[[int, str], int] = _whole
 
     def in_phase(self, phase: str) -> list[PairKernel]:
         return [kernel for kernel in self.kernels if kernel.phase == phase]
 
-    def exponentials(self, phase: str, dim: int) -> int:
+    def exponentials(self, phase: str, dim: int, dtype: str) -> int:
         """Of a pair; there is one for each score."""
         return sum(
-            k.launches * (self.gradient_slices(dim) if k.gradients else 1)
+            k.launches * (self.gradient_slices(dim, dtype) if k.gradients else 1)
             for k in self.in_phase(phase)
         )
 
-    def products(self, phase: str, dim: int) -> int:
+    def products(self, phase: str, dim: int, dtype: str) -> int:
         """N×N×D products: one for the scores, each time that they are computed, one for a gradient."""
         gradients = sum(k.launches * k.gradients for k in self.in_phase(phase))
-        return self.exponentials(phase, dim) + gradients
+        return self.exponentials(phase, dim, dtype) + gradients
 
     def launches(self, phase: str) -> int:
         return sum(kernel.launches for kernel in self.in_phase(phase))
@@ -171,8 +171,8 @@ def bound(
     is_16_bit = dtype != "float32" and scheme.takes_16_bit
     passes = scheme.float32_passes if dtype == "float32" else 1
     pairs = num_rows**2
-    flops = 2 * scheme.products(phase, dim) * passes * pairs * dim
-    exponentials = scheme.exponentials(phase, dim) * pairs
+    flops = 2 * scheme.products(phase, dim, dtype) * passes * pairs * dim
+    exponentials = scheme.exponentials(phase, dim, dtype) * pairs
     launches = scheme.launches(phase)
     # The features once, and a gradient as large, for each launch: columns come again from a cache.
     matrices = launches * (2 if phase == "backward" else 1)
@@ -195,8 +195,8 @@ def bound(
         dim=dim,
         dtype=dtype,
         phase=phase,
-        products=scheme.products(phase, dim),
-        exponentials=scheme.exponentials(phase, dim),
+        products=scheme.products(phase, dim, dtype),
+        exponentials=scheme.exponentials(phase, dim, dtype),
         launches=launches,
         instruction_us=limits_us.get("instruction"),
         **{f"{name}_us": limits_us[name] for name in ("matrix", "exponential", "memory", "launch")},
@@ -216,7 +216,7 @@ def _instructions_per_pair(
         row = next((row for row in compiled if row.key == wanted), None)
         if row is None or row.instructions_per_pair is None:
             return None
-        slices = scheme.gradient_slices(dim) if kernel.gradients else 1
+        slices = scheme.gradient_slices(dim, dtype) if kernel.gradients else 1
         total += kernel.launches * slices * row.instructions_per_pair
     return total
 
@@ -313,7 +313,7 @@ def document_block(bounds: Sequence[Bound]) -> str:
     for num_rows in sorted({b.num_rows for b in bounds}):
         for scheme in SCHEMES:
             each = [found[num_rows, scheme.name, c.name, p] for c in CARDS for p in PHASES]
-            products = "+".join(str(scheme.products(p, bounds[0].dim)) for p in PHASES)
+            products = "+".join(str(scheme.products(p, bounds[0].dim, "bfloat16")) for p in PHASES)
             times = [f"{_us(b.least_us)} ({b.limit})" for b in each]
             cells.append([str(num_rows), scheme.name, products, *times])
     return (

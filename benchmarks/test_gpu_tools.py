@@ -272,7 +272,10 @@ def test_the_same_code_is_not_compiled_twice(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_products_of_the_schemes() -> None:
     def steps(dim: int) -> dict[str, list[int]]:
-        return {s.name: [s.products(p, dim) for p in roofline.PHASES] for s in roofline.SCHEMES}
+        return {
+            s.name: [s.products(p, dim, "bfloat16") for p in roofline.PHASES]
+            for s in roofline.SCHEMES
+        }
 
     assert steps(128) == {"supcon_kernels": [1, 2], "memeff": [1, 4], "Inf-CL": [1, 4]}
     assert steps(1024)["supcon_kernels"] == [

@@ -108,13 +108,14 @@ def _finish_gradient_kernel(
     BLOCK_DIM: tl.constexpr,
 ):
     """A program owns BLOCK_ROWS rows: adds the slices in order, and goes back through the norm."""
+    padded_rows = padded_rows.to(tl.int64)
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.arange(0, BLOCK_DIM)
     inside = d[None, :] < PADDED_DIM
     at = i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
     g = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
     for s in range(num_slices):
-        g += tl.load(slices_ptr + s * padded_rows.to(tl.int64) * PADDED_DIM + at, mask=inside)
+        g += tl.load(slices_ptr + s * padded_rows * PADDED_DIM + at, mask=inside)
     g = tl.where(inside, g * tl.load(factor_ptr), 0.0)
 
     taken = i < tl.minimum(tl.load(num_valid_ptr), num_rows)
@@ -207,6 +208,7 @@ def _positive_sums_kernel(
     BLOCK_DIM: tl.constexpr,
 ):
     """A program owns BLOCK_ROWS anchors and BLOCK_DIM features, and goes from class to class."""
+    padded_rows = padded_rows.to(tl.int64)
     start = tl.program_id(0) * BLOCK_ROWS
     stop = tl.minimum(start + BLOCK_ROWS, tl.load(num_valid_ptr).to(tl.int32))
     i = start + tl.arange(0, BLOCK_ROWS)
@@ -226,7 +228,7 @@ def _positive_sums_kernel(
         of_class = _class_sum(cols_ptr, rows_ptr, sums_ptr, begin, end, d, False, PADDED_DIM, CHUNK)
         totals += tl.where(here, tl.sum(x * (of_class[None, :] - myself), axis=1), 0.0)
         start += tl.sum(here.to(tl.int32), 0)
-    tl.store(totals_ptr + tl.program_id(1).to(tl.int64) * padded_rows + i, totals)
+    tl.store(totals_ptr + tl.program_id(1) * padded_rows + i, totals)
 
 
 @triton.jit
@@ -309,16 +311,15 @@ def _scores(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Products of the block's rows with one tile of columns (ROWS, COLS), and the tile."""
+    """Products of the block's rows with one tile of columns (ROWS, COLS)."""
     x = tl.zeros((ROWS, COLS), tl.float32)
-    b = tl.load(b_ptrs)
     if NUM_CHUNKS == 1:
-        return _dot(a, tl.trans(b), x, PRECISION), b
+        return _dot(a, tl.trans(tl.load(b_ptrs)), x, PRECISION)
     for _ in range(NUM_CHUNKS):
         x = _dot(tl.load(a_ptrs), tl.trans(tl.load(b_ptrs)), x, PRECISION)
         a_ptrs += CHUNK
         b_ptrs += CHUNK
-    return x, b
+    return x
 
 
 @triton.jit
@@ -416,6 +417,7 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """A program owns ROWS anchors and one split of the columns; it keeps the sums of powers."""
+    padded_rows = padded_rows.to(tl.int64)
     NUM_CHUNKS: tl.constexpr = PADDED_DIM // CHUNK
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, COLS)
@@ -450,7 +452,7 @@ def _forward_kernel(
         tile = first + n
         tile += tl.where(tile >= lo, jump, 0)
         b_ptrs = cols_ptr + tile.to(tl.int64) * (COLS * PADDED_DIM) + b_offsets
-        x, _ = _scores(a, a_ptrs, b_ptrs, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION)
+        x = _scores(a, a_ptrs, b_ptrs, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION)
         if SHIFTED:
             places += tl.exp2(x)
         else:
@@ -465,7 +467,7 @@ def _forward_kernel(
     for n in tl.range(num_special, num_stages=1):
         tile = special + n + tl.where(n < before, 0, gap)
         b_ptrs = cols_ptr + tile.to(tl.int64) * (NARROW * PADDED_DIM) + narrow_offsets
-        x, _ = _scores(a, a_ptrs, b_ptrs, ROWS, NARROW, NUM_CHUNKS, CHUNK, PRECISION)
+        x = _scores(a, a_ptrs, b_ptrs, ROWS, NARROW, NUM_CHUNKS, CHUNK, PRECISION)
         if not SHIFTED:
             x = x * scale
         j = (tile * NARROW + narrow)[None, :]
@@ -477,7 +479,7 @@ def _forward_kernel(
             counts = counts & (positive == 0)
         largest, total = _add(tl.where(counts, x, float("-inf")), largest, total, SHIFTED)
 
-    out = powers_ptr + tl.program_id(1).to(tl.int64) * padded_rows * 4 + i
+    out = powers_ptr + tl.program_id(1) * padded_rows * 4 + i
     tl.store(out, total)
     tl.store(out + padded_rows, largest)
     tl.store(out + 2 * padded_rows, pos_total)
@@ -488,7 +490,7 @@ def _forward_kernel(
 def _log_sum(powers_ptr, i, which, num_splits, padded_rows):
     """log₂ of a sum over all splits in float64, -inf where it is empty."""
     out = powers_ptr + which * padded_rows + i
-    step = padded_rows.to(tl.int64) * 4
+    step = padded_rows * 4
     largest = tl.full(i.shape, LOWEST, tl.float32)
     for s in range(num_splits):
         here = tl.load(out + s * step)
@@ -537,6 +539,7 @@ def _one_positive_kernel(
     PRECISION: tl.constexpr,
 ):
     """A program owns ROWS anchors and visits the tiles that hold their positives."""
+    padded_rows = padded_rows.to(tl.int64)
     NUM_CHUNKS: tl.constexpr = PADDED_DIM // CHUNK
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, COLS)
@@ -562,7 +565,7 @@ def _one_positive_kernel(
     for n in tl.range(tl.cdiv(high, COLS) - first, num_stages=1):
         tile = first + n
         b_ptrs = cols_ptr + tile.to(tl.int64) * (COLS * PADDED_DIM) + b_offsets
-        x, _ = _scores(a, a_ptrs, b_ptrs, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION)
+        x = _scores(a, a_ptrs, b_ptrs, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION)
         j = (tile * COLS + k)[None, :]
         positive = (j < num_cols) & (j != own[:, None])
         positive = positive & (j >= begin[:, None]) & (j < end[:, None])
@@ -610,6 +613,7 @@ def _finish_loss_kernel(
     ROWS: tl.constexpr,
 ):
     """A program owns ROWS anchors: their losses and statistics, from the sums, in float64."""
+    padded_rows = padded_rows.to(tl.int64)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     taken = i < tl.load(num_valid_rows_ptr).to(tl.int32)
     num_cols = tl.load(num_valid_cols_ptr).to(tl.int32)
@@ -639,7 +643,7 @@ def _finish_loss_kernel(
     elif OUT:
         total = tl.zeros((ROWS,), tl.float64)
         for t in range(num_totals):
-            total += tl.load(totals_ptr + t * padded_rows.to(tl.int64) + i)
+            total += tl.load(totals_ptr + t * padded_rows + i)
         if not SHIFTED:
             total *= tl.load(scale_ptr).to(tl.float64)
         loss = lse - total / count
@@ -683,6 +687,7 @@ def _weights_kernel(
     ROWS: tl.constexpr,
 ):
     """A program owns ROWS anchors, 0 for padding. SHIFTED weights are divided already."""
+    padded_rows = padded_rows.to(tl.int64)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = i < num_rows
     source = tl.load(order_ptr + i, mask=mask, other=0)
@@ -806,11 +811,15 @@ def _backward_kernel(
     It keeps Σ H_ij col_j, H being the derivative of the loss by each exponent as seen from every
     side that is an anchor: from both, where the rows are contrasted with each other.
     """
+    padded_rows = padded_rows.to(tl.int64)
+    padded_cols = padded_cols.to(tl.int64)
     NUM_CHUNKS: tl.constexpr = PADDED_DIM // CHUNK
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, COLS)
     d = tl.arange(0, CHUNK)
-    kept = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
+    kept = d  # the very columns that were multiplied, where they are one chunk
+    if NUM_CHUNKS > 1:
+        kept = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
     num_cols = tl.load(num_valid_cols_ptr).to(tl.int32)
     taken = i < tl.load(num_valid_rows_ptr).to(tl.int32)
     own = tl.load(own_ptr + i, mask=taken, other=-1)
@@ -851,14 +860,13 @@ def _backward_kernel(
             col_weight = tl.load(col_weights_ptr + tile * COLS + k)
             if not SHIFTED:
                 col_lse = tl.load(col_weights_ptr + padded_cols + tile * COLS + k)
-        x, b = _scores(a, a_ptrs, tile_ptr + b_offsets, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION)
+        x = _scores(a, a_ptrs, tile_ptr + b_offsets, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION)
         if not SHIFTED:
             x = x * scale
         h, _ = _softmax(
             x, row_weight, row_lse, col_weight, col_lse, SHIFTED, ROWS_ANCHOR, COLS_ANCHOR
         )
-        if NUM_CHUNKS > 1:
-            b = tl.load(tile_ptr + kept_offsets)
+        b = tl.load(tile_ptr + kept_offsets)
         gradient = _dot(_rounded(h, b.dtype), b, gradient, PRECISION)
 
     narrow = tl.arange(0, NARROW)
@@ -876,7 +884,7 @@ def _backward_kernel(
             col_lse = tl.load(col_weights_ptr + padded_cols + tile * NARROW + narrow)
             col_pull = tl.load(col_weights_ptr + 2 * padded_cols + tile * NARROW + narrow)
             col_pull_lse = tl.load(col_weights_ptr + 3 * padded_cols + tile * NARROW + narrow)
-        x, b = _scores(
+        x = _scores(
             a, a_ptrs, tile_ptr + narrow_offsets, ROWS, NARROW, NUM_CHUNKS, CHUNK, PRECISION
         )
         if not SHIFTED:
@@ -914,10 +922,9 @@ def _backward_kernel(
                 )
             h = tl.where(positive, of_positive, h)
         h = tl.where((j < num_cols) & (j != own[:, None]), h, 0.0)
-        if NUM_CHUNKS > 1:
-            b = tl.load(tile_ptr + narrow_kept_offsets)
+        b = tl.load(tile_ptr + narrow_kept_offsets)
         gradient = _dot(_rounded(h, b.dtype), b, gradient, PRECISION)
 
-    out = slices_ptr + tl.program_id(1).to(tl.int64) * padded_rows * PADDED_DIM
+    out = slices_ptr + tl.program_id(1) * padded_rows * PADDED_DIM
     out += i.to(tl.int64)[:, None] * PADDED_DIM + kept[None, :]
     tl.store(out, gradient)

@@ -20,6 +20,7 @@ CLASS_ROWS, CLASS_DIM = 32, 32
 MIN_TILES_OF_SPLIT = 4
 
 Constexpr = int | bool | str
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,46 +122,114 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# --- the tables
+# --- the tables: the first row that applies
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A tile, where it applies, and why it is as it is.
+
+    Attributes:
+        bytes: of a feature.
+        max_dim: widest padded rows.
+        capabilities: architectures.
+        tile: the tile; a chunk wider than the rows is all of a row.
+        why: what decided.
+        lean: only where no pair is told apart and sums need no maximum, which takes fewer registers.
+    """
+
+    bytes: int
+    max_dim: int
+    capabilities: tuple[int, ...]
+    tile: Tile
+    why: str
+    lean: bool = False
+
+
+_INTERPRETED = Tile(32, 32, 16, 64, 4, 1)  # small enough for several tiles of 100 rows
+_MMA, _WGMMA = (80, 86), (90, 100)
+
+_FORWARD = (
+    _Row(2, 128, (86,), Tile(128, 128, 32, 128, 8, 2), "three stages exceed 99 KiB"),
+    _Row(
+        2,
+        128,
+        (80, 90, 100),
+        Tile(128, 128, 32, 128, 8, 3),
+        "a row stays in registers or is shared",
+    ),
+    _Row(2, MAX_DIM, (86,), Tile(128, 128, 32, 64, 8, 2), "as below, in 99 KiB"),
+    _Row(2, MAX_DIM, (80, 90, 100), Tile(128, 128, 32, 64, 8, 3), "square tiles load least"),
+    _Row(
+        4, MAX_DIM, (80, 86, 90, 100), Tile(64, 64, 32, 16, 4, 2), "TF32's parts are in registers"
+    ),
+)
+_BACKWARD = (
+    _Row(2, 128, _WGMMA, Tile(128, 128, 32, 128, 8, 2), "fewest instructions a pair", lean=True),
+    _Row(2, 128, _MMA, Tile(64, 128, 32, 128, 4, 2), "128 rows spill", lean=True),
+    _Row(2, 128, _WGMMA, Tile(128, 64, 16, 128, 8, 2), "two exponentials in 128 columns spill"),
+    _Row(2, 128, _MMA, Tile(64, 64, 32, 128, 4, 2), "two exponentials in 128 columns spill"),
+    _Row(
+        2,
+        256,
+        _WGMMA,
+        Tile(128, 64, 32, 256, 8, 2),
+        "the gradient fills half of a thread",
+        lean=True,
+    ),
+    _Row(
+        2, 256, _MMA, Tile(64, 64, 16, 256, 4, 2), "the gradient fills half of a thread", lean=True
+    ),
+    _Row(2, MAX_DIM, _WGMMA, Tile(128, 64, 16, 64, 8, 3), "whole rows beside 256 features spill"),
+    _Row(
+        2,
+        MAX_DIM,
+        _MMA,
+        Tile(64, 64, 16, 64, 4, 3),
+        "whole rows beside 256 features spill",
+        lean=True,
+    ),
+    _Row(2, MAX_DIM, _MMA, Tile(64, 32, 16, 64, 4, 3), "64 columns spill beside 256 features"),
+    _Row(
+        4, MAX_DIM, (80, 86, 90, 100), Tile(64, 16, 16, 16, 4, 2), "TF32's parts are in registers"
+    ),
+)
+
+
+def _find(table: tuple[_Row, ...], dtype: str, dim: int, capability: int, lean: bool) -> Tile:
+    padded = padded_dim(dim)
+    tile = _INTERPRETED
+    if capability:
+        tile = next(
+            row.tile
+            for row in table
+            if row.bytes == _BYTES[dtype]
+            and padded <= row.max_dim
+            and capability in row.capabilities
+            and (lean or not row.lean)
+        )
+    return dataclasses.replace(tile, chunk=min(tile.chunk, padded))
 
 
 def forward_tile(dtype: str, dim: int, capability: int) -> Tile:
     """The tile of the kernels that only multiply rows with columns."""
-    padded = padded_dim(dim)
-    if capability == 0:
-        return Tile(32, 32, 16, min(padded, 64), 4, 1)
-    chunk = padded if padded <= 256 else 64
-    if dtype == "float32":
-        return Tile(64, 64, 32, min(chunk, 64) if padded > 128 else chunk, 4, 2)
-    if padded <= 128:
-        return Tile(128, 128, 32, chunk, 8, 3 if capability >= 90 or capability == 80 else 2)
-    if padded <= 256:
-        return Tile(128, 64, 32, chunk, 8, 2)
-    return Tile(128, 128, 32, chunk, 8, 3)
+    return _find(_FORWARD, dtype, dim, capability, False)
 
 
-def backward_tile(dtype: str, dim: int, capability: int, shifted: bool) -> Tile:
-    """The tile of the kernel that also multiplies with what it made of the products."""
-    padded = padded_dim(dim)
-    if capability == 0:
-        return Tile(32, 32, 16, min(padded, 64), 4, 1)
-    chunk = padded if padded <= 256 else 64
-    if dtype == "float32":
-        return Tile(64, 32, 32, chunk, 4, 1)
-    if padded <= 128:
-        cols = 128 if shifted else 64
-        return (
-            Tile(128, cols, 32, chunk, 8, 2)
-            if capability >= 90
-            else Tile(64, cols, 32, chunk, 4, 2)
-        )
-    return Tile(64, 64, 32, chunk, 4, 2)
+def backward_tile(dtype: str, dim: int, capability: int, *, lean: bool) -> Tile:
+    """The tile of the kernel that also multiplies with what it made of the products.
+
+    Args:
+        dtype, dim, capability: as in ``shipped_launches``.
+        lean: no pair is told apart and sums need no maximum.
+    """
+    return _find(_BACKWARD, dtype, dim, capability, lean)
 
 
-def slice_of(dim: int) -> int:
+def slice_of(dim: int, dtype: str = "bfloat16") -> int:
     """Features of the gradient that one program of the backward owns."""
-    padded = padded_dim(dim)
-    return padded if padded <= 256 else 256 if padded % 256 == 0 else 128
+    padded, widest = padded_dim(dim), 1024 // (2 * _BYTES[dtype])
+    return padded if padded <= widest else widest if padded % widest == 0 else 128
 
 
 # --- one call
@@ -231,7 +300,7 @@ class Plan:
     def backward_splits(self, of_columns: bool) -> int:
         """Parts of the streamed side in the backward kernel of the rows, or of the columns."""
         owners, streamed = self._sides(of_columns)
-        slices = padded_dim(self.dim) // slice_of(self.dim)
+        slices = padded_dim(self.dim) // slice_of(self.dim, self.dtype)
         return self._splits(owners, streamed, self._backward_tile, slices)
 
     # --- the small kernels
@@ -353,7 +422,7 @@ class Plan:
         """The gradient of the rows, of rows that are columns too, or of the columns."""
         tile = self._backward_tile
         owners, _ = self._sides(of_columns)
-        slices = padded_dim(self.dim) // slice_of(self.dim)
+        slices = padded_dim(self.dim) // slice_of(self.dim, self.dtype)
         return self._launch(
             "_backward_kernel",
             "rows cols begin end own row_weights col_weights num_valid_rows num_valid_cols scale "
@@ -366,7 +435,7 @@ class Plan:
                 **self._anchors(of_columns),
                 **self._pair_constexprs(tile),
                 "NARROW": tile.narrow,
-                "SLICE": slice_of(self.dim),
+                "SLICE": slice_of(self.dim, self.dtype),
             },
             (padded_rows(owners) // tile.rows, self.backward_splits(of_columns), slices),
             tile,
@@ -389,7 +458,8 @@ class Plan:
 
     @property
     def _backward_tile(self) -> Tile:
-        return backward_tile(self.dtype, self.dim, self.target.capability, self.shifted)
+        lean = self.shifted and self.by_class
+        return backward_tile(self.dtype, self.dim, self.target.capability, lean=lean)
 
     def _splits(self, owners: int, streamed: int, tile: Tile, slices: int) -> int:
         blocks = slices * _cdiv(owners, tile.rows)

@@ -43,7 +43,7 @@ def launches(dtype="bfloat16", dim=128, capability=90) -> dict[str, Launch]:
 def test_rows_are_padded_to_whole_chunks_and_slices(dim):
     padded = triton_launch.padded_dim(dim)
     assert dim <= padded < max(2 * dim, 17) and padded >= 16
-    assert padded % triton_launch.slice_of(dim) == 0
+    assert all(padded % triton_launch.slice_of(dim, dtype) == 0 for dtype in DTYPES)
     for dtype, capability in itertools.product(DTYPES, [0, *CAPABILITIES]):
         for launch in launches(dtype, dim, capability).values():
             sizes = launch.constexprs

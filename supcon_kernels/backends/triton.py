@@ -21,8 +21,9 @@ from supcon_kernels import triton_launch
 from supcon_kernels.problem import Problem
 from supcon_kernels.triton_launch import Launch, Plan, Target
 
-# Down to this temperature sums of 2^x over unit rows stay within half of float32's exponents.
-MIN_SHIFTED_TEMPERATURE = 0.023
+# Down to the first, sums of 2^x over unit rows stay within half of float32's exponents; up to the
+# second, rows that carry the temperature are not so small that float16 loses their bits.
+SHIFTED_TEMPERATURES = (0.023, 4.0)
 # Probabilities are multiplied by this before they are rounded to float16, whose subnormals begin
 # at 2^-14, and stay within its range: both anchors of a pair add up to at most 2^15.
 HEADROOM = 2.0**14
@@ -219,17 +220,19 @@ def _gradient(
         **band,
     )
     if plan.by_class:
-        pull = weights[2]
-        rows_anchor, cols_anchor = not of_columns, of_columns or plan.square
-        unused = stats_like = slices.new_empty(0, dtype=torch.float64)
+        pull, sums = weights[2], []
+        if not of_columns:
+            sums.append(streamed.chunk_sums(plan, None))
+        if of_columns or plan.square:
+            sums.append(streamed.chunk_sums(plan, pull))
         _run(
             plan.attraction(of_columns=of_columns),
             rows_ptr=owner.prepared,
             cols_ptr=streamed.prepared,
             row_pull_ptr=pull,
             col_pull_ptr=pull,
-            sums_ptr=streamed.chunk_sums(plan, None) if rows_anchor else unused,
-            weighted_sums_ptr=streamed.chunk_sums(plan, pull) if cols_anchor else stats_like,
+            sums_ptr=sums[0],
+            weighted_sums_ptr=sums[-1],
             num_valid_ptr=owner.num_valid,
             slices_ptr=slices[-1],
             **band,
@@ -351,11 +354,8 @@ class _Call:
         self.problem = problem
         self.device = problem.rows.device
         self.tau = _temperature(problem)
-        shifted = (
-            problem.normalize
-            and isinstance(self.tau, float)
-            and self.tau >= MIN_SHIFTED_TEMPERATURE
-        )
+        low, high = SHIFTED_TEMPERATURES
+        shifted = problem.normalize and isinstance(self.tau, float) and low <= self.tau <= high
         # √(log₂e/τ) on both sides makes their products exponents.
         self.fold = math.sqrt(LOG2_E / self.tau) if shifted else 1.0
         scale = LOG2_E / self.tau
