@@ -33,8 +33,9 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes."""
-        found = TARGET.search(self.operands) if self.opcode.startswith("BRA") else None
+        """Where a branch goes; a call too, as ptxas leaves loops by calls that never return."""
+        is_jump = self.opcode.startswith(("BRA", "CALL"))
+        found = TARGET.search(self.operands) if is_jump else None
         return int(found.group(1), 16) if found else None
 
     @property

@@ -42,6 +42,16 @@ SPIN_BEHIND_THE_END = """
 """
 
 
+LEFT_BY_A_CALL = """
+        /*0000*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ; /* 0x0 */
+        /*0010*/               @P0 CALL.REL.NOINC 0x0030 ;              /* 0x0 */
+        /*0020*/                   BRA 0x0000 ;                         /* 0x0 */
+        /*0030*/                   MUFU.EX2 R2, R3 ;                    /* 0x0 */
+        /*0040*/              @!P1 BRA 0x0000 ;                         /* 0x0 */
+        /*0050*/                   EXIT ;                               /* 0x0 */
+"""
+
+
 @triton.jit
 def forward(rows, out, num_cols, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """A ten-line forward: what the counts of the tool are held against."""
@@ -129,6 +139,12 @@ def test_a_spin_loop_behind_the_end_is_no_loop_of_its_own_body() -> None:
     (spin,) = main.inner
     assert {i.address for i in spin.body} == {0x80, 0x90}
     assert {i.address for i in nest.body} == {0x00, 0x10, 0x70}  # the padding cannot be reached
+
+
+def test_a_loop_may_be_left_by_a_call() -> None:
+    # Two back edges to one header are one loop.
+    (loop,) = sass.loop_nest(sass.parse(LEFT_BY_A_CALL)).inner
+    assert [i.address for i in loop.body] == [0x00, 0x10, 0x20, 0x30, 0x40]
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ _FORWARD = (
     _Row(2, MAX_DIM, (86,), Tile(128, 128, 32, 64, 8, 2), "as below, in 99 KiB"),
     _Row(2, MAX_DIM, (80, 90, 100), Tile(128, 128, 32, 64, 8, 3), "square tiles load least"),
     _Row(
-        4, MAX_DIM, (80, 86, 90, 100), Tile(64, 64, 32, 16, 4, 2), "TF32's parts are in registers"
+        4, MAX_DIM, (80, 86, 90, 100), Tile(64, 64, 16, 16, 4, 2), "TF32's parts are in registers"
     ),
 )
 _BACKWARD = (
@@ -184,14 +184,14 @@ _BACKWARD = (
     _Row(
         2,
         MAX_DIM,
-        _MMA,
+        (80,),
         Tile(64, 64, 16, 64, 4, 3),
         "whole rows beside 256 features spill",
         lean=True,
     ),
     _Row(2, MAX_DIM, _MMA, Tile(64, 32, 16, 64, 4, 3), "64 columns spill beside 256 features"),
     _Row(
-        4, MAX_DIM, (80, 86, 90, 100), Tile(64, 16, 16, 16, 4, 2), "TF32's parts are in registers"
+        4, MAX_DIM, (80, 86, 90, 100), Tile(64, 16, 16, 16, 4, 1), "TF32's parts are in registers"
     ),
 )
 

@@ -123,10 +123,10 @@ def test_a_row_that_is_not_finite_makes_the_loss_nan(bad):
 
 @pytest.mark.parametrize("headroom, kept", [(backend.HEADROOM, True), (2.0**-10, False)])
 def test_float16_keeps_the_probabilities_of_many_rows(headroom, kept, monkeypatch):
-    """256 rows as if of 32,768: probabilities of 2^-15, and the gradient of a mean over as many.
+    """256 rows as if of 32,768, with probabilities of 2^-15.
 
-    Without room above float16's subnormals, or with the mean's factor among the probabilities,
-    most of them would be flushed to zero, which this test must see.
+    Without room above float16's subnormals, or with the factor 1/N of a mean among the
+    probabilities, most of them would be flushed to zero, which this test must see.
     """
     monkeypatch.setattr(backend, "HEADROOM", headroom)
     g = torch.Generator().manual_seed(0)
@@ -137,9 +137,9 @@ def test_float16_keeps_the_probabilities_of_many_rows(headroom, kept, monkeypatc
         loss, _, stats = op.forward(*problem.operands(), "triton")
         stats[0] += torch.tensor(many / 256).log2()
         stats[1] = 1e30  # as many positives: their pull does not hide the softmax part
-        upstream = torch.full_like(loss, 1.0 / many)
+        upstream = torch.full_like(loss, 1024.0)  # a loss scale: the result is float16 as well
         grads = op.backward(upstream, stats, True, False, False, *problem.operands(), "triton")
-        results.append(grads[0].float() * many)
+        results.append(grads[0].float())
     error = (results[0] - results[1]).abs().max() / results[1].abs().max()
     assert (error < 4 * torch.finfo(torch.float16).eps) == kept
 
