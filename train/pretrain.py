@@ -151,17 +151,15 @@ def pretrain(config: PretrainConfig) -> Path:
                     if is_due(state.step, config.save_every):
                         save()
                     requests.check(save)
-            is_last = state.epoch + 1 == num_epochs
-            evaluated = is_last or is_due(state.epoch + 1, config.knn_every)
+            evaluated = is_due(state.epoch + 1, config.knn_every) or state.epoch + 1 == num_epochs
             if evaluated:
                 with report.clock("evaluation"):
                     state.accuracy = knn(encode)
             state.epoch += 1
             best = evaluated and state.accuracy > state.best
-            if evaluated:
-                state.best = max(state.accuracy, state.best)
-                report.accuracy(state)
-            report.end_epoch(state)
+            if best:
+                state.best = state.accuracy
+            report.end_epoch(state, evaluated=evaluated)
             save(best=best)
 
         points = subset(data.test, MAX_POINTS)
@@ -173,9 +171,9 @@ def pretrain(config: PretrainConfig) -> Path:
     return folder
 
 
-def is_due(epoch: int, every: int) -> bool:
-    """Whether something done `every` so many epochs (0: never) is due after this one."""
-    return every > 0 and epoch % every == 0
+def is_due(count: int, every: int) -> bool:
+    """Whether something done `every` so many steps or epochs (0: never) is due after `count`."""
+    return every > 0 and count % every == 0
 
 
 def contrastive_loss(

@@ -172,8 +172,10 @@ class Report:
         if state.step > 0:
             self.progress.say(f"epoch {state.epoch}  k-NN {state.accuracy:.2%}")
 
-    def end_epoch(self, state: RunState) -> None:
-        """Close an epoch with its times."""
+    def end_epoch(self, state: RunState, *, evaluated: bool) -> None:
+        """Close an epoch with its times, and with the accuracy if it was evaluated."""
+        if evaluated:
+            self.accuracy(state)
         images = self.epoch_steps * self.images_per_step
         self.timings.add(
             step=state.step,
