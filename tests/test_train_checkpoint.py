@@ -86,7 +86,8 @@ def test_killed_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
         _, saved = load_newest(checkpoints_in(tmp_path))
         step = saved["state"]["step"]
         assert torch.equal(saved["model"]["weight"], torch.full((1000,), step))
-        load_checkpoint(tmp_path / "best.pt")
+        for name in ("last.pt", "best.pt"):
+            load_checkpoint(tmp_path / name)
         newest.append((step, abs(child.exitcode)))
     steps = [step for step, _ in newest]
     assert steps == sorted(steps) and {*steps} == {1, 2}

@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from functools import partial
 
@@ -33,7 +34,7 @@ NAME = "digits-supcon-seed0"
 
 @pytest.fixture(scope="module", autouse=True)
 def drawing_network():
-    """Have every step draw a random number, as dropout would, and write each row at once.
+    """Have every step draw a random number, as dropout would.
 
     t-SNE, the slowest part of so short a run, is left out.
     """
@@ -47,7 +48,6 @@ def drawing_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "contrastive_loss", loss)
         patch.setattr(script, "draw_embedding", lambda *arguments: None)
-        patch.setattr("report.STEPS_PER_FLUSH", 1)
         yield
 
 
@@ -61,12 +61,13 @@ def whole(tmp_path_factory):
 def killed(tmp_path_factory):
     """A run killed in its twelfth step, with checkpoints of steps 9 and 10."""
     folder = tmp_path_factory.mktemp("killed")
-    assert run_in_fork(folder, at_step(11, kill)) == -signal.SIGKILL
+    assert run_in_fork(folder, at_step(11, kill), write_rows_at_once) == -signal.SIGKILL
+    assert metrics(folder / NAME)[-1]["step"] == "11"
     return folder
 
 
-def run_in_fork(output_dir, prepare, *options):
-    """Run pretrain.py in a child process that `prepare` has changed; returns its exit code.
+def run_in_fork(output_dir, *changes, options=()):
+    """Run pretrain.py in a child process after some changes to it; returns its exit code.
 
     Its errors are written to output_dir/stderr.
     """
@@ -74,7 +75,8 @@ def run_in_fork(output_dir, prepare, *options):
     def child():
         os.setpgrp()  # so that it can signal its whole group
         sys.stderr = open(output_dir / "stderr", "w", buffering=1)  # noqa: SIM115
-        prepare()
+        for change in changes:
+            change()
         run_script(lambda: pretrain(output_dir, *OPTIONS, *options))
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -85,9 +87,9 @@ def run_in_fork(output_dir, prepare, *options):
 
 
 def at_step(number, act):
-    """Call `act` in the middle of the step that follows `number` finished ones."""
+    """The change that calls `act` in the middle of the step after `number` finished ones."""
 
-    def prepare():
+    def change():
         import pretrain as script
 
         original = script.contrastive_loss
@@ -100,11 +102,25 @@ def at_step(number, act):
 
         script.contrastive_loss = loss
 
-    return prepare
+    return change
 
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_rows_at_once():
+    """Have rows on the disk that no checkpoint covers yet."""
+    import report
+
+    add = report.Table.add
+
+    def add_and_flush(table, **values):
+        add(table, **values)
+        table.file.flush()
+
+    report.STEPS_PER_FLUSH = 1
+    report.Table.add = add_and_flush
 
 
 def assert_same(run, whole):
@@ -121,8 +137,11 @@ def test_killed_at_random_steps_ends_like_one_never_killed(whole, tmp_path, work
     steps = sorted(random.SystemRandom().sample(range(NUM_STEPS), 3))
     print("killed in the steps after", steps)
     resume = ("--workers", workers, "--resume", "auto")
+    # One of the two loses the rows since its checkpoint, the other has too many.
+    changes = [write_rows_at_once] if workers == 0 else []
     for step in steps:
-        assert run_in_fork(tmp_path, at_step(step, kill), *resume) == -signal.SIGKILL
+        killed = run_in_fork(tmp_path, at_step(step, kill), *changes, options=resume)
+        assert killed == -signal.SIGKILL
     run = pretrain(tmp_path, *OPTIONS, *resume)
     assert run == tmp_path / NAME
     assert_same(run, whole)
@@ -134,9 +153,13 @@ def test_killed_at_random_steps_ends_like_one_never_killed(whole, tmp_path, work
     [("SIGTERM", 2, 6), ("SIGUSR1", 0, 9)],
 )
 def test_signal_finishes_the_step_and_saves(whole, tmp_path, name, workers, step):
-    # To the whole group, as torchrun and timeout do: the workers must outlive it.
-    prepare = at_step(step, lambda: os.killpg(0, getattr(signal, name)))
-    assert run_in_fork(tmp_path, prepare, "--workers", workers) == 75
+    # By another process to the whole group, as torchrun and timeout do: the workers, which would
+    # take it from nobody but their parent, must not die of it.
+    def signal_group():
+        subprocess.run(["sh", "-c", f"kill -s {name.removeprefix('SIG')} 0"])
+
+    options = ("--workers", workers)
+    assert run_in_fork(tmp_path, at_step(step, signal_group), options=options) == 75
     run = tmp_path / NAME
     assert (run / "REQUEUE").exists()
     assert f"{name}: stopped" in (tmp_path / "stderr").read_text()
@@ -148,7 +171,7 @@ def test_signal_finishes_the_step_and_saves(whole, tmp_path, name, workers, step
 
 @pytest.mark.parametrize("evaluation", [1, 2])
 def test_signal_in_an_evaluation_does_not_wait_for_its_end(whole, tmp_path, evaluation):
-    def prepare():
+    def stop_in_evaluation():
         import pretrain as script
 
         calls = []
@@ -164,7 +187,7 @@ def test_signal_in_an_evaluation_does_not_wait_for_its_end(whole, tmp_path, eval
 
         script.encode_stored = encode
 
-    assert run_in_fork(tmp_path, prepare) == 75
+    assert run_in_fork(tmp_path, stop_in_evaluation) == 75
     run = tmp_path / NAME
     assert (run / "REQUEUE").exists()
     saved = [load_checkpoint(path)["state"] for path in checkpoints_in(run)[:1]]
@@ -231,7 +254,7 @@ def test_resuming_on_a_full_disk_loses_nothing(killed, tmp_path):
     def no_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
-    assert run_in_fork(tmp_path, no_room, "--resume", "auto") != 0
+    assert run_in_fork(tmp_path, no_room, options=("--resume", "auto")) != 0
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
@@ -302,7 +325,6 @@ def test_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         return value + (0 * value).sqrt() if step == 2 else value
 
     monkeypatch.setattr(script, "contrastive_loss", loss)
-    monkeypatch.setattr("report.STEPS_PER_FLUSH", 10)
     with pytest.raises(UserError, match=r"gradient is nan at step 3, learning rate 0\.191: try"):
         pretrain(tmp_path, *OPTIONS)
     run = tmp_path / NAME
