@@ -22,6 +22,9 @@ from checkpoint import (
 from config import PretrainConfig, UserError
 from durable import room_needed
 
+# Newer Pythons warn of any fork beside threads; these children take no lock of theirs.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
 
 def save(folder, step, *, keep=2, best=False, **changed):
     content = {"config": asdict(PretrainConfig()), "model": {"weight": torch.full((1000,), step)}}

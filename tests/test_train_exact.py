@@ -3,6 +3,7 @@
 The runs that die are forks of this process: real processes and real signals without 7 s of imports.
 """
 
+import math
 import multiprocessing
 import os
 import random
@@ -25,6 +26,9 @@ from knn import encode_stored, knn_accuracy
 from model import build_model
 from sources import load_data
 from train_fixtures import metrics, pretrain, weights, write_images
+
+# Newer Pythons warn of any fork beside threads; these children take no lock of theirs.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 # Three epochs of five steps on digits, evaluated after the second and the last.
 STEPS_PER_EPOCH, NUM_STEPS = 5, 15
@@ -330,3 +334,18 @@ def test_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     run = tmp_path / NAME
     assert not checkpoints_in(run)
     assert len([row for row in metrics(run) if row["loss"]]) == 2
+
+
+def test_collapse_is_named_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    import pretrain as script
+
+    original = script.contrastive_loss
+
+    def loss(*arguments):
+        # Two views of 256 images, all embedded alike: without a slope that leads out.
+        return 0 * original(*arguments) + math.log(2 * 256 - 1)
+
+    monkeypatch.setattr(script, "contrastive_loss", loss)
+    run = pretrain(tmp_path, *OPTIONS, "--epochs", 5)
+    assert capsys.readouterr().out.count("warning: the loss has stayed at 6.2364 for 20 steps") == 1
+    assert metrics(run)[-1]["step"] == "25"

@@ -162,7 +162,7 @@ class LinearConfig:
     """The options of linear.py.
 
     Args:
-        checkpoint: last.pt of a run of pretrain.py, or the run's folder.
+        checkpoint: last.pt or best.pt of a run of pretrain.py, or the run's folder (its last.pt).
         data_root: Default: the one that the run was trained with.
         weight_decay: L2 penalty of the linear layer.
         max_iterations: Most L-BFGS iterations.

@@ -10,9 +10,10 @@ from config import UserError
 
 REMEDY = "try a lower --learning_rate or a longer --warmup_epochs"
 # With equal embeddings every similarity is the same: the loss is the logarithm of their number,
-# whatever the temperature, up to rounding.
+# whatever the temperature. A run may come as near for some steps and leave again, so this is a
+# warning, and of more steps than that takes.
 COLLAPSE_TOLERANCE = 1e-3
-COLLAPSE_STEPS = 50
+COLLAPSE_STEPS = 20
 
 
 class Health:
