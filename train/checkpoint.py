@@ -135,8 +135,8 @@ def check_same_run(
             f"(--config {path.parent / 'config.yaml'} repeats them)"
         )
     for name, kind, remedy in (
-        ("world_size", "processes", "torchrun --nproc-per-node"),
-        ("threads", "CPU threads", "OMP_NUM_THREADS="),
+        ("world_size", "processes", "torchrun --nproc-per-node {}"),
+        ("threads", "CPU threads", "OMP_NUM_THREADS={}"),
     ):
         now, then = machine[name], saved["machine"][name]
         # Either is None where the run moved from or to another kind of device.
@@ -144,7 +144,7 @@ def check_same_run(
             raise UserError(
                 f"cannot resume {path} with {now} {kind}, it was trained with {then}: sums taken in "
                 f"another order round differently, and the run would not end as one never stopped "
-                f"({remedy}{'' if remedy.endswith('=') else ' '}{then} goes on)"
+                f"({remedy.format(then)} goes on)"
             )
 
 
