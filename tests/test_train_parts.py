@@ -1,8 +1,6 @@
-"""The parts of a run by themselves: k-NN, views, learning rates, the networks, checkpoints."""
+"""The parts of a run by themselves: k-NN, views, learning rates, the networks, tables."""
 
 import math
-import os
-from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from augment import build_views
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import RunState
 from config import PretrainConfig, UserError
 from knn import accuracy, knn_predict
 from model import build_model
@@ -158,47 +156,27 @@ def test_unknown_model_is_named(stem, model):
         build_model(PretrainConfig(stem=stem, model=model), channels=3)
 
 
-def test_failing_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    save_checkpoint(path, config={}, model={"weight": torch.ones(1000)})
-    whole = path.read_bytes()
-
-    def full_disk(descriptor):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(os, "fsync", full_disk)
-        save_checkpoint(path, config={}, model={"weight": torch.zeros(1000)})
-    assert path.read_bytes() == whole
-    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
-
-
-def test_checkpoint_of_another_kind_is_named(tmp_path):
-    path = tmp_path / "last.pt"
-    with pytest.raises(UserError, match=f"there is no checkpoint {path}"):
-        load_checkpoint(path)
-    path.write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match=f"{path} is not a readable checkpoint"):
-        load_checkpoint(path)
-    torch.save({"weight": torch.zeros(1)}, path)
-    with pytest.raises(UserError, match="was not written by pretrain"):
-        load_checkpoint(path)
-
-
-def test_checkpoint_of_another_version_is_named_with_its_options(tmp_path):
-    path = tmp_path / "last.pt"
-    options = asdict(PretrainConfig()) | {"momentum": 0.9}
-    del options["width"]
-    save_checkpoint(path, config=options, model={})
-    with pytest.raises(UserError, match=r"another version.*unknown.*: momentum; missing: width"):
-        load_checkpoint(path)
-
-
 def test_table_is_cut_back_to_the_step(tmp_path):
     path = tmp_path / "metrics.csv"
-    table = Table(path, ("step", "loss"), last_step=None)
+    columns = ("step", "epoch", "loss", "knn_accuracy")
+    table = Table(path, columns, resumed=None)
     for step in range(1, 5):
-        table.add(step=step, loss=1 / 3)
+        table.add(step=step, epoch=(step + 1) // 2, loss=1 / 3)
+        if step % 2 == 0:
+            table.add(step=step, epoch=step // 2, knn_accuracy=0.5)
     table.file.close()
-    Table(path, ("step", "loss"), last_step=2).file.close()
-    assert path.read_text() == "step,loss\n1,0.333333333\n2,0.333333333\n"
+    written = path.read_text().splitlines(keepends=True)
+    at = partial(RunState, raw_pixels=0.0, untrained=0.0, accuracy=0.0)
+    # After step 4 and its epoch's evaluation; before that evaluation; after step 3; after epoch 1.
+    for state, rows in (
+        (at(epoch=2, step=4), 6),
+        (at(epoch=1, step=4), 5),
+        (at(epoch=1, step=3), 4),
+        (at(epoch=1, step=2), 3),
+    ):
+        Table(path, columns, resumed=state).file.close()
+        assert path.read_text() == "".join(written[: 1 + rows])
+    # Died while it wrote 12: what is there reads as 1.
+    path.write_text("".join(written[:4]) + "1")
+    Table(path, columns, resumed=at(epoch=1, step=2)).file.close()
+    assert path.read_text() == "".join(written[:4])

@@ -54,11 +54,14 @@ class PretrainConfig:
         seed: Of weights, order and augmentation.
         knn_every: Epochs between k-NN evaluations; 0: only before the first and after the last.
         knn_bank: Use only so many training images as neighbours; 0: all.
+        save_every: Steps between checkpoints within an epoch; 0: only at each epoch's end.
+        keep: Checkpoints that stay; with 2 or more a damaged one has another before it. last.pt is
+            the newest; best.pt, of the best k-NN accuracy, stays besides.
         output_dir: The run is written to output_dir/name.
         name: Default: made of dataset, method and seed, numbered when that name is taken.
-        resume: none: start a new run. auto: go on from last.pt of the run of this name (without
-            --name: the latest of the default name), or start it if there is none. PATH: go on
-            from this checkpoint or run folder.
+        resume: none: start a new run. auto: go on from the newest checkpoint of the run of this
+            name that is not damaged (without --name: the latest of the default name), or start it
+            if there is none. PATH: go on from this checkpoint or run folder.
     """
 
     dataset: str = "digits"
@@ -82,6 +85,8 @@ class PretrainConfig:
     seed: int = 0
     knn_every: int = 10
     knn_bank: int = 0
+    save_every: int = 0
+    keep: int = 2
     output_dir: str = "runs"
     name: str | None = None
     resume: str = "none"
@@ -137,7 +142,7 @@ class PretrainConfig:
         least: dict[str, int] = {
             "image_size": 8, "width": 4, "batch_size": 2, "epochs": 1, "max_steps": 1,
             "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0,
-            "knn_every": 0, "knn_bank": 0,
+            "knn_every": 0, "knn_bank": 0, "save_every": 0, "keep": 1,
         }  # fmt: skip
         values = asdict(self)
         found = [
@@ -157,7 +162,7 @@ class LinearConfig:
     """The options of linear.py.
 
     Args:
-        checkpoint: last.pt of a run of pretrain.py, or the run's folder.
+        checkpoint: last.pt or best.pt of a run of pretrain.py, or the run's folder (its last.pt).
         data_root: Default: the one that the run was trained with.
         weight_decay: L2 penalty of the linear layer.
         max_iterations: Most L-BFGS iterations.
@@ -219,9 +224,9 @@ def _config_files_first(argv: list[str]) -> list[str]:
     return first + others
 
 
-def write_yaml(config: PretrainConfig, path: Path) -> None:
-    """Write a config such that --config PATH reads it back."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+def to_yaml(config: PretrainConfig) -> str:
+    """Write a config such that --config reads it back."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,6 +3,7 @@
 The order of training is a pure function of (seed, epoch), whatever the number of workers.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -141,6 +142,14 @@ def _loader(
         sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=_leave_process_group,
         # A generator of its own keeps the loader from drawing on the global random state.
         generator=torch.Generator(),
     )
+
+
+def _leave_process_group(worker: int) -> None:
+    # torchrun, timeout and terminals signal the whole group of a process. The main process
+    # finishes its step then, for which it needs its workers; they end when it does.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from augment import build_views
-from checkpoint import load_checkpoint
+from checkpoint import LAST, load_checkpoint
 from config import LinearConfig, PretrainConfig, UserError, parse, pick_device, run_script
+from durable import replace_text
 from knn import accuracy, embed, encode_stored
 from model import build_model
-from rundir import CHECKPOINT
 from sources import load_data
 
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> float:
 def linear(config: LinearConfig) -> float:
     """Fit on the training images of a run, measure on its test images, write linear.json."""
     path = Path(config.checkpoint)
-    path = path / CHECKPOINT if path.is_dir() else path
+    path = path / LAST if path.is_dir() else path
     saved = load_checkpoint(path)
     device = pick_device(config.device)
     run = PretrainConfig(**saved["config"])
@@ -70,7 +70,7 @@ def linear(config: LinearConfig) -> float:
         "epochs": saved["state"]["epoch"],
     }
     written = path.parent / "linear.json"
-    written.write_text(json.dumps(results, indent=2) + "\n")
+    replace_text(written, json.dumps(results, indent=2) + "\n")
     print(f"linear top-1 {shares['test']:.2%} on {len(data.test)} test images")
     print(f"(training images {shares['train']:.2%}); written to {written}")
     return shares["test"]

@@ -11,6 +11,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from checkpoint import RunState
+from durable import replace_file
 
 # What a reader can still tell apart, and t-SNE embeds in seconds.
 MAX_POINTS = 1000
@@ -45,7 +46,7 @@ def draw_curves(metrics: Path, picture: Path, title: str, baselines: RunState) -
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.suptitle(title)
-    figure.savefig(picture, dpi=150)
+    replace_file(picture, lambda file: figure.savefig(file, dpi=150))
 
 
 def draw_embedding(
@@ -76,4 +77,4 @@ def draw_embedding(
     axes.set_aspect("equal", adjustable="datalim")
     if few:
         figure.legend(loc="outside right center", frameon=False, markerscale=2)
-    figure.savefig(picture, dpi=150)
+    replace_file(picture, lambda file: figure.savefig(file, dpi=150))

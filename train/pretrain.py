@@ -10,6 +10,7 @@ benchmarks/results/digits.csv, as measured by benchmarks/bench_digits.py.
 """
 
 import json
+import math
 import shlex
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,15 +22,25 @@ from safetensors.torch import save
 from torch import Tensor
 
 from augment import Views, build_views
-from checkpoint import RunState, check_same_run, load_checkpoint, replace_file, save_checkpoint
-from config import PretrainConfig, parse, pick_device, run_script, write_yaml
+from checkpoint import (
+    LAST,
+    RunState,
+    check_same_run,
+    describe_machine,
+    load_newest,
+    save_checkpoint,
+)
+from config import PretrainConfig, parse, pick_device, run_script, to_yaml
 from data import ImageData, training_batches
+from durable import replace_file, replace_text, room_needed
 from knn import embed, encode_stored, knn_accuracy, pixels
 from model import Embedder, build_model, encoder_recipe
 from optim import build_optimizer, build_schedule
 from pictures import MAX_POINTS, draw_curves, draw_embedding
 from report import Report
-from rundir import CHECKPOINT, open_run
+from requeue import Requests
+from rundir import open_run
+from seeds import random_state, set_random_state
 from sources import load_data, subset
 from supcon_kernels import supcon_loss
 
@@ -54,6 +65,7 @@ def pretrain(config: PretrainConfig) -> Path:
     steps_per_epoch = len(order)
     total_steps = config.epochs * steps_per_epoch
     total_steps = min(total_steps, config.max_steps or total_steps)
+    num_epochs = math.ceil(total_steps / steps_per_epoch)
 
     # The network, the random views that it sees, and how its weights move.
     torch.manual_seed(config.seed)
@@ -72,30 +84,59 @@ def pretrain(config: PretrainConfig) -> Path:
         device=device,
         workers=config.workers,
     )
-    encode = partial(encode_stored, model, views)
 
     # A new run, or the state of one that stopped.
-    folder, checkpoint = open_run(config)
+    folder, checkpoints = open_run(config)
     config = replace(config, name=folder.name, resume="none", image_size=data.image_size)
-    if checkpoint is None:
-        untrained = knn(encode)
-        state = RunState(raw_pixels=knn(pixels), untrained=untrained, accuracy=untrained)
-    else:
-        saved = load_checkpoint(checkpoint)
-        check_same_run(config, saved["config"], checkpoint)
+    machine = describe_machine(device)
+    state: RunState | None = None
+    if checkpoints:
+        checkpoint, saved = load_newest(checkpoints)
+        check_same_run(checkpoint, saved, config, machine)
         state = RunState(**saved["state"])
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["random_state"])
-    write_yaml(config, folder / "config.yaml")
-    print(describe(folder, data, device, state), flush=True)
+        set_random_state(saved["random_state"], device)
 
-    resumed_at = None if checkpoint is None else state.step
-    with Report(folder, resumed_at, total_steps, images_per_step=config.batch_size) as report:
-        if checkpoint is None:
+    with (
+        room_needed(folder),
+        Requests(folder) as requests,
+        Report(folder, state, total_steps, NUM_VIEWS, config) as report,
+    ):
+
+        def save(*, best: bool = False) -> None:
+            if state is None:
+                return  # asked to leave during the first evaluation: there is nothing to lose
+            # The records first: a checkpoint answers for every row up to its step.
+            report.sync()
+            save_checkpoint(
+                folder,
+                state,
+                keep=config.keep,
+                best=best,
+                config=asdict(config),
+                machine=machine,
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                random_state=random_state(device),
+                data={"classes": data.classes, "channels": data.channels},
+            )
+
+        def encode(images: Tensor) -> Tensor:
+            # An evaluation may take minutes. It changes nothing, and starts again another time.
+            requests.check(save)
+            return encode_stored(model, views, images)
+
+        replace_text(folder / "config.yaml", to_yaml(config))
+        if state is None:
+            untrained = knn(encode)
+            state = RunState(raw_pixels=knn(pixels), untrained=untrained, accuracy=untrained)
             report.accuracy(state)
-        while state.step < total_steps:
-            order.begin(state.epoch)
+        print(describe(folder, data, device, state), flush=True)
+
+        while state.epoch < num_epochs:
+            # Begun in its middle where the run stopped; perhaps its evaluation alone is left.
+            order.begin(state.epoch, state.step - state.epoch * steps_per_epoch)
             model.train()
             with report.clock("training"):
                 for images, labels in islice(batches, total_steps - state.step):
@@ -106,35 +147,33 @@ def pretrain(config: PretrainConfig) -> Path:
                     loss.backward()
                     optimizer.step()
                     state.step += 1
-                    report.step(state, optimizer.param_groups[0]["lr"], loss)
-            state.epoch += 1
-            if state.step == total_steps or is_due(state.epoch, config.knn_every):
+                    report.step(state, optimizer, loss)
+                    if is_due(state.step, config.save_every):
+                        save()
+                    requests.check(save)
+            evaluated = is_due(state.epoch + 1, config.knn_every) or state.epoch + 1 == num_epochs
+            if evaluated:
                 with report.clock("evaluation"):
                     state.accuracy = knn(encode)
-                report.accuracy(state)
-            report.end_epoch(state)
-            save_checkpoint(
-                folder / CHECKPOINT,
-                config=asdict(config),
-                state=asdict(state),
-                model=model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                random_state=torch.get_rng_state(),
-                data={"classes": data.classes, "channels": data.channels},
-            )
+            state.epoch += 1
+            best = evaluated and state.accuracy > state.best
+            if best:
+                state.best = state.accuracy
+            report.end_epoch(state, evaluated=evaluated)
+            save(best=best)
 
-    points = subset(data.test, MAX_POINTS)
-    features = embed(encode, points, device=device, workers=config.workers)
-    title = f"{folder.name}: test images, k-NN {state.accuracy:.2%}"
-    draw_embedding(features, points.labels, data.classes, folder / "embedding.png", title)
-    draw_curves(folder / "metrics.csv", folder / "curves.png", folder.name, state)
-    write_results(folder, config, data, state, model)
+        points = subset(data.test, MAX_POINTS)
+        features = embed(encode, points, device=device, workers=config.workers)
+        title = f"{folder.name}: test images, k-NN {state.accuracy:.2%}"
+        draw_embedding(features, points.labels, data.classes, folder / "embedding.png", title)
+        draw_curves(folder / "metrics.csv", folder / "curves.png", folder.name, state)
+        write_results(folder, config, data, state, model)
     return folder
 
 
-def is_due(epoch: int, every: int) -> bool:
-    """Whether something done `every` so many epochs (0: never) is due after this one."""
-    return every > 0 and epoch % every == 0
+def is_due(count: int, every: int) -> bool:
+    """Whether something done `every` so many steps or epochs (0: never) is due after `count`."""
+    return every > 0 and count % every == 0
 
 
 def contrastive_loss(
@@ -152,7 +191,7 @@ def contrastive_loss(
 
 def describe(folder: Path, data: ImageData, device: torch.device, state: RunState) -> str:
     """A few words on a run that begins or goes on."""
-    verb = f"going on after epoch {state.epoch} in" if state.step else "writing to"
+    verb = f"going on after step {state.step} in" if state.step else "writing to"
     return (
         f"{len(data.train)} training and {len(data.test)} test images of {len(data.classes)} "
         f"classes, {data.channels}x{data.image_size}x{data.image_size}, on {device.type}; "
@@ -185,17 +224,17 @@ def write_results(
         "epochs": state.epoch,
         "steps": state.step,
     }
-    (folder / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    replace_text(folder / "results.json", json.dumps(numbers, indent=2) + "\n")
     print(
         f"\nk-NN {state.accuracy:.2%} on {len(data.test)} test images "
         f"(raw pixels {state.raw_pixels:.2%}, untrained encoder {state.untrained:.2%})\n"
-        f"checkpoint    {folder / CHECKPOINT}\n"
+        f"checkpoint    {folder / LAST}\n"
         f"encoder       {folder / 'encoder.safetensors'}\n"
         f"pictures      {folder / 'curves.png'}  {folder / 'embedding.png'}\n"
         f"numbers       {folder / 'results.json'}  {folder / 'metrics.csv'}\n"
-        f"linear stage  python train/linear.py --checkpoint {shlex.quote(str(folder / CHECKPOINT))}"
+        f"linear stage  python train/linear.py --checkpoint {shlex.quote(str(folder / LAST))}"
     )
 
 
 if __name__ == "__main__":
-    run_script(main, if_interrupted="(--resume auto goes on from the last epoch)")
+    run_script(main, if_interrupted="(--resume auto goes on from the last checkpoint)")

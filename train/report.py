@@ -4,10 +4,12 @@ metrics.csv holds no clock: two runs of one config write the same bytes. Times a
 """
 
 import csv
+import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 
@@ -15,10 +17,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from checkpoint import RunState
-from config import UserError
+from config import PretrainConfig
+from durable import replace_text
+from health import Health, gradient_norm
 
 METRICS = ("step", "epoch", "learning_rate", "loss", "knn_accuracy")
 TIMINGS = ("step", "epoch", "images_per_second", "training_seconds", "evaluation_seconds")
@@ -28,17 +33,20 @@ SECONDS_PER_LINE = 5.0
 
 
 class Table:
-    """A CSV file with a row or more per step, cut back to `last_step` when opened."""
+    """A CSV file with a row or more per step, cut back to where a run goes on from (None: empty).
 
-    def __init__(self, path: Path, columns: tuple[str, ...], *, last_step: int | None) -> None:
-        kept: list[dict[str, str]] = []
-        if last_step is not None and path.is_file():
+    The first columns are step and epoch; a row without a loss closes its epoch.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...], *, resumed: RunState | None) -> None:
+        lines = [",".join(columns) + "\n"]
+        if resumed is not None and path.is_file():
             with open(path, newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= last_step]
-        self.file = open(path, "w", newline="")  # noqa: SIM115
+                next(file, None)
+                lines += takewhile(lambda line: _is_past(line, columns, resumed), file)
+        replace_text(path, "".join(lines))
+        self.file = open(path, "a", newline="")  # noqa: SIM115
         self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
-        self.writer.writeheader()
-        self.writer.writerows(kept)
 
     def add(self, **values: float | int) -> None:
         """Append a row; nine digits tell any two float32 numbers apart."""
@@ -50,6 +58,15 @@ class Table:
         """Have every row on the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
+
+
+def _is_past(line: str, columns: tuple[str, ...], state: RunState) -> bool:
+    # The process may have died in the middle of a row, whose "1" was to be "12".
+    if not line.endswith("\n"):
+        return False
+    row = dict(zip(columns, line.rstrip("\n").split(",")))
+    closed = state.epoch if not row.get("loss") else math.inf
+    return int(row["step"]) <= state.step and int(row["epoch"]) <= closed
 
 
 class ProgressLine:
@@ -93,17 +110,25 @@ class ProgressLine:
 
 
 class Report:
-    """The records of one run, continued after `step` steps (None: begun anew)."""
+    """The records of one run, continued from `resumed` (None: begun anew)."""
 
     def __init__(
-        self, folder: Path, step: int | None, total_steps: int, *, images_per_step: int
+        self,
+        folder: Path,
+        resumed: RunState | None,
+        total_steps: int,
+        num_views: int,
+        config: PretrainConfig,
     ) -> None:
-        self.metrics = Table(folder / "metrics.csv", METRICS, last_step=step)
-        self.timings = Table(folder / "timings.csv", TIMINGS, last_step=step)
-        purge = 0 if step is None else step + 1
+        self.metrics = Table(folder / "metrics.csv", METRICS, resumed=resumed)
+        self.timings = Table(folder / "timings.csv", TIMINGS, resumed=resumed)
+        step = 0 if resumed is None else resumed.step
+        purge = 0 if resumed is None else step + 1
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
-        self.progress = ProgressLine(step=step or 0, total_steps=total_steps)
-        self.images_per_step = images_per_step
+        self.progress = ProgressLine(step=step, total_steps=total_steps)
+        self.images_per_step = config.batch_size
+        self.health = Health(num_views * config.batch_size)
+        # Of each step: its number, its epoch, its learning rate; its loss and gradient norm.
         self.pending: list[tuple[int, int, float, Tensor]] = []
         self.flushed_at = 0.0
         self.seconds = {"training": 0.0, "evaluation": 0.0}
@@ -131,9 +156,11 @@ class Report:
         self._flush()
         self.seconds[part] += time.perf_counter() - began
 
-    def step(self, state: RunState, learning_rate: float, loss: Tensor) -> None:
+    def step(self, state: RunState, optimizer: Optimizer, loss: Tensor) -> None:
         """Record the step just made, of a scalar `loss`, in an epoch that is not over."""
-        self.pending.append((state.step, state.epoch + 1, learning_rate, loss.detach()))
+        learning_rate = optimizer.param_groups[0]["lr"]
+        measured = torch.stack([loss.detach(), gradient_norm(optimizer)])
+        self.pending.append((state.step, state.epoch + 1, learning_rate, measured))
         self.epoch_steps += 1
         if len(self.pending) == STEPS_PER_FLUSH:
             self._flush()
@@ -145,8 +172,10 @@ class Report:
         if state.step > 0:
             self.progress.say(f"epoch {state.epoch}  k-NN {state.accuracy:.2%}")
 
-    def end_epoch(self, state: RunState) -> None:
-        """Close an epoch: its times, and every row on the disk before the checkpoint."""
+    def end_epoch(self, state: RunState, *, evaluated: bool) -> None:
+        """Close an epoch with its times, and with the accuracy if it was evaluated."""
+        if evaluated:
+            self.accuracy(state)
         images = self.epoch_steps * self.images_per_step
         self.timings.add(
             step=state.step,
@@ -157,6 +186,10 @@ class Report:
         )
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         self.epoch_steps = 0
+
+    def sync(self) -> None:
+        """Check every step made, and have every row on the disk: what a checkpoint relies on."""
+        self._flush()
         self.metrics.sync()
         self.timings.sync()
         self.board.flush()
@@ -164,18 +197,15 @@ class Report:
     def _flush(self) -> None:
         if not self.pending:
             return
-        losses = torch.stack([loss for *_, loss in self.pending]).tolist()
-        for (step, epoch, learning_rate, _), loss in zip(self.pending, losses):
-            if not loss - loss == 0:
-                raise UserError(
-                    f"the loss is {loss} at step {step}, learning rate {learning_rate:.3g}: "
-                    "try a lower --learning_rate or a longer --warmup_epochs"
-                )
+        measured = torch.stack([values for *_, values in self.pending]).tolist()
+        for (step, epoch, learning_rate, _), (loss, gradient) in zip(self.pending, measured):
+            if warning := self.health.check(step, learning_rate, loss, gradient):
+                self.progress.say(warning)
             self.metrics.add(step=step, epoch=epoch, learning_rate=learning_rate, loss=loss)
             self.board.add_scalar("loss", loss, step)
             self.board.add_scalar("learning_rate", learning_rate, step)
         now = time.perf_counter()
-        speed = len(losses) * self.images_per_step / (now - self.flushed_at)
-        self.progress.show(step, epoch, losses[-1], speed)
+        speed = len(measured) * self.images_per_step / (now - self.flushed_at)
+        self.progress.show(step, epoch, loss, speed)
         self.pending.clear()
         self.flushed_at = now

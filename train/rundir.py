@@ -4,49 +4,46 @@ import re
 import tempfile
 from pathlib import Path
 
+from checkpoint import LAST, checkpoints_in
 from config import PretrainConfig, UserError
 
-CHECKPOINT = "last.pt"
 
-
-def open_run(config: PretrainConfig) -> tuple[Path, Path | None]:
+def open_run(config: PretrainConfig) -> tuple[Path, list[Path]]:
     """Find or make the folder of a run.
 
     Returns:
-        The folder, and the checkpoint to go on from or None.
+        The folder, and the checkpoints to go on from, the newest first; none: the run is new.
 
     Raises:
         UserError: there is no such checkpoint, the name is taken, or nothing can be written there.
     """
     try:
-        folder, checkpoint = _find_or_make(config)
+        folder, checkpoints = _find_or_make(config)
         with tempfile.TemporaryFile(dir=folder):
-            return folder, checkpoint
+            return folder, checkpoints
     except OSError as error:
         raise UserError(f"cannot write a run: {error}; choose another --output_dir") from error
 
 
-def _find_or_make(config: PretrainConfig) -> tuple[Path, Path | None]:
+def _find_or_make(config: PretrainConfig) -> tuple[Path, list[Path]]:
     if config.resume not in ("none", "auto"):
         return _from_path(config)
     parent = Path(config.output_dir)
     if config.resume == "auto":
         folder = parent / config.name if config.name else _latest(parent, default_name(config))
-        if folder is not None and (folder / CHECKPOINT).is_file():
-            return folder, folder / CHECKPOINT
         # Stopped before its first checkpoint: nothing to keep, so the folder is used again.
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            return folder, None
+            return folder, checkpoints_in(folder)
     if config.name is None:
-        return _make_numbered(parent, default_name(config)), None
+        return _make_numbered(parent, default_name(config)), []
     folder = parent / config.name
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"{folder} already holds a run: choose another --name, or go on with --resume auto"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    return folder, None
+    return folder, []
 
 
 def default_name(config: PretrainConfig) -> str:
@@ -56,12 +53,15 @@ def default_name(config: PretrainConfig) -> str:
     return "-".join(filter(None, [dataset, folder, config.method, f"seed{config.seed}"]))
 
 
-def _from_path(config: PretrainConfig) -> tuple[Path, Path]:
+def _from_path(config: PretrainConfig) -> tuple[Path, list[Path]]:
     path = Path(config.resume)
-    path = path / CHECKPOINT if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"--resume {config.resume}: there is no checkpoint {path}")
-    return path.parent, path
+    if path.is_file():
+        return path.parent, [path]
+    checkpoints = checkpoints_in(path)
+    if not checkpoints:
+        missing = path / LAST if path.is_dir() else path
+        raise UserError(f"--resume {config.resume}: there is no checkpoint {missing}")
+    return path, checkpoints
 
 
 def _make_numbered(parent: Path, name: str) -> Path:

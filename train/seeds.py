@@ -1,8 +1,28 @@
-"""Random seeds as pure functions of what they are for, so that nothing depends on history."""
+"""Random seeds as pure functions of what they are for, so that nothing depends on history.
+
+What a network draws itself (dropout) does depend on it: the state of that generator is saved.
+"""
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 def seed_of(*key: int) -> int:
     """A 63-bit seed from integers such as (seed, epoch, step, view); any change gives another."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of the generators that a network on `device` draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    """Restore what `random_state` gave, as far as `device` has it."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

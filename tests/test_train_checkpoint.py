@@ -1,0 +1,197 @@
+"""Checkpoints by themselves: whole at every moment, verified when read, and only so many of them."""
+
+import io
+import multiprocessing
+import os
+import signal
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import train_fixtures  # noqa: F401  puts train/ on the path
+from checkpoint import (
+    DamagedCheckpoint,
+    RunState,
+    check_same_run,
+    checkpoints_in,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+)
+from config import PretrainConfig, UserError
+from durable import room_needed
+
+# Newer Pythons warn of any fork beside threads; these children take no lock of theirs.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+def save(folder, step, *, keep=2, best=False, **changed):
+    content = {"config": asdict(PretrainConfig()), "model": {"weight": torch.full((1000,), step)}}
+    state = RunState(raw_pixels=0.0, untrained=0.0, accuracy=0.0, step=step)
+    save_checkpoint(folder, state, keep=keep, best=best, **(content | changed))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_last_ones_and_the_best_stay(tmp_path):
+    for step in (8, 9, 10, 11):
+        save(tmp_path, step, best=step == 8)
+    assert names(tmp_path) == ["best.pt", "last.pt", "step-10.pt", "step-11.pt"]
+    assert load_checkpoint(tmp_path / "best.pt")["state"]["step"] == 8
+    assert [path.name for path in checkpoints_in(tmp_path)] == [
+        "last.pt",
+        "step-11.pt",
+        "step-10.pt",
+    ]
+    # Taken back to step 8, the run has another future.
+    save(tmp_path, 9, keep=3)
+    assert names(tmp_path) == ["best.pt", "last.pt", "step-9.pt"]
+
+
+def test_file_system_without_links_gets_copies(tmp_path, monkeypatch):
+    def no_links(source, target):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    save(tmp_path, 1, best=True)
+    assert names(tmp_path) == ["best.pt", "last.pt", "step-1.pt"]
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_killed_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
+    def die_at(moment):
+        moments = iter(range(1, 1000))
+
+        def dying(call):
+            def before(*arguments, **options):
+                if next(moments) == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*arguments, **options)
+
+            return before
+
+        for name in ("fsync", "replace", "link", "unlink"):
+            setattr(os, name, dying(getattr(os, name)))
+        save(tmp_path, 2, best=True, keep=1)
+
+    moment, newest = 0, []
+    while not newest or newest[-1][1] != 0:
+        moment += 1
+        for path in tmp_path.iterdir():
+            path.unlink()
+        save(tmp_path, 1, best=True)
+        child = multiprocessing.get_context("fork").Process(target=die_at, args=(moment,))
+        child.start()
+        child.join()
+        _, saved = load_newest(checkpoints_in(tmp_path))
+        step = saved["state"]["step"]
+        assert torch.equal(saved["model"]["weight"], torch.full((1000,), step))
+        for name in ("last.pt", "best.pt"):
+            load_checkpoint(tmp_path / name)
+        newest.append((step, abs(child.exitcode)))
+    steps = [step for step, _ in newest]
+    assert steps == sorted(steps) and {*steps} == {1, 2}
+    assert [code for _, code in newest] == [signal.SIGKILL] * (moment - 1) + [0]
+    assert moment > 8
+
+
+def test_failing_save_leaves_what_was_there(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"No space left.*--resume"):
+        patch.setattr(os, "fsync", full_disk)
+        with room_needed(tmp_path):
+            save(tmp_path, 2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(PermissionError), room_needed(tmp_path):
+        raise PermissionError(13, "Permission denied")
+
+
+def test_no_flipped_bit_is_taken_for_a_weight(tmp_path):
+    save(tmp_path, 1)
+    path = tmp_path / "last.pt"
+    whole, expected = path.read_bytes(), load_checkpoint(path)
+    # What torch.load itself makes of it: other weights, without a word.
+    weight = expected["model"]["weight"]
+    in_weight = whole.index(weight.numpy().tobytes()) + 100
+    flipped = bytearray(whole)
+    flipped[in_weight] ^= 1
+    assert not torch.equal(torch.load(io.BytesIO(flipped))["model"]["weight"], weight)
+
+    found = 0
+    for position in (in_weight, *range(0, len(whole), 29)):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1
+        path.write_bytes(flipped)
+        try:
+            saved = load_checkpoint(path)
+        except DamagedCheckpoint as damage:
+            assert str(path) in str(damage)
+            found += 1
+        else:
+            # Of the bytes between the records, and of their dates, nothing is read.
+            assert torch.equal(saved["model"]["weight"], weight)
+            assert saved["state"] == expected["state"] and saved["config"] == expected["config"]
+    assert found > len(whole) / 29 / 2
+
+
+@pytest.mark.parametrize("size", [0, 1, 0.5, 0.99])
+def test_truncated_checkpoint_is_damaged(tmp_path, size):
+    save(tmp_path, 1)
+    path = tmp_path / "last.pt"
+    os.truncate(path, int(size * path.stat().st_size) if size < 1 else size)
+    with pytest.raises(DamagedCheckpoint, match=f"{path} is not a readable checkpoint"):
+        load_checkpoint(path)
+
+
+def test_foreign_checkpoint_is_an_error_not_a_reason_to_take_an_older_one(tmp_path):
+    save(tmp_path, 1)
+    path = tmp_path / "last.pt"
+    path.unlink()
+    torch.save({"weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=f"{path} was not written by pretrain"):
+        load_newest(checkpoints_in(tmp_path))
+
+
+def test_checkpoint_of_another_version_is_named_with_its_options(tmp_path):
+    options = asdict(PretrainConfig()) | {"momentum": 0.9}
+    del options["width"]
+    save(tmp_path, 1, config=options)
+    with pytest.raises(UserError, match=r"another version.*unknown.*: momentum; missing: width"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+def test_missing_checkpoint_is_named(tmp_path):
+    path = tmp_path / "last.pt"
+    with pytest.raises(UserError, match=f"there is no checkpoint {path}"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("now", "then", "message"),
+    [
+        ({"world_size": 1, "threads": 1}, {"world_size": 4, "threads": 1}, "--nproc-per-node 4"),
+        ({"world_size": 1, "threads": 2}, {"world_size": 1, "threads": 8}, "OMP_NUM_THREADS=8"),
+        # The number of threads changes nothing on a GPU.
+        ({"world_size": 1, "threads": None}, {"world_size": 1, "threads": 8}, None),
+        ({"world_size": 1, "threads": 2}, {"world_size": 1, "threads": None}, None),
+    ],
+)
+def test_another_machine_is_refused_where_its_bits_differ(tmp_path, now, then, message):
+    config = PretrainConfig()
+    saved = {"config": asdict(config), "machine": then}
+    if message is None:
+        check_same_run(tmp_path, saved, config, now)
+        return
+    with pytest.raises(UserError, match=message):
+        check_same_run(tmp_path, saved, config, now)

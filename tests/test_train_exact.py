@@ -1,0 +1,351 @@
+"""A run that is killed, asked to leave or short of disk, and goes on, ends like one left alone.
+
+The runs that die are forks of this process: real processes and real signals without 7 s of imports.
+"""
+
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import train_fixtures  # noqa: F401  puts train/ on the path
+from augment import build_views
+from checkpoint import checkpoints_in, load_checkpoint
+from config import PretrainConfig, UserError, run_script
+from knn import encode_stored, knn_accuracy
+from model import build_model
+from sources import load_data
+from train_fixtures import metrics, pretrain, weights, write_images
+
+# Newer Pythons warn of any fork beside threads; these children take no lock of theirs.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+# Three epochs of five steps on digits, evaluated after the second and the last.
+STEPS_PER_EPOCH, NUM_STEPS = 5, 15
+OPTIONS = ("--batch_size", 256, "--epochs", 3, "--knn_every", 2, "--save_every", 3)
+NAME = "digits-supcon-seed0"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawing_network():
+    """Have every step draw a random number, as dropout would.
+
+    t-SNE, the slowest part of so short a run, is left out.
+    """
+    import pretrain as script
+
+    original = script.contrastive_loss
+
+    def loss(*arguments):
+        return original(*arguments) + 0.01 * torch.rand(())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "contrastive_loss", loss)
+        patch.setattr(script, "draw_embedding", lambda *arguments: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing happens to."""
+    return pretrain(tmp_path_factory.mktemp("whole"), *OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run killed in its twelfth step, with checkpoints of steps 9 and 10."""
+    folder = tmp_path_factory.mktemp("killed")
+    assert run_in_fork(folder, at_step(11, kill), write_rows_at_once) == -signal.SIGKILL
+    assert metrics(folder / NAME)[-1]["step"] == "11"
+    return folder
+
+
+def run_in_fork(output_dir, *changes, options=()):
+    """Run pretrain.py in a child process after some changes to it; returns its exit code.
+
+    Its errors are written to output_dir/stderr.
+    """
+
+    def child():
+        os.setpgrp()  # so that it can signal its whole group
+        sys.stderr = open(output_dir / "stderr", "w", buffering=1)  # noqa: SIM115
+        for change in changes:
+            change()
+        run_script(lambda: pretrain(output_dir, *OPTIONS, *options))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    # Not with a timeout: that would wait for the workers of a killed process to notice, too.
+    process.join()
+    return process.exitcode
+
+
+def at_step(number, act):
+    """The change that calls `act` in the middle of the step after `number` finished ones."""
+
+    def change():
+        import pretrain as script
+
+        original = script.contrastive_loss
+
+        def loss(model, views, images, labels, step, config):
+            value = original(model, views, images, labels, step, config)
+            if step == number:
+                act()
+            return value
+
+        script.contrastive_loss = loss
+
+    return change
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_rows_at_once():
+    """Have rows on the disk that no checkpoint covers yet."""
+    import report
+
+    add = report.Table.add
+
+    def add_and_flush(table, **values):
+        add(table, **values)
+        table.file.flush()
+
+    report.STEPS_PER_FLUSH = 1
+    report.Table.add = add_and_flush
+
+
+def assert_same(run, whole):
+    """The bits of the weights and of metrics.csv are the same."""
+    assert (run / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(run).items())
+    best, expected = (load_checkpoint(folder / "best.pt")["state"] for folder in (run, whole))
+    assert best == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_random_steps_ends_like_one_never_killed(whole, tmp_path, workers):
+    steps = sorted(random.SystemRandom().sample(range(NUM_STEPS), 3))
+    print("killed in the steps after", steps)
+    resume = ("--workers", workers, "--resume", "auto")
+    # One of the two loses the rows since its checkpoint, the other has too many.
+    changes = [write_rows_at_once] if workers == 0 else []
+    for step in steps:
+        killed = run_in_fork(tmp_path, at_step(step, kill), *changes, options=resume)
+        assert killed == -signal.SIGKILL
+    run = pretrain(tmp_path, *OPTIONS, *resume)
+    assert run == tmp_path / NAME
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "workers", "step"),
+    # In the middle of an epoch; in the last step of one, whose evaluation is then left to do.
+    [("SIGTERM", 2, 6), ("SIGUSR1", 0, 9)],
+)
+def test_signal_finishes_the_step_and_saves(whole, tmp_path, name, workers, step):
+    # By another process to the whole group, as torchrun and timeout do: the workers, which would
+    # take it from nobody but their parent, must not die of it.
+    def signal_group():
+        subprocess.run(["sh", "-c", f"kill -s {name.removeprefix('SIG')} 0"])
+
+    options = ("--workers", workers)
+    assert run_in_fork(tmp_path, at_step(step, signal_group), options=options) == 75
+    run = tmp_path / NAME
+    assert (run / "REQUEUE").exists()
+    assert f"{name}: stopped" in (tmp_path / "stderr").read_text()
+    assert load_checkpoint(run / "last.pt")["state"]["step"] == step + 1
+    pretrain(tmp_path, *OPTIONS, "--workers", workers, "--resume", "auto")
+    assert not (run / "REQUEUE").exists()
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_signal_in_an_evaluation_does_not_wait_for_its_end(whole, tmp_path, evaluation):
+    def stop_in_evaluation():
+        import pretrain as script
+
+        calls = []
+        original = script.encode_stored
+
+        def encode(*arguments):
+            # Each evaluation encodes 450 test and 1347 training images, 512 at a time.
+            calls.append(arguments)
+            if len(calls) == 4 * evaluation - 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert len(calls) <= 4 * evaluation - 3
+            return original(*arguments)
+
+        script.encode_stored = encode
+
+    assert run_in_fork(tmp_path, stop_in_evaluation) == 75
+    run = tmp_path / NAME
+    assert (run / "REQUEUE").exists()
+    saved = [load_checkpoint(path)["state"] for path in checkpoints_in(run)[:1]]
+    assert [(state["step"], state["epoch"]) for state in saved] == [[], [(10, 1)]][evaluation - 1]
+    assert_same(pretrain(tmp_path, *OPTIONS, "--resume", "auto"), whole)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+def test_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    killed, whole, tmp_path, capsys, damage
+):
+    run = shutil.copytree(killed / NAME, tmp_path / NAME)
+    assert {path.name for path in checkpoints_in(run)} == {"last.pt", "step-10.pt", "step-9.pt"}
+    damage(run / "last.pt")
+    damage(run / "step-10.pt")
+    pretrain(tmp_path, *OPTIONS, "--resume", "auto")
+    output = capsys.readouterr()
+    for name in ("last.pt", "step-10.pt"):
+        assert f"warning: {run / name} is not a readable checkpoint" in output.err
+    assert "going on after step 9" in output.out
+    assert_same(run, whole)
+
+
+def test_no_whole_checkpoint_is_an_error_and_starts_nothing_anew(killed, tmp_path):
+    run = shutil.copytree(killed / NAME, tmp_path / NAME)
+    for path in checkpoints_in(run):
+        truncate(path)
+    with pytest.raises(UserError, match=r"step-9\.pt is not a readable checkpoint"):
+        pretrain(tmp_path, *OPTIONS, "--resume", "auto")
+    assert metrics(run) == metrics(killed / NAME)
+
+
+def test_full_disk_ends_with_a_clear_error_and_loses_nothing(whole, tmp_path):
+    def no_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    # The next checkpoint would be of step 12; a checkpoint is larger than the limit.
+    assert run_in_fork(tmp_path, at_step(10, no_room)) == 1
+    run = tmp_path / NAME
+    error = (tmp_path / "stderr").read_text()
+    assert error.startswith(f"error: cannot write to {run}: File too large.") and str(run) in error
+    assert error.count("\n") == 1
+    assert not list(run.glob("*.tmp"))
+    assert [load_checkpoint(path)["state"]["step"] for path in checkpoints_in(run)] == [10, 10, 9]
+    assert_same(pretrain(tmp_path, *OPTIONS, "--resume", run), whole)
+
+
+def test_resuming_on_a_full_disk_loses_nothing(killed, tmp_path):
+    run = shutil.copytree(killed / NAME, tmp_path / NAME)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+    def no_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+    assert run_in_fork(tmp_path, no_room, options=("--resume", "auto")) != 0
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_resuming_a_finished_run_changes_nothing(whole):
+    before = (whole / "metrics.csv").read_bytes(), (whole / "last.pt").read_bytes()
+    assert pretrain(whole.parent, *OPTIONS, "--resume", whole) == whole
+    assert ((whole / "metrics.csv").read_bytes(), (whole / "last.pt").read_bytes()) == before
+
+
+def test_resume_from_an_older_checkpoint_drops_what_followed(killed, whole, tmp_path):
+    run = shutil.copytree(killed / NAME, tmp_path / NAME)
+    pretrain(tmp_path, *OPTIONS, "--resume", run / "step-9.pt")
+    assert {path.name for path in run.glob("step-*")} == {"step-12.pt", "step-15.pt"}
+    assert_same(run, whole)
+
+
+def test_resume_with_other_options_names_them(whole):
+    with pytest.raises(UserError, match=r"--temperature is 0\.5, was 0\.1.*config\.yaml"):
+        pretrain(whole.parent, *OPTIONS, "--resume", whole / "last.pt", "--temperature", 0.5)
+
+
+def test_resume_with_other_threads_is_refused_with_the_reason(whole):
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(UserError, match=r"2 CPU threads.*with 1: sums.*OMP_NUM_THREADS=1"):
+            pretrain(whole.parent, *OPTIONS, "--resume", whole)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_draws_no_random_number(tmp_path, workers):
+    write_images(tmp_path, {"cat": 6, "dog": 6})
+    config = PretrainConfig(
+        dataset=f"imagefolder:{tmp_path}", val_fraction=0.5, model="resnet10", width=4
+    )
+    data = load_data(config)
+    encode = partial(encode_stored, build_model(config, channels=3), build_views(config, data))
+
+    def states():
+        return [
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+        ]
+
+    before = states()
+    cpu = torch.device("cpu")
+    knn_accuracy(encode, data.test, data.train, num_classes=2, device=cpu, workers=workers)
+    assert states() == before
+
+
+def test_evaluating_less_often_trains_the_same(whole, tmp_path):
+    other = pretrain(tmp_path, *OPTIONS, "--knn_every", 0, "--save_every", 0, "--keep", 1)
+    losses = [[row["loss"] for row in metrics(run) if row["loss"]] for run in (other, whole)]
+    assert losses[0] == losses[1]
+    assert [path.name for path in other.glob("step-*")] == [f"step-{NUM_STEPS}.pt"]
+
+
+def test_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    import pretrain as script
+
+    original = script.contrastive_loss
+
+    def loss(model, views, images, labels, step, config):
+        value = original(model, views, images, labels, step, config)
+        # Adds nothing, with a gradient of 0 / 0.
+        return value + (0 * value).sqrt() if step == 2 else value
+
+    monkeypatch.setattr(script, "contrastive_loss", loss)
+    with pytest.raises(UserError, match=r"gradient is nan at step 3, learning rate 0\.191: try"):
+        pretrain(tmp_path, *OPTIONS)
+    run = tmp_path / NAME
+    assert not checkpoints_in(run)
+    assert len([row for row in metrics(run) if row["loss"]]) == 2
+
+
+def test_collapse_is_named_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    import pretrain as script
+
+    original = script.contrastive_loss
+
+    def loss(*arguments):
+        # Two views of 256 images, all embedded alike: without a slope that leads out.
+        return 0 * original(*arguments) + math.log(2 * 256 - 1)
+
+    monkeypatch.setattr(script, "contrastive_loss", loss)
+    run = pretrain(tmp_path, *OPTIONS, "--epochs", 5)
+    assert capsys.readouterr().out.count("warning: the loss has stayed at 6.2364 for 20 steps") == 1
+    assert metrics(run)[-1]["step"] == "25"

@@ -1,0 +1,40 @@
+"""What a run says of numbers that are not finite, and of a collapse."""
+
+import math
+
+import pytest
+import torch
+
+import train_fixtures  # noqa: F401  puts train/ on the path
+from config import UserError
+from health import COLLAPSE_STEPS, Health
+from supcon_kernels import supcon_loss
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["loss", "gradient"])
+def test_not_finite_is_named_with_step_rate_and_remedy(name, value):
+    measured = {"loss": 1.0, "gradient": 1.0} | {name: value}
+    message = rf"the .*{name} is {value} at step 7, learning rate 0\.25: try .*--warmup_epochs"
+    with pytest.raises(UserError, match=message):
+        Health(num_rows=256).check(7, 0.25, **measured)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5])
+@pytest.mark.parametrize("labels", [torch.arange(128) % 10, None], ids=["supcon", "simclr"])
+def test_collapse_is_named_once(labels, temperature):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.ones(128, 2, 16) + 1e-4 * torch.randn(128, 2, 16, generator=generator)
+    loss = supcon_loss(features, labels, temperature=temperature).item()
+    health = Health(num_rows=256)
+    said = [health.check(step, 0.2, loss, 1.0) for step in range(1, 3 * COLLAPSE_STEPS)]
+    assert [step for step, text in enumerate(said, start=1) if text] == [COLLAPSE_STEPS]
+    assert "has collapsed: try a lower --learning_rate" in said[COLLAPSE_STEPS - 1]
+
+
+def test_loss_that_leaves_the_plateau_is_no_collapse():
+    health = Health(num_rows=256)
+    stuck = math.log(255)
+    for step in range(1, 3 * COLLAPSE_STEPS):
+        loss = stuck - 0.1 if step % (COLLAPSE_STEPS - 1) == 0 else stuck
+        assert health.check(step, 0.2, loss, 1.0) is None

@@ -1,0 +1,52 @@
+"""Signs that a training has failed: numbers that are not finite, a collapsed embedding."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from config import UserError
+
+REMEDY = "try a lower --learning_rate or a longer --warmup_epochs"
+# With equal embeddings every similarity is the same: the loss is the logarithm of their number,
+# whatever the temperature. A run may come as near for some steps and leave again, so this is a
+# warning, and of more steps than that takes.
+COLLAPSE_TOLERANCE = 1e-3
+COLLAPSE_STEPS = 20
+
+
+class Health:
+    """Watches the loss and the gradient of every step, for `num_rows` embeddings in a batch."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.collapsed_loss = math.log(num_rows - 1)
+        self.collapsed_steps = 0
+
+    def check(self, step: int, learning_rate: float, loss: float, gradient: float) -> str | None:
+        """A warning to show, once in a collapse, or None.
+
+        Raises:
+            UserError: the loss or the norm of the gradient is not finite.
+        """
+        for name, value in (("loss", loss), ("norm of the gradient", gradient)):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the {name} is {value} at step {step}, learning rate {learning_rate:.3g}: "
+                    f"{REMEDY}"
+                )
+        near = abs(loss - self.collapsed_loss) < COLLAPSE_TOLERANCE
+        self.collapsed_steps = self.collapsed_steps + 1 if near else 0
+        if self.collapsed_steps != COLLAPSE_STEPS:
+            return None
+        return (
+            f"warning: the loss has stayed at {self.collapsed_loss:.4f} for {COLLAPSE_STEPS} steps "
+            f"up to {step}, learning rate {learning_rate:.3g}: the loss of a network that "
+            f"embeds every image alike. It has collapsed: {REMEDY}"
+        )
+
+
+def gradient_norm(optimizer: Optimizer) -> Tensor:
+    """The norm of all gradients together, a scalar on their device."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return torch.stack([weight.grad.norm() for weight in weights if weight.grad is not None]).norm()

@@ -1,0 +1,64 @@
+"""Leaving when the scheduler asks: a signal is noted, and acted on between two steps.
+
+SIGTERM and SIGUSR1 are what Slurm, Kubernetes and torchrun send ahead of SIGKILL.
+"""
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+MARK = "REQUEUE"
+
+
+class Requeue(SystemExit):
+    """Ends the process such that it is to be started again; what there is to save is saved first."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_CODE)
+
+
+class Requests:
+    """While entered, SIGTERM and SIGUSR1 make `check` raise; leaving by that marks the folder."""
+
+    SIGNALS = tuple(
+        getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
+    )
+
+    def __init__(self, folder: Path) -> None:
+        self.mark = folder / MARK
+        self.received: str | None = None
+
+    def check(self, save: Callable[[], object]) -> None:
+        """Save and raise Requeue if a signal has come; called where the state of a run is whole."""
+        if self.received is not None:
+            save()
+            raise Requeue
+
+    def __enter__(self) -> "Requests":
+        self.before: dict[int, Any] = {
+            number: signal.signal(number, self._note) for number in self.SIGNALS
+        }
+        self.mark.unlink(missing_ok=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if isinstance(error, Requeue):
+            self.mark.touch()
+            print(
+                f"{self.received}: stopped after saving; --resume {self.mark.parent} goes on",
+                file=sys.stderr,
+            )
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
