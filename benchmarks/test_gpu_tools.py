@@ -273,7 +273,7 @@ def test_rows_are_kept_that_still_hold(shipped_kernel: list[Source], tmp_path: P
     assert gpu_codegen.main(run) == 0
     rows = read_rows(path, Compiled)
     assert [row.label for row in rows] == ["forward", "in_slices"]
-    assert rows[1] == second
+    assert rows[1].fingerprint == second.fingerprint
     write_rows(path, [first, replace(second, fingerprint="of other code")])
     assert gpu_codegen.main(run) == 0
     assert [row.label for row in read_rows(path, Compiled)] == ["forward"]
