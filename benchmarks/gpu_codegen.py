@@ -142,10 +142,11 @@ def shipped(dtypes: Iterable[str], dims: Iterable[int], archs: Iterable[int]) ->
 
 
 def merged(rows: Sequence[Compiled], known: Sequence[Compiled]) -> list[Compiled]:
-    """All that is shipped, in its order, of what is new and what was known of the rest."""
+    """All that is shipped, in its order, of what is new and what still holds of the rest."""
     by_key = {row.key: row for row in (*known, *rows)}
-    keys = [source.key for source in shipped(DTYPES, DIMS, tuple(SHARED_KIB))]
-    return [by_key[key] for key in keys if key in by_key]
+    sources = shipped(DTYPES, DIMS, tuple(SHARED_KIB))
+    found = [(by_key[source.key], source) for source in sources if source.key in by_key]
+    return [row for row, source in found if row.fingerprint == fingerprint(source)]
 
 
 def compile_all(
@@ -391,7 +392,12 @@ def _name(row: Compiled) -> str:
 
 def differs_from(csv_path: Path, rows: Sequence[Compiled]) -> bool:
     """Whether the CSV says something else of these kernels, or nothing; another Triton may."""
-    known = {row.key: row for row in read_rows(csv_path, Compiled)}
+    all_known = read_rows(csv_path, Compiled)
+    known = {row.key: row for row in all_known}
+    outdated = len(all_known) - len(merged([], all_known))
+    if outdated and rows and all_known[0].triton == rows[0].triton:
+        _say(f"STALE: {outdated} rows of {csv_path.name} are of other code than is shipped now")
+        return True
     told = {f.name for f in fields(Compiled)} - {"commit", "dirty"}
     differs = False
     for row in rows:
@@ -451,6 +457,9 @@ def codegen_block(rows: Sequence[Compiled]) -> str:
         ]
         for row in shown
     ]
+    summary += "".join(
+        f"\n- FAULT: {_name(row)} {'; '.join(row.faults)}" for row in rows if row.faults
+    )
     return f"{summary}\n\nThe kernels over pairs of the default loss, bfloat16, D=128:\n\n{render_table([header, *cells], True)}"
 
 

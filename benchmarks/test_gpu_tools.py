@@ -264,15 +264,19 @@ def test_a_document_is_found_stale_and_renewed(tmp_path: Path) -> None:
         update_document(document, "others", "new", only_check=True)
 
 
-def test_rows_of_other_kernels_are_kept(shipped_kernel: list[Source], tmp_path: Path) -> None:
+def test_rows_are_kept_that_still_hold(shipped_kernel: list[Source], tmp_path: Path) -> None:
     shipped_kernel.append(source(in_slices))
     path = tmp_path / "rows.csv"
-    old = compile_all(shipped_kernel, 1)
-    gone = replace(old[0], label="no longer shipped")
-    write_rows(path, [*old, gone])
+    first, second = compile_all(shipped_kernel, 1)
+    write_rows(path, [first, second, replace(first, label="no longer shipped")])
     run = ["--jobs", "1", "--output", str(path), "--resume", "--labels", "forward"]
     assert gpu_codegen.main(run) == 0
-    assert read_rows(path, Compiled) == old
+    rows = read_rows(path, Compiled)
+    assert [row.label for row in rows] == ["forward", "in_slices"]
+    assert rows[1].fingerprint == second.fingerprint
+    write_rows(path, [first, replace(second, fingerprint="of other code")])
+    assert gpu_codegen.main(run) == 0
+    assert [row.label for row in read_rows(path, Compiled)] == ["forward"]
 
 
 def test_the_same_code_is_not_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import ParamSpec, cast
 
 # Rows of a side, zeros behind the last, so that no tile of any pair kernel needs a mask to load.
 ROW_PADDING = 128
@@ -190,9 +192,8 @@ _BACKWARD = (
         lean=True,
     ),
     _Row(2, MAX_DIM, _MMA, Tile(64, 32, 16, 64, 4, 3), "64 columns spill beside 256 features"),
-    _Row(
-        4, MAX_DIM, (80, 86, 90, 100), Tile(64, 16, 16, 16, 4, 1), "TF32's parts are in registers"
-    ),
+    _Row(4, MAX_DIM, (100,), Tile(64, 16, 16, 16, 4, 2), "TF32's parts are in registers"),
+    _Row(4, MAX_DIM, (80, 86, 90), Tile(64, 16, 16, 16, 4, 1), "as above; two stages spill"),
 )
 
 
@@ -246,6 +247,14 @@ _ARGUMENT_TYPES = {
 }
 # Tensors of the caller, which may begin anywhere.
 _UNALIGNED = ("features_ptr", "upstream_ptr")
+
+
+_P = ParamSpec("_P")
+
+
+def _remembered(launch: Callable[_P, Launch]) -> Callable[_P, Launch]:
+    """A training step asks for the same launches again and again: it shall not wait for them."""
+    return cast(Callable[_P, Launch], functools.lru_cache(maxsize=1024)(launch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,6 +314,7 @@ class Plan:
 
     # --- the small kernels
 
+    @_remembered
     def prepare(self, num_rows: int) -> Launch:
         """Sorts, normalises, scales, rounds and pads a side of ``num_rows``."""
         return self._launch(
@@ -314,6 +324,7 @@ class Plan:
             (padded_rows(num_rows) // self._row_block["BLOCK_ROWS"],),
         )
 
+    @_remembered
     def finish_gradient(self, num_rows: int) -> Launch:
         """Adds up slices and goes back through normalisation and sorting."""
         return self._launch(
@@ -324,6 +335,7 @@ class Plan:
             (_cdiv(num_rows, self._row_block["BLOCK_ROWS"]),),
         )
 
+    @_remembered
     def chunk_sums(self, num_rows: int, *, weighted: bool) -> Launch:
         """Sums of chunks of the rows that attract."""
         return self._launch(
@@ -333,6 +345,7 @@ class Plan:
             (padded_rows(num_rows) // CHUNK_ROWS, self.num_totals),
         )
 
+    @_remembered
     def positive_sums(self) -> Launch:
         """Σ over the positives of row · col."""
         blocks = self._class_blocks(rows=True)
@@ -343,6 +356,7 @@ class Plan:
             (padded_rows(self.num_rows) // CLASS_ROWS, self.num_totals),
         )
 
+    @_remembered
     def attraction(self, *, of_columns: bool) -> Launch:
         """The part of the gradient that comes from positives by class."""
         owners, _ = self._sides(of_columns)
@@ -354,6 +368,7 @@ class Plan:
             (padded_rows(owners) // CLASS_ROWS, self.num_totals),
         )
 
+    @_remembered
     def finish_loss(self) -> Launch:
         """Losses and statistics from the sums."""
         return self._launch(
@@ -369,6 +384,7 @@ class Plan:
             (padded_rows(self.num_rows) // ROW_PADDING,),
         )
 
+    @_remembered
     def weights(self) -> Launch:
         """What each anchor weighs in the backward kernels."""
         return self._launch(
@@ -385,6 +401,7 @@ class Plan:
 
     # --- the kernels of pairs
 
+    @_remembered
     def forward(self) -> Launch:
         """The sums of powers over all pairs."""
         tile = self._forward_tile
@@ -401,6 +418,7 @@ class Plan:
             tile,
         )
 
+    @_remembered
     def one_positive(self) -> Launch:
         """The second look at positives that stand alone against the negatives."""
         tile = self._forward_tile
@@ -418,6 +436,7 @@ class Plan:
             tile,
         )
 
+    @_remembered
     def backward(self, *, of_columns: bool) -> Launch:
         """The gradient of the rows, of rows that are columns too, or of the columns."""
         tile = self._backward_tile
