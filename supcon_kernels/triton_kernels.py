@@ -261,7 +261,8 @@ def _attraction_kernel(
     ends = tl.load(end_ptr + i, mask=taken, other=0)
     own = tl.load(own_ptr + i, mask=taken, other=-1)
     own_in_band = taken & (own >= begins) & (own < ends)
-    gradient = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float64)
+    plain = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float64)
+    weighted = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float64)
     while start < stop:
         begin = tl.load(begin_ptr + start)
         end = tl.load(end_ptr + start)
@@ -270,21 +271,19 @@ def _attraction_kernel(
             of_class = _class_sum(
                 cols_ptr, col_pull_ptr, sums_ptr, begin, end, d, False, PADDED_DIM, CHUNK
             )
-            myself = _weighted_rows(
-                cols_ptr, col_pull_ptr, own, d, own_in_band & here, False, PADDED_DIM
-            )
-            pull = tl.load(row_pull_ptr + i).to(tl.float64)
-            pulled = pull[:, None] * (of_class[None, :] - myself)
-            gradient -= tl.where(here[:, None], pulled, 0.0)
+            plain = tl.where(here[:, None], of_class[None, :], plain)
         if COLS_ANCHOR:
             of_class = _class_sum(
                 cols_ptr, col_pull_ptr, weighted_sums_ptr, begin, end, d, True, PADDED_DIM, CHUNK
             )
-            myself = _weighted_rows(
-                cols_ptr, col_pull_ptr, own, d, own_in_band & here, True, PADDED_DIM
-            )
-            gradient -= tl.where(here[:, None], of_class[None, :] - myself, 0.0)
+            weighted = tl.where(here[:, None], of_class[None, :], weighted)
         start += tl.sum(here.to(tl.int32), 0)
+    if ROWS_ANCHOR:
+        plain -= _weighted_rows(cols_ptr, col_pull_ptr, own, d, own_in_band, False, PADDED_DIM)
+        plain *= tl.load(row_pull_ptr + i).to(tl.float64)[:, None]
+    if COLS_ANCHOR:
+        weighted -= _weighted_rows(cols_ptr, col_pull_ptr, own, d, own_in_band, True, PADDED_DIM)
+    gradient = -(plain + weighted)
     at = i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
     tl.store(slices_ptr + at, gradient.to(tl.float32))
 
