@@ -95,7 +95,7 @@ def _finish_gradient_kernel(
     rows_ptr,  # (padded rows, PADDED_DIM) as prepared
     order_ptr,  # (num_rows,)
     num_valid_ptr,
-    factor_ptr,  # float32
+    factor_ptr,  # float64
     gradient_ptr,  # out: (num_rows, dim), of the features
     dots_ptr,  # out: (num_rows,) float64, prepared row · gradient of the prepared row
     num_rows,
@@ -116,7 +116,7 @@ def _finish_gradient_kernel(
     g = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
     for s in range(num_slices):
         g += tl.load(slices_ptr + s * padded_rows * PADDED_DIM + at, mask=inside)
-    g = tl.where(inside, g * tl.load(factor_ptr), 0.0)
+    g = tl.where(inside, (g.to(tl.float64) * tl.load(factor_ptr)).to(tl.float32), 0.0)
 
     taken = i < tl.minimum(tl.load(num_valid_ptr), num_rows)
     row = tl.load(rows_ptr + at, mask=inside, other=0.0).to(tl.float64)
@@ -261,7 +261,8 @@ def _attraction_kernel(
     ends = tl.load(end_ptr + i, mask=taken, other=0)
     own = tl.load(own_ptr + i, mask=taken, other=-1)
     own_in_band = taken & (own >= begins) & (own < ends)
-    gradient = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float64)
+    plain = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float64)
+    weighted = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float64)
     while start < stop:
         begin = tl.load(begin_ptr + start)
         end = tl.load(end_ptr + start)
@@ -270,21 +271,19 @@ def _attraction_kernel(
             of_class = _class_sum(
                 cols_ptr, col_pull_ptr, sums_ptr, begin, end, d, False, PADDED_DIM, CHUNK
             )
-            myself = _weighted_rows(
-                cols_ptr, col_pull_ptr, own, d, own_in_band & here, False, PADDED_DIM
-            )
-            pull = tl.load(row_pull_ptr + i).to(tl.float64)
-            pulled = pull[:, None] * (of_class[None, :] - myself)
-            gradient -= tl.where(here[:, None], pulled, 0.0)
+            plain = tl.where(here[:, None], of_class[None, :], plain)
         if COLS_ANCHOR:
             of_class = _class_sum(
                 cols_ptr, col_pull_ptr, weighted_sums_ptr, begin, end, d, True, PADDED_DIM, CHUNK
             )
-            myself = _weighted_rows(
-                cols_ptr, col_pull_ptr, own, d, own_in_band & here, True, PADDED_DIM
-            )
-            gradient -= tl.where(here[:, None], of_class[None, :] - myself, 0.0)
+            weighted = tl.where(here[:, None], of_class[None, :], weighted)
         start += tl.sum(here.to(tl.int32), 0)
+    if ROWS_ANCHOR:
+        plain -= _weighted_rows(cols_ptr, col_pull_ptr, own, d, own_in_band, False, PADDED_DIM)
+        plain *= tl.load(row_pull_ptr + i).to(tl.float64)[:, None]
+    if COLS_ANCHOR:
+        weighted -= _weighted_rows(cols_ptr, col_pull_ptr, own, d, own_in_band, True, PADDED_DIM)
+    gradient = -(plain + weighted)
     at = i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
     tl.store(slices_ptr + at, gradient.to(tl.float32))
 
@@ -710,7 +709,8 @@ def _weights_kernel(
         off = tl.where(lse == float("-inf"), 0.0, rounded.to(tl.float64) - lse)
         weight *= tl.exp2(off)
     tl.store(weights_ptr + i, weight.to(tl.float32))
-    tl.store(weights_ptr + padded_rows + i, rounded)
+    # Infinite where an anchor does not contribute: no weight of 0 may meet a power that overflows.
+    tl.store(weights_ptr + padded_rows + i, tl.where(mask, rounded, float("inf")))
 
     if OUT:
         pull = upstream / normaliser
@@ -723,7 +723,7 @@ def _weights_kernel(
         else:
             pull = upstream * tl.exp2(pull_lse.to(tl.float64) - normaliser)
     tl.store(weights_ptr + 2 * padded_rows + i, pull.to(tl.float32))
-    tl.store(weights_ptr + 3 * padded_rows + i, pull_lse)
+    tl.store(weights_ptr + 3 * padded_rows + i, tl.where(mask, pull_lse, float("inf")))
 
 
 @triton.jit

@@ -239,9 +239,9 @@ def slice_of(dim: int, dtype: str = "bfloat16") -> int:
 _TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # Runtime arguments by type; those of the features' dtype and plain numbers are not listed.
 _ARGUMENT_TYPES = {
-    "*fp32": "poison scale powers logits peak factor loss contributes upstream weights "
+    "*fp32": "poison scale powers logits peak loss contributes upstream weights "
     "row_weights col_weights row_pull col_pull slices",
-    "*fp64": "sums weighted_sums totals stats dots",
+    "*fp64": "factor sums weighted_sums totals stats dots",
     "*i64": "order num_valid num_valid_rows num_valid_cols",
     "*i32": "begin end own",
 }
@@ -366,6 +366,7 @@ class Plan:
             "rows cols row_pull col_pull sums weighted_sums begin end own num_valid slices",
             {**self._anchors(of_columns), **blocks},
             (padded_rows(owners) // CLASS_ROWS, self.num_totals),
+            num_warps=8,  # two sums of rows in float64
         )
 
     @_remembered
@@ -528,6 +529,7 @@ class Plan:
         constexprs: dict[str, Constexpr],
         grid: tuple[int, ...],
         tile: Tile | None = None,
+        num_warps: int = 4,
     ) -> Launch:
         types = {name: self._type_of(name) for name in arguments.split()}
         signature = {
@@ -538,7 +540,7 @@ class Plan:
             for name, kind in signature.items()
             if name.startswith("padded") or (kind.startswith("*") and name not in _UNALIGNED)
         )
-        warps, stages = (4, 1) if tile is None else (tile.num_warps, tile.num_stages)
+        warps, stages = (num_warps, 1) if tile is None else (tile.num_warps, tile.num_stages)
         return Launch(kernel, signature, constexprs, aligned, warps, stages, grid)
 
     def _type_of(self, name: str) -> str:

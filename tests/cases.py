@@ -397,3 +397,17 @@ def uneven_norms(g):
 def converged(g):
     labels = classes(g, 60, 6)
     return {"features": randn(g, 6, 16)[labels] * 3 + 0.2 * randn(g, 60, 16), "labels": labels}
+
+
+@case("equal rows that nothing is a positive of: no weight of 0 may meet a power that overflows")
+def cold_twins(g):
+    features, labels = randn(g, 40, 8), classes(g, 40, 3)
+    features[1], features[17] = features[0], features[0]
+    labels[0], labels[1] = 97, 98
+    return {"features": features, "labels": labels, "temperature": 0.01}
+
+
+@case("one class only, so that nothing is negative, and exponents that overflow")
+def cold_one_class(g):
+    labels = torch.zeros(30, dtype=torch.int64)
+    return {"features": randn(g, 30, 8), "labels": labels, "temperature": 0.01}

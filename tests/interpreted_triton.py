@@ -12,7 +12,7 @@ import functools
 import pytest
 import torch
 
-from cases import CASES, NOWHERE, VARIANTS, by_id, takes
+from cases import CASES, NOWHERE, VARIANTS, by_id
 from compare import assert_close
 from supcon_kernels import op, supcon_loss, triton_launch
 from supcon_kernels.backends import triton as backend
@@ -26,15 +26,24 @@ triton_loss = functools.partial(supcon_loss, backend="triton")
 # --- against float64
 
 
+def is_weighted(case):
+    """Whether positives have weights, by a mask or by soft labels, which this backend refuses."""
+    arguments = case.arguments()
+    labels = arguments.get("labels")
+    return "mask" in arguments or (labels is not None and labels.is_floating_point())
+
+
 def calls():
-    """Each case in float32 and float16, with the default loss and one variant beside it."""
+    """Each case in float32 with the default loss and one variant, in 16 bits with one of the two."""
     for k, case in enumerate(CASES):
-        for variant in dict.fromkeys((("out", "all"), VARIANTS[k % len(VARIANTS)])):
-            if case.id == "several_tiles" and variant != ("out", "all"):
-                continue  # the slowest
-            dtypes = [torch.float32, torch.float16, torch.bfloat16]
-            few = 1 if case.id == "several_tiles" else 3 if k % 5 == 0 else 2
-            for dtype in dtypes[:few]:
+        if is_weighted(case):
+            continue
+        variants = [("out", "all"), VARIANTS[k % len(VARIANTS)]]
+        if case.id == "several_tiles":  # the slowest
+            variants = variants[:1]
+        short = [torch.float16] if k % 5 else [torch.float16, torch.bfloat16]
+        for variant in dict.fromkeys(variants):
+            for dtype in [torch.float32, *(short if variant == variants[k // 6 % 2 - 1] else [])]:
                 name = f"{case.id}-{'/'.join(variant)}-{dtype}"
                 yield pytest.param(case, variant, dtype, id=name)
 
@@ -49,13 +58,11 @@ def as_float32(arguments: dict) -> dict:
 
 @pytest.mark.parametrize("case, variant, dtype", list(calls()))
 def test_every_case(case, variant, dtype):
-    arguments = arguments_of(case.id, variant)
-    if takes("triton", as_float32(arguments)):
-        assert_close(triton_loss, arguments, dtype)
+    assert_close(triton_loss, arguments_of(case.id, variant), dtype)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
-@pytest.mark.parametrize("name", ["ignored_garbage", "relabelled_self_in_memory", "singleton"])
+@pytest.mark.parametrize("name", ["relabelled_self_in_memory", "cold_twins", "cold_one_class"])
 def test_every_variant(name, variant):
     assert_close(triton_loss, arguments_of(name, variant), torch.float32)
 
@@ -70,7 +77,7 @@ def test_a_temperature_that_the_host_does_not_read(name, variant, monkeypatch):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
-@pytest.mark.parametrize("name", ["two_views", "self_in_memory"])
+@pytest.mark.parametrize("name", ["two_views", "memory"])
 def test_columns_split_among_programs(name, variant, monkeypatch):
     whole = value_and_gradients(arguments_of(name, variant))
     monkeypatch.setattr(backend, "_target", lambda device: triton_launch.Target(0, 64))
@@ -91,20 +98,20 @@ def value_and_gradients(arguments: dict) -> list[torch.Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, [*leaves.values(), temperature])]
 
 
-@pytest.mark.parametrize("variant", [("out", "all"), ("in", "one_positive")], ids="/".join)
-@pytest.mark.parametrize("name", ["ragged", "self_in_memory"])
-def test_the_same_bits_every_time(name, variant):
-    first, second = (value_and_gradients(arguments_of(name, variant)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+def test_weighted_positives_are_refused():
+    for case in filter(is_weighted, CASES):
+        with pytest.raises(ValueError, match="it takes "):
+            triton_loss(**as_float32(case.arguments()))
 
 
-def test_what_a_row_alone_in_its_block_holds_reaches_nothing_else():
-    # The last 30 rows of 127 are ignored: whole tiles of them, and one shared with others.
+def test_what_ignored_rows_hold_reaches_nothing():
+    # 90 of the rows: whole tiles of them, and one shared with others.
     arguments = as_float32(by_id("ragged").arguments())
     arguments["labels"][:90] = NOWHERE
-    expected = supcon_loss(**arguments, backend="reference")
+    expected = value_and_gradients(arguments)
     arguments["features"][:90] = torch.nan
-    torch.testing.assert_close(triton_loss(**arguments), expected)
+    for got, want in zip(value_and_gradients(arguments), expected):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -123,19 +130,19 @@ def test_a_row_that_is_not_finite_makes_the_loss_nan(bad):
 
 @pytest.mark.parametrize("headroom, kept", [(backend.HEADROOM, True), (2.0**-10, False)])
 def test_float16_keeps_the_probabilities_of_many_rows(headroom, kept, monkeypatch):
-    """256 rows as if of 32,768, with probabilities of 2^-15.
+    """64 rows as if of 32,768, with probabilities of 2^-15.
 
     Without room above float16's subnormals, or with the factor 1/N of a mean among the
     probabilities, most of them would be flushed to zero, which this test must see.
     """
     monkeypatch.setattr(backend, "HEADROOM", headroom)
     g = torch.Generator().manual_seed(0)
-    features, many = torch.randn(256, 32, generator=g).half(), 32768
+    features, many = torch.randn(64, 32, generator=g).half(), 32768
     results = []
     for dtype in (torch.float16, torch.float32):
-        problem = problem_of(features.to(dtype), torch.arange(256) // 2)
+        problem = problem_of(features.to(dtype), torch.arange(64) // 2)
         loss, *_, stats = op.forward(*problem.operands(), "triton")
-        stats[0] += torch.tensor(many / 256).log2()
+        stats[0] += torch.tensor(many / 64).log2()
         stats[1] = 1e30  # as many positives: their pull does not hide the softmax part
         upstream = torch.full_like(loss, 1024.0)  # a loss scale: the result is float16 as well
         grads = op.backward(upstream, stats, True, False, False, *problem.operands(), "triton")

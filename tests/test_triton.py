@@ -37,11 +37,18 @@ def test_it_says_why_it_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     card = types.SimpleNamespace(name="Tesla T4", major=7, minor=5)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "Tesla T4 is of compute capability 7.5" in available_backends()["triton"]
     card.major = 8
     assert available_backends()["triton"] is None
     with pytest.raises(ValueError, match="the features are on cpu, and it runs on CUDA"):
         supcon_loss(torch.randn(4, 3), torch.arange(4), backend="triton")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "built for AMD's" in available_backends()["triton"]
+    monkeypatch.setattr(backend, "_triton_version", lambda: "3.3.1")
+    assert (
+        available_backends()["triton"] == "triton is of version 3.3.1, and it needs 3.4 or newer."
+    )
     monkeypatch.setattr(backend, "_FOUND", False)
     assert available_backends()["triton"] == "triton is not installed: pip install triton."
 

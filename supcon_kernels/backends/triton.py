@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -32,17 +33,29 @@ _LAST_KEY = 2**63 - 1
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _FOUND = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The first with triton.knobs, by which the kernels know the interpreter.
+_OLDEST_TRITON = (3, 4)
 
 
 def unavailable() -> str | None:
     """Why this backend cannot run on this machine, in one sentence; None: it can."""
     if not _FOUND:
         return "triton is not installed: pip install triton."
+    version = _triton_version()
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
+        return f"triton is of version {version}, and it needs 3.4 or newer."
     if _INTERPRETED:
         return None
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA's chips, and this torch is built for AMD's."
     if not torch.cuda.is_available():
         return "there is no CUDA device."
-    return _too_old(torch.device("cuda"))
+    refusals = [_too_old(torch.device("cuda", k)) for k in range(torch.cuda.device_count())]
+    return None if None in refusals else refusals[0]
+
+
+def _triton_version() -> str:
+    return importlib.metadata.version("triton")
 
 
 def description() -> str:
@@ -172,7 +185,7 @@ def backward(
 
 
 def _weights(call: _Call, grad_loss: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
-    """(4, padded rows) what each anchor weighs, and the factor that was taken out, 0-dim."""
+    """(4, padded rows) what each anchor weighs, and the factor that was taken out, 0-dim float64."""
     grad_loss = grad_loss.to(torch.float32)
     peak = grad_loss.masked_fill(stats[1] == math.inf, 0.0).abs()
     peak = peak.amax() if len(peak) else peak.sum()
@@ -190,7 +203,7 @@ def _weights(call: _Call, grad_loss: Tensor, stats: Tensor) -> tuple[Tensor, Ten
         upstream_stride=grad_loss.stride(0),
         headroom=HEADROOM,
     )
-    return weights, peak / (HEADROOM * call.fold * call.tau)
+    return weights, peak.double() / (HEADROOM * call.fold * call.tau)
 
 
 def _gradient(
