@@ -55,11 +55,11 @@ def cases(num_rows: int, dim: int) -> Iterator[tuple[str, Arguments]]:
                     "denominator": denominator,
                 },
             )
-    other_views = features + 0.1 * torch.randn(num_rows, dim, generator=g)
+    other_views = features + 0.7 * torch.randn(num_rows, dim, generator=g)
     pairs = torch.cat([features[::2], other_views[::2]])
-    for temperature in (0.01, 0.1):
+    for temperature in (0.05, 0.1):
         yield (
-            f"two near views of each sample, τ={temperature:g}",
+            f"two views of each sample, τ={temperature:g}",
             {
                 "features": pairs,
                 "labels": torch.arange(len(pairs) // 2).repeat(2),
