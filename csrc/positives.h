@@ -1,6 +1,6 @@
-// Positives that no pass over pairs needs to look at: their attraction by sums over each class, or
-// over soft labels. All sums are made in float64: in float32 one row of large norm, or one label
-// that is nearly one-hot, destroys them.
+// Positives that no pass over pairs needs to look at: where they are many, their attraction by sums
+// over each class, or over soft labels. All sums are made in float64: in float32 one row of large
+// norm, or one label that is nearly one-hot, destroys them.
 
 #pragma once
 
@@ -26,10 +26,6 @@ std::vector<double> count_positives(const Sides<Real>& sides) {
   return count;
 }
 
-// Up to so many positives are looked at one by one. Each of them may be nearly all of a softmax,
-// and the loss then is the difference of two equal numbers, which must be rounded alike.
-constexpr int64_t kFewPositives = 8;
-
 // The mean exponent of the positives of one class's rows: a product with the sum of the class.
 template <typename Real>
 void mean_exponents(const Sides<Real>& sides, const Segment& segment,
@@ -37,7 +33,7 @@ void mean_exponents(const Sides<Real>& sides, const Segment& segment,
   const Side<Real>&rows = sides.rows, &cols = sides.cols;
   const Functions<Real>& functions = sides.functions;
   const Segment positives = sides.cols_of(segment);
-  if (positives.size() <= kFewPositives) {
+  if (sides.few_positives(segment)) {
     for (int64_t k = segment.begin; k < segment.end; ++k) {
       const auto total = [&](int64_t begin, int64_t end) {
         return functions.dots_of_tile(rows.row(k), cols.row(begin), cols.stride, end - begin,
@@ -61,7 +57,7 @@ void mean_exponents(const Sides<Real>& sides, const Segment& segment,
   }
 }
 
-// Subtracts the attraction of the positives of one class from both sides' gradients.
+// Subtracts the attraction of the many positives of one class from both sides' gradients.
 template <typename Real>
 void attract_class(const Sides<Real>& sides, const Segment& segment,
                    const std::vector<double>& pull, Real* grad_rows, Real* grad_cols) {

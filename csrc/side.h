@@ -129,6 +129,11 @@ struct Side {
   }
 };
 
+// Up to so many positives are looked at one by one. Each of them may be nearly all of a softmax:
+// the loss then is the difference of two equal numbers, and so is its gradient, which must be
+// rounded alike and taken before anything else is added.
+constexpr int64_t kFewPositives = 8;
+
 // Both sides of a problem, and what their tiles have in common.
 template <typename Real>
 struct Sides {
@@ -200,6 +205,10 @@ struct Sides {
         std::lower_bound(cols.segments.begin(), cols.segments.end(), of_rows.label, before);
     if (found == cols.segments.end() || found->label != of_rows.label) return {0, 0, 0};
     return *found;
+  }
+
+  bool few_positives(const Segment& of_rows) const {
+    return cols_of(of_rows).size() <= kFewPositives;
   }
 
   // Column own_offset() + i is row i itself, in the order of the input; -1: no such column.

@@ -190,6 +190,7 @@ struct Upstream {
         shifted_pull(sides.rows.padded, 0),
         plain_pull(sides.rows.padded, 0),
         pull_by_class(sides.rows.padded, 0.0),
+        pulls_in_tile(sides.rows.num_tiles, sides.problem.summation == Summation::kIn),
         unit(unit_of(sides, out)) {
     for (int64_t k = 0; k < sides.rows.size; ++k) {
       const int64_t i = sides.rows.order[k];
@@ -204,25 +205,40 @@ struct Upstream {
       }
       if (sides.problem.summation == Summation::kOut) {
         pull_by_class[k] = grad / normalizes;
-        shifted_pull[k] = static_cast<Real>(pull_by_class[k]);
       } else {
         normalizer[k] = static_cast<Real>(normalizes);
         shifted_pull[k] = static_cast<Real>(grad * std::exp2(rounding(normalizer[k], normalizes)));
         plain_pull[k] = static_cast<Real>(grad * std::exp2(-normalizes));
       }
     }
+    if (sides.problem.summation == Summation::kOut && sides.problem.row_soft == nullptr)
+      pull_in_tiles(sides);
   }
 
   std::vector<Real> lse;             // infinite where the row does not contribute
   std::vector<Real> shifted_weight;  // of 2^(x - lse)
   std::vector<Real> plain_weight;    // of 2^x
   std::vector<Real> normalizer;      // kIn
-  std::vector<Real> shifted_pull;    // of 2^(x - normalizer), or of every positive
-  std::vector<Real> plain_pull;      // of 2^x
+  std::vector<Real> shifted_pull;    // of 2^(x - normalizer), or of every positive in a tile
+  std::vector<Real> plain_pull;      // of 2^x, or of every positive in a tile
   std::vector<double> pull_by_class;
+  std::vector<bool> pulls_in_tile;  // whether a tile of rows has positives that it looks at itself
   double unit;  // all weights and pulls, and gradients made of them, are in this unit
 
  private:
+  // Takes the pull of positives that are looked at one by one from the classes to the tiles.
+  void pull_in_tiles(const Sides<Real>& sides) {
+    const bool all = !positives_by_class(sides.problem);
+    for (const Segment& segment : sides.rows.segments) {
+      if (!all && !sides.few_positives(segment)) continue;
+      for (int64_t k = segment.begin; k < segment.end; ++k) {
+        shifted_pull[k] = plain_pull[k] = static_cast<Real>(pull_by_class[k]);
+        pull_by_class[k] = 0;
+        pulls_in_tile[k / sides.rows.tile] = true;
+      }
+    }
+  }
+
   // A power of two near the largest gradient: weights divided by sums of 2^x have no range to
   // spare.
   static double unit_of(const Sides<Real>& sides, const Gradients<Real>& out) {
@@ -241,7 +257,8 @@ struct Upstream {
 
 template <typename Real>
 Attraction attraction_of(const Problem<Real>& problem) {
-  if (positives_by_class(problem)) return Attraction::kNone;
+  if (problem.row_soft != nullptr) return Attraction::kNone;
+  if (positives_by_class(problem)) return Attraction::kOne;
   if (problem.denominator != Denominator::kOnePositive) return Attraction::kExp;
   return problem.summation == Summation::kOut ? Attraction::kNotQ : Attraction::kQTimesNotQ;
 }
@@ -256,9 +273,10 @@ void pair_gradients(const Sides<Real>& sides, const Upstream<Real>& upstream, Re
     int32_t own[kMaxTile];
     TilePair<Real> t = sides.pair(i, j);
     if (sides.own_in_tile(i, j, own)) t.own = own;
-    if (!all || attraction != Attraction::kNone) t.classes = sides.classes(i, j);
+    const bool pulls = attraction != Attraction::kNone && upstream.pulls_in_tile[i];
+    if (!all || pulls) t.classes = sides.classes(i, j);
     t.pairs = all ? Pairs::kAll : Pairs::kNegatives;
-    t.attraction = t.classes.row == nullptr ? Attraction::kNone : attraction;
+    t.attraction = pulls && t.classes.row != nullptr ? attraction : Attraction::kNone;
     t.shifted = sides.shifted || t.attraction == Attraction::kNotQ ||
                 t.attraction == Attraction::kQTimesNotQ;
     t.scratch = tile_scratch<Real>();
@@ -365,6 +383,7 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
       attract_soft(sides, upstream.pull_by_class, grad_rows.get(), grad_cols);
     else if (positives_by_class(problem))
       parallel_for(team, rows.segments.size(), [&](int64_t c) {
+        if (sides.few_positives(rows.segments[c])) return;
         attract_class(sides, rows.segments[c], upstream.pull_by_class, grad_rows.get(), grad_cols);
       });
   }

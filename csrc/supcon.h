@@ -100,6 +100,7 @@ enum class Term {
 // How positives attract in the backward pass: the weight of the row times
 enum class Attraction {
   kNone,       // nothing here; sums over each class do it elsewhere
+  kOne,        // 1
   kExp,        // 2^(x - normalizer), or 2^x where nothing is shifted
   kNotQ,       // 1 - q
   kQTimesNotQ  // q 2^-normalizer (1 - q)

@@ -422,10 +422,10 @@ struct Weigh {
     return g;
   }
   V attraction(int i, int j, V x) const {
-    if constexpr (!kShifted) {
+    if (!kShifted || t.attraction == Attraction::kOne) {
       V pull = splat<V>(t.pull.row[i]);
       if (t.square) pull += load(t.pull.col + j);
-      return pull * exp2_in_range<Real>(x);
+      return t.attraction == Attraction::kOne ? pull : pull * exp2_in_range<Real>(x);
     }
     V g = t.pull.row[i] * attraction(x, splat<V>(t.lse.row[i]), splat<V>(t.normalizer.row[i]));
     if (t.square)

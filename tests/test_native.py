@@ -138,6 +138,26 @@ def test_a_positive_that_is_all_of_the_softmax(temperature):
     assert (loss - exact).abs().max() < 5e-7
 
 
+def test_the_gradient_of_pairs_that_have_nearly_converged():
+    # Softmax and attraction nearly cancel: added to the gradient apart, both leave their roundings.
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(512, 128, generator=g)
+    features = torch.cat([features, features + 0.7 * torch.randn(512, 128, generator=g)])
+    labels = torch.arange(512).repeat(2)
+
+    def gradient(dtype, backend):
+        leaf = features.to(dtype).requires_grad_()
+        loss = supcon_loss(leaf, labels, temperature=0.05, backend=backend)
+        return torch.autograd.grad(loss, leaf)[0].double()
+
+    exact = gradient(torch.float64, "reference")
+    error, dense = (
+        (gradient(torch.float32, backend) - exact).abs().max()
+        for backend in ("native", "reference")
+    )
+    assert error < 1.5 * dense
+
+
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**95])
 def test_gradients_of_any_magnitude(scale):
     # At this temperature 2^x spans float32's range, and weights divided by its sums have none to spare.
