@@ -33,7 +33,7 @@ from supcon_kernels.triton_launch import Launch, shipped_launches
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 DOCUMENT = REPOSITORY / "docs" / "gpu.md"
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32", "tf32")
 DIMS = (64, 128, 256, 512, 1024, 2048)
 SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227}
 """Shared memory that one program may have, by architecture."""

@@ -781,7 +781,7 @@ def _softmax(
 def _backward_kernel(
     rows_ptr,  # (padded rows, PADDED_DIM) whose gradient this is
     cols_ptr,  # (padded cols, PADDED_DIM) streamed
-    begin_ptr,  # (rows,) the band of positives, if BANDED
+    begin_ptr,  # (rows,) the band of positives that are told apart; empty where none are
     end_ptr,
     own_ptr,  # the column that is the row itself, or -1
     row_weights_ptr,  # (4, padded rows) from the weights kernel, if ROWS_ANCHOR
@@ -793,7 +793,6 @@ def _backward_kernel(
     padded_rows,
     padded_cols,
     SHIFTED: tl.constexpr,
-    BANDED: tl.constexpr,
     OUT: tl.constexpr,
     DENOMINATOR: tl.constexpr,
     ROWS_ANCHOR: tl.constexpr,
@@ -823,12 +822,9 @@ def _backward_kernel(
     num_cols = tl.load(num_valid_cols_ptr).to(tl.int32)
     taken = i < tl.load(num_valid_rows_ptr).to(tl.int32)
     own = tl.load(own_ptr + i, mask=taken, other=-1)
-    begin = i
-    end = i
-    if BANDED:
-        begin = tl.load(begin_ptr + i, mask=taken, other=0)
-        end = tl.load(end_ptr + i, mask=taken, other=0)
-    low, high = _extent(begin, end, own, taken, BANDED)
+    begin = tl.load(begin_ptr + i, mask=taken, other=0)
+    end = tl.load(end_ptr + i, mask=taken, other=0)
+    low, high = _extent(begin, end, own, taken, True)
     first, lo, jump, num_plain, special, before, gap, num_special = _walk(
         low, high, num_cols, COLS, NARROW
     )
@@ -838,13 +834,9 @@ def _backward_kernel(
 
     row_weight = tl.zeros((ROWS,), tl.float32)
     row_lse = row_weight
-    row_pull = row_weight
-    row_pull_lse = row_weight
     if ROWS_ANCHOR:
         row_weight = tl.load(row_weights_ptr + i)
         row_lse = tl.load(row_weights_ptr + padded_rows + i)
-        row_pull = tl.load(row_weights_ptr + 2 * padded_rows + i)
-        row_pull_lse = tl.load(row_weights_ptr + 3 * padded_rows + i)
     a_ptrs = rows_ptr + i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
     b_offsets = k[:, None] * PADDED_DIM + d[None, :]
     kept_offsets = k[:, None] * PADDED_DIM + kept[None, :]
@@ -869,6 +861,11 @@ def _backward_kernel(
         b = tl.load(tile_ptr + kept_offsets)
         gradient = _dot(_rounded(h, b.dtype), b, gradient, PRECISION)
 
+    row_pull = tl.zeros((ROWS,), tl.float32)
+    row_pull_lse = row_pull
+    if ROWS_ANCHOR:
+        row_pull = tl.load(row_weights_ptr + 2 * padded_rows + i)
+        row_pull_lse = tl.load(row_weights_ptr + 3 * padded_rows + i)
     narrow = tl.arange(0, NARROW)
     narrow_offsets = narrow[:, None] * PADDED_DIM + d[None, :]
     narrow_kept_offsets = narrow[:, None] * PADDED_DIM + kept[None, :]
@@ -893,34 +890,35 @@ def _backward_kernel(
             x, row_weight, row_lse, col_weight, col_lse, SHIFTED, ROWS_ANCHOR, COLS_ANCHOR
         )
         j = (tile * NARROW + narrow)[None, :]
-        if BANDED:
-            positive = (j >= begin[:, None]) & (j < end[:, None])
-            of_positive = tl.zeros_like(h)
-            if DENOMINATOR == "all":
-                of_positive = h
-            if ROWS_ANCHOR:
-                of_positive -= _pull(
-                    x,
-                    power,
-                    row_pull[:, None],
-                    row_lse[:, None],
-                    row_pull_lse[:, None],
-                    SHIFTED,
-                    OUT,
-                    DENOMINATOR,
-                )
-            if COLS_ANCHOR:
-                of_positive -= _pull(
-                    x,
-                    power,
-                    col_pull[None, :],
-                    col_lse[None, :],
-                    col_pull_lse[None, :],
-                    SHIFTED,
-                    OUT,
-                    DENOMINATOR,
-                )
-            h = tl.where(positive, of_positive, h)
+        begin = tl.load(begin_ptr + i, mask=taken, other=0)
+        end = tl.load(end_ptr + i, mask=taken, other=0)
+        positive = (j >= begin[:, None]) & (j < end[:, None])
+        of_positive = tl.zeros_like(h)
+        if DENOMINATOR == "all":
+            of_positive = h
+        if ROWS_ANCHOR:
+            of_positive -= _pull(
+                x,
+                power,
+                row_pull[:, None],
+                row_lse[:, None],
+                row_pull_lse[:, None],
+                SHIFTED,
+                OUT,
+                DENOMINATOR,
+            )
+        if COLS_ANCHOR:
+            of_positive -= _pull(
+                x,
+                power,
+                col_pull[None, :],
+                col_lse[None, :],
+                col_pull_lse[None, :],
+                SHIFTED,
+                OUT,
+                DENOMINATOR,
+            )
+        h = tl.where(positive, of_positive, h)
         h = tl.where((j < num_cols) & (j != own[:, None]), h, 0.0)
         b = tl.load(tile_ptr + narrow_kept_offsets)
         gradient = _dot(_rounded(h, b.dtype), b, gradient, PRECISION)

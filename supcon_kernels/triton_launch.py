@@ -132,7 +132,7 @@ class _Row:
     """A tile, where it applies, and why it is as it is.
 
     Attributes:
-        bytes: of a feature.
+        products: how numbers are multiplied.
         max_dim: widest padded rows.
         capabilities: architectures.
         tile: the tile; a chunk wider than the rows is all of a row.
@@ -140,7 +140,7 @@ class _Row:
         lean: only where no pair is told apart and sums need no maximum, which takes fewer registers.
     """
 
-    bytes: int
+    products: str
     max_dim: int
     capabilities: tuple[int, ...]
     tile: Tile
@@ -149,63 +149,43 @@ class _Row:
 
 
 _INTERPRETED = Tile(32, 32, 16, 64, 4, 1)  # small enough for several tiles of 100 rows
-_MMA, _WGMMA = (80, 86), (90, 100)
+_ALL, _MMA, _WGMMA = (80, 86, 90, 100), (80, 86), (90, 100)
+# How numbers are multiplied: 16-bit ones as they are, float32 in three products of TF32, or in one.
+_SHORT, _TF32X3, _TF32 = "16 bits", "tf32x3", "tf32"
 
 _FORWARD = (
-    _Row(2, 128, (86,), Tile(128, 128, 32, 128, 8, 2), "three stages exceed 99 KiB"),
-    _Row(
-        2,
-        128,
-        (80, 90, 100),
-        Tile(128, 128, 32, 128, 8, 3),
-        "a row stays in registers or is shared",
-    ),
-    _Row(2, MAX_DIM, (86,), Tile(128, 128, 32, 64, 8, 2), "as below, in 99 KiB"),
-    _Row(2, MAX_DIM, (80, 90, 100), Tile(128, 128, 32, 64, 8, 3), "square tiles load least"),
-    _Row(
-        4, MAX_DIM, (80, 86, 90, 100), Tile(64, 64, 16, 16, 4, 2), "TF32's parts are in registers"
-    ),
+    _Row(_SHORT, 128, (86,), Tile(128, 128, 32, 128, 8, 2), "three stages exceed 99 KiB"),
+    _Row(_SHORT, 128, _ALL, Tile(128, 128, 32, 128, 8, 3), "a row stays in registers or is shared"),
+    _Row(_SHORT, MAX_DIM, (86,), Tile(128, 128, 32, 64, 8, 2), "as below, in 99 KiB"),
+    _Row(_SHORT, MAX_DIM, _ALL, Tile(128, 128, 32, 64, 8, 3), "square tiles load least"),
+    _Row(_TF32X3, MAX_DIM, _ALL, Tile(64, 64, 16, 16, 4, 2), "TF32's parts are in registers"),
+    _Row(_TF32, MAX_DIM, _ALL, Tile(128, 128, 32, 32, 8, 2), "square tiles load least"),
 )
 _BACKWARD = (
-    _Row(2, 128, _WGMMA, Tile(128, 128, 32, 128, 8, 2), "fewest instructions a pair", lean=True),
-    _Row(2, 128, _MMA, Tile(64, 128, 32, 128, 4, 2), "128 rows spill", lean=True),
-    _Row(2, 128, _WGMMA, Tile(128, 64, 16, 128, 8, 2), "two exponentials in 128 columns spill"),
-    _Row(2, 128, _MMA, Tile(64, 64, 32, 128, 4, 2), "two exponentials in 128 columns spill"),
-    _Row(
-        2,
-        256,
-        _WGMMA,
-        Tile(128, 64, 32, 256, 8, 2),
-        "the gradient fills half of a thread",
-        lean=True,
-    ),
-    _Row(
-        2, 256, _MMA, Tile(64, 64, 16, 256, 4, 2), "the gradient fills half of a thread", lean=True
-    ),
-    _Row(2, MAX_DIM, _WGMMA, Tile(128, 64, 16, 64, 8, 3), "whole rows beside 256 features spill"),
-    _Row(
-        2,
-        MAX_DIM,
-        (80,),
-        Tile(64, 64, 16, 64, 4, 3),
-        "whole rows beside 256 features spill",
-        lean=True,
-    ),
-    _Row(2, MAX_DIM, _MMA, Tile(64, 32, 16, 64, 4, 3), "64 columns spill beside 256 features"),
-    _Row(4, MAX_DIM, (100,), Tile(64, 16, 16, 16, 4, 1), "two stages spill", lean=True),
-    _Row(4, MAX_DIM, (100,), Tile(64, 16, 16, 16, 4, 2), "one stage spills"),
-    _Row(4, MAX_DIM, (80, 86, 90), Tile(64, 16, 16, 16, 4, 1), "TF32's parts are in registers"),
+    _Row(_SHORT, 128, _WGMMA, Tile(128, 128, 32, 128, 8, 2), "fewest instructions", lean=True),
+    _Row(_SHORT, 128, _MMA, Tile(64, 128, 32, 128, 4, 2), "128 rows spill", lean=True),
+    _Row(_SHORT, 128, _WGMMA, Tile(128, 64, 16, 128, 8, 2), "two exponentials: 128 columns spill"),
+    _Row(_SHORT, 128, _MMA, Tile(64, 64, 32, 128, 4, 2), "two exponentials: 128 columns spill"),
+    _Row(_SHORT, 256, _WGMMA, Tile(128, 64, 32, 256, 8, 2), "gradient: half a thread", lean=True),
+    _Row(_SHORT, 256, (86,), Tile(64, 64, 16, 256, 4, 1), "two stages spill", lean=True),
+    _Row(_SHORT, 256, (80,), Tile(64, 64, 16, 256, 4, 2), "gradient: half a thread", lean=True),
+    _Row(_SHORT, MAX_DIM, _WGMMA, Tile(128, 64, 16, 64, 8, 3), "with 256 features rows spill"),
+    _Row(_SHORT, MAX_DIM, (80,), Tile(64, 64, 32, 64, 4, 3), "as on sm_90", lean=True),
+    _Row(_SHORT, MAX_DIM, _MMA, Tile(64, 32, 16, 64, 4, 3), "with 256 features 64 columns spill"),
+    _Row(_TF32X3, MAX_DIM, (100,), Tile(64, 16, 16, 16, 4, 2), "one stage spills"),
+    _Row(_TF32X3, MAX_DIM, _ALL, Tile(64, 16, 16, 16, 4, 1), "TF32's parts are in registers"),
+    _Row(_TF32, MAX_DIM, _ALL, Tile(64, 64, 16, 32, 4, 2), "gradient: half a thread"),
 )
 
 
-def _find(table: tuple[_Row, ...], dtype: str, dim: int, capability: int, lean: bool) -> Tile:
-    padded = padded_dim(dim)
+def _find(table: tuple[_Row, ...], plan: Plan, lean: bool) -> Tile:
+    padded, capability = padded_dim(plan.dim), plan.target.capability
     tile = _INTERPRETED
     if capability:
         tile = next(
             row.tile
             for row in table
-            if row.bytes == _BYTES[dtype]
+            if row.products == plan.products
             and padded <= row.max_dim
             and capability in row.capabilities
             and (lean or not row.lean)
@@ -213,19 +193,39 @@ def _find(table: tuple[_Row, ...], dtype: str, dim: int, capability: int, lean: 
     return dataclasses.replace(tile, chunk=min(tile.chunk, padded))
 
 
-def forward_tile(dtype: str, dim: int, capability: int) -> Tile:
-    """The tile of the kernels that only multiply rows with columns."""
-    return _find(_FORWARD, dtype, dim, capability, False)
-
-
-def backward_tile(dtype: str, dim: int, capability: int, *, lean: bool) -> Tile:
-    """The tile of the kernel that also multiplies with what it made of the products.
+def fastest(tile: Tile, dim: int, seconds: Callable[[Tile], float]) -> Tile:
+    """The best tile that is found by going from ``tile`` to a faster neighbour as long as there is one.
 
     Args:
-        dtype, dim, capability: as in ``shipped_launches``.
-        lean: no pair is told apart and sums need no maximum.
+        tile: where to start.
+        dim: D.
+        seconds: how long a tile takes; infinity where it cannot be launched.
     """
-    return _find(_BACKWARD, dtype, dim, capability, lean)
+    best, shortest, tried = tile, seconds(tile), {tile}
+    while True:
+        times = {t: seconds(t) for t in _neighbours(best, dim) if t not in tried}
+        tried |= times.keys()
+        found = min(times, key=times.__getitem__, default=best)
+        if not times or times[found] >= shortest:
+            return best
+        best, shortest = found, times[found]
+
+
+def _neighbours(tile: Tile, dim: int) -> list[Tile]:
+    """Tiles that differ in one thing, as far as the kernels take them."""
+
+    def halved_and_doubled(name: str, low: int, high: int) -> list[Tile]:
+        size = getattr(tile, name)
+        sizes = [s for s in (size // 2, size * 2) if low <= s <= high]
+        return [dataclasses.replace(tile, **{name: s}) for s in sizes]
+
+    found = halved_and_doubled("rows", 32, ROW_PADDING)
+    found += halved_and_doubled("cols", tile.narrow, ROW_PADDING)
+    found += halved_and_doubled("narrow", 16, tile.cols)
+    found += [t for t in halved_and_doubled("chunk", 16, 256) if padded_dim(dim) % t.chunk == 0]
+    found += halved_and_doubled("num_warps", 4, 8)
+    stages = [s for s in (tile.num_stages - 1, tile.num_stages + 1) if 1 <= s <= 4]
+    return found + [dataclasses.replace(tile, num_stages=s) for s in stages]
 
 
 def slice_of(dim: int, dtype: str = "bfloat16") -> int:
@@ -270,6 +270,8 @@ class Plan:
         target: where it runs.
         shifted: whether a temperature known to the host keeps sums of powers within range.
         summation, denominator, normalize: as in ``Problem``.
+        tf32: whether one product of TF32 stands for one of float32.
+        measured: the forward's and the backward's tile, where they were chosen by measurement.
     """
 
     dtype: str
@@ -281,6 +283,26 @@ class Plan:
     summation: str
     denominator: str
     normalize: bool
+    tf32: bool = False
+    measured: tuple[Tile, Tile] | None = None
+
+    @property
+    def products(self) -> str:
+        """How numbers are multiplied."""
+        if self.dtype != "float32":
+            return _SHORT
+        return _TF32 if self.tf32 else _TF32X3
+
+    @property
+    def forward_tile(self) -> Tile:
+        """Of the kernels that only multiply rows with columns."""
+        return self.measured[0] if self.measured else _find(_FORWARD, self, False)
+
+    @property
+    def backward_tile(self) -> Tile:
+        """Of the kernel that also multiplies with what it made of the products."""
+        lean = self.shifted and self.by_class
+        return self.measured[1] if self.measured else _find(_BACKWARD, self, lean)
 
     @property
     def square(self) -> bool:
@@ -305,13 +327,13 @@ class Plan:
     @property
     def forward_splits(self) -> int:
         """Parts of the columns in the forward kernel."""
-        return self._splits(self.num_rows, self._contrasts, self._forward_tile, 1)
+        return self._splits(self.num_rows, self._contrasts, self.forward_tile, 1)
 
     def backward_splits(self, of_columns: bool) -> int:
         """Parts of the streamed side in the backward kernel of the rows, or of the columns."""
         owners, streamed = self._sides(of_columns)
         slices = padded_dim(self.dim) // slice_of(self.dim, self.dtype)
-        return self._splits(owners, streamed, self._backward_tile, slices)
+        return self._splits(owners, streamed, self.backward_tile, slices)
 
     # --- the small kernels
 
@@ -406,7 +428,7 @@ class Plan:
     @_remembered
     def forward(self) -> Launch:
         """The sums of powers over all pairs."""
-        tile = self._forward_tile
+        tile = self.forward_tile
         return self._launch(
             "_forward_kernel",
             "rows cols begin end own num_valid_rows num_valid_cols scale powers padded_rows",
@@ -423,7 +445,7 @@ class Plan:
     @_remembered
     def one_positive(self) -> Launch:
         """The second look at positives that stand alone against the negatives."""
-        tile = self._forward_tile
+        tile = self.forward_tile
         return self._launch(
             "_one_positive_kernel",
             "rows cols begin end own num_valid_rows num_valid_cols scale powers logits "
@@ -441,7 +463,7 @@ class Plan:
     @_remembered
     def backward(self, *, of_columns: bool) -> Launch:
         """The gradient of the rows, of rows that are columns too, or of the columns."""
-        tile = self._backward_tile
+        tile = self.backward_tile
         owners, _ = self._sides(of_columns)
         slices = padded_dim(self.dim) // slice_of(self.dim, self.dtype)
         return self._launch(
@@ -450,7 +472,6 @@ class Plan:
             "slices padded_rows padded_cols",
             {
                 "SHIFTED": self.shifted,
-                "BANDED": not self.by_class,
                 "OUT": self.summation == "out",
                 "DENOMINATOR": self.denominator,
                 **self._anchors(of_columns),
@@ -472,15 +493,6 @@ class Plan:
         """How many rows own the gradient, and how many are streamed past them."""
         sides = (self.num_rows, self._contrasts)
         return sides[::-1] if of_columns else sides
-
-    @property
-    def _forward_tile(self) -> Tile:
-        return forward_tile(self.dtype, self.dim, self.target.capability)
-
-    @property
-    def _backward_tile(self) -> Tile:
-        lean = self.shifted and self.by_class
-        return backward_tile(self.dtype, self.dim, self.target.capability, lean=lean)
 
     def _splits(self, owners: int, streamed: int, tile: Tile, slices: int) -> int:
         blocks = slices * _cdiv(owners, tile.rows)
@@ -520,7 +532,7 @@ class Plan:
             "COLS": tile.cols,
             "CHUNK": tile.chunk,
             # Without effect on 16-bit operands.
-            "PRECISION": "tf32x3",
+            "PRECISION": "tf32" if self.tf32 else "tf32x3",
         }
 
     def _launch(
@@ -553,37 +565,15 @@ class Plan:
         return "fp32" if name in ("fold", "headroom") else "i32"
 
 
-@functools.lru_cache(maxsize=256)
-def plan_of(
-    dtype: str,
-    dim: int,
-    num_rows: int,
-    num_cols: int | None,
-    target: Target,
-    shifted: bool,
-    summation: str,
-    denominator: str,
-    normalize: bool,
-) -> Plan:
-    """The plan of a call; calls of one shape share it."""
-    return Plan(
-        dtype,
-        dim,
-        num_rows,
-        num_cols,
-        target,
-        shifted,
-        summation,
-        denominator,
-        normalize,
-    )
+# Calls of one shape share their plan.
+plan_of = functools.lru_cache(maxsize=256)(Plan)
 
 
 def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, Launch]]:
     """Every launch that the backend may choose for features of this dtype, width and architecture.
 
     Args:
-        dtype: "float32", "float16" or "bfloat16".
+        dtype: "float32", "float16" or "bfloat16"; "tf32" is float32 in one product of TF32.
         dim: D.
         capability: 80, 86, 90 or 100.
 
@@ -596,16 +586,17 @@ def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, L
         for denominator in ("all", "one_positive", "only_negatives"):
             for shifted in (True, False):
                 for num_cols in (None, 16384):
-                    plan = plan_of(
-                        dtype,
-                        dim,
-                        8192,
-                        num_cols,
-                        Target(capability, 100),
-                        shifted,
-                        summation,
-                        denominator,
-                        True,
+                    plan = Plan(
+                        dtype="float32" if dtype == "tf32" else dtype,
+                        dim=dim,
+                        num_rows=8192,
+                        num_cols=num_cols,
+                        target=Target(capability, 100),
+                        shifted=shifted,
+                        summation=summation,
+                        denominator=denominator,
+                        normalize=True,
+                        tf32=dtype == "tf32",
                     )
                     for label, launch in _launches_of(plan):
                         launches.setdefault(label, launch)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cases import CASES, NOWHERE, VARIANTS, by_id
-from compare import assert_close
+from compare import assert_close, dense_on_rounded_rows, reference
 from supcon_kernels import op, supcon_loss, triton_launch
 from supcon_kernels.backends import triton as backend
 from supcon_kernels.problem import Problem
@@ -123,6 +123,76 @@ def test_a_row_that_is_not_finite_makes_the_loss_nan(bad):
         for variant in VARIANTS:
             options = {"summation": variant[0], "denominator": variant[1]}
             assert triton_loss(**arguments, **options).isnan()
+
+
+@pytest.mark.parametrize("has_memory", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_pairs_that_have_nearly_converged(dtype, has_memory):
+    # A softmax of nearly 1 and an attraction of 1: rounded to 16 bits apart, nothing true is left.
+    g = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(100, 64, generator=g), torch.arange(100)
+    other = features + 0.7 * torch.randn(100, 64, generator=g)
+    if has_memory:
+        leaves = {"features": features, "contrast_features": other}
+        options = {"labels": labels, "contrast_labels": labels, "temperature": 0.05}
+    else:
+        leaves = {"features": torch.cat([features, other])}
+        options = {"labels": labels.repeat(2), "temperature": 0.05}
+
+    def gradients(loss_function, dtype):
+        inputs = {k: v.to(dtype).requires_grad_() for k, v in rounded.items()}
+        loss = loss_function(**inputs, **options)
+        return [x.double() for x in torch.autograd.grad(loss, list(inputs.values()))]
+
+    rounded = {k: v.to(dtype) for k, v in leaves.items()}
+    exact = gradients(reference, torch.float64)
+    dense = gradients(dense_on_rounded_rows, dtype)
+    for ours, want, like in zip(gradients(triton_loss, dtype), exact, dense):
+        assert (ours - want).abs().max() < 3 * (like - want).abs().max()
+
+
+# --- other tiles, other products
+
+
+def test_tiles_that_were_measured(monkeypatch):
+    tried = []
+
+    def seconds(call, run):
+        run(call)
+        tried.append(call.plan)
+        return call.plan.forward_tile.cols + call.plan.backward_tile.cols
+
+    monkeypatch.setattr(backend, "autotune", True)
+    monkeypatch.setattr(backend, "_measured", {})
+    monkeypatch.setattr(backend, "_seconds", seconds)
+    arguments = arguments_of("ragged", ("out", "all"))
+    assert_close(triton_loss, arguments, torch.float32)
+    (plan,) = {p.measured for p in backend._measured.values()}
+    assert plan is not None and [tile.cols for tile in plan] == [16, 16]
+    count = len(tried)
+    assert_close(triton_loss, arguments, torch.float32)
+    assert len(tried) == count
+
+
+def test_a_tile_that_cannot_be_launched_is_no_choice():
+    def run(call):
+        raise RuntimeError("out of resource: shared memory")
+
+    call = backend._Call(problem_of(torch.randn(4, 3), torch.arange(4)))
+    assert backend._seconds(call, run) == float("inf")
+    assert 0 < backend._seconds(call, lambda call: None) < 1
+
+
+@pytest.mark.parametrize("precision, products", [("highest", "tf32x3"), ("high", "tf32")])
+def test_torch_is_asked_whether_tf32_will_do(precision, products):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for dtype, expected in ((torch.float32, products), (torch.float16, "16 bits")):
+            problem = problem_of(torch.randn(4, 3, dtype=dtype), torch.arange(4))
+            assert backend._Call(problem).plan.products == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # --- float16 at many rows

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from supcon_kernels import triton_launch
-from supcon_kernels.triton_launch import Launch, Plan, Target
+from supcon_kernels.triton_launch import Launch, Plan, Target, Tile
 
 DTYPES = ["float32", "float16", "bfloat16"]
 DIMS = [0, 1, 16, 100, 128, 129, 256, 257, 384, 512, 1000, 2048]
@@ -44,7 +44,7 @@ def test_rows_are_padded_to_whole_chunks_and_slices(dim):
     padded = triton_launch.padded_dim(dim)
     assert dim <= padded < max(2 * dim, 17) and padded >= 16
     assert all(padded % triton_launch.slice_of(dim, dtype) == 0 for dtype in DTYPES)
-    for dtype, capability in itertools.product(DTYPES, [0, *CAPABILITIES]):
+    for dtype, capability in itertools.product([*DTYPES, "tf32"], [0, *CAPABILITIES]):
         for launch in launches(dtype, dim, capability).values():
             sizes = launch.constexprs
             if "CHUNK" in sizes and "ROWS" in sizes:
@@ -103,7 +103,6 @@ def test_the_gradient_of_the_columns_streams_the_rows():
 
 def test_the_default_loss_never_looks_at_positives_in_pairs():
     assert not plan().forward().constexprs["BANDED"]
-    assert not plan().backward(of_columns=False).constexprs["BANDED"]
     assert plan(summation="in").forward().constexprs["BANDED"]
 
 
@@ -142,6 +141,39 @@ def test_the_shipped_launches_are_those_of_every_plan():
                 launch.num_stages,
             )
             assert key in shipped
+
+
+def test_float32_is_multiplied_in_one_product_of_tf32_only_where_asked():
+    exact, fast = (plan(dtype="float32", tf32=tf32) for tf32 in (False, True))
+    for p, precision in ((exact, "tf32x3"), (fast, "tf32")):
+        for launch in (p.forward(), p.backward(of_columns=False)):
+            assert launch.constexprs["PRECISION"] == precision
+    assert fast.backward_tile.cols > exact.backward_tile.cols
+    shipped = launches("tf32", 128, 80).values()
+    assert fast.forward().constexprs in [launch.constexprs for launch in shipped]
+
+
+def test_the_fastest_tile_is_found_by_its_neighbours():
+    start, goal = Tile(64, 32, 16, 64, 4, 1), Tile(128, 64, 32, 32, 8, 3)
+    names = [field.name for field in dataclasses.fields(Tile)]
+    tried = []
+
+    def seconds(tile):
+        tried.append(tile)
+        return sum(getattr(tile, name) != getattr(goal, name) for name in names)
+
+    def seconds_or_failure(tile):
+        return float("inf") if tile.num_warps == 8 else seconds(tile)
+
+    # Stages one by one, of which the next is no better: what takes two steps is not found.
+    found = triton_launch.fastest(start, 128, seconds)
+    assert found == dataclasses.replace(goal, num_stages=1)
+    assert len(tried) == len(set(tried))
+    found = triton_launch.fastest(start, 128, seconds_or_failure)
+    assert found == dataclasses.replace(goal, num_stages=1, num_warps=4)
+    for tile in tried:
+        assert 32 <= tile.rows <= 128 and tile.narrow <= tile.cols <= 128
+        assert tile.narrow >= 16 and 128 % tile.chunk == 0 and 1 <= tile.num_stages <= 4
 
 
 def test_architectures_share_limits():

@@ -8,11 +8,15 @@ captured in a CUDA graph. docs/kernels.md says what the kernels do.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib.metadata
 import importlib.util
 import math
 import os
+import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +24,7 @@ from torch import Tensor
 
 from supcon_kernels import triton_launch
 from supcon_kernels.problem import Problem
-from supcon_kernels.triton_launch import Launch, Plan, Target
+from supcon_kernels.triton_launch import Launch, Plan, Target, Tile
 
 # Down to the first, sums of 2^x over unit rows stay within half of float32's exponents; up to the
 # second, rows that carry the temperature are not so small that float16 loses their bits.
@@ -28,11 +32,18 @@ SHIFTED_TEMPERATURES = (0.023, 4.0)
 # Probabilities are multiplied by this before they are rounded to float16, whose subnormals begin
 # at 2^-14, and stay within its range: both anchors of a pair add up to at most 2^15.
 HEADROOM = 2.0**14
+# Contrasts of a class up to which its positives are taken off one by one. Each of them may be
+# nearly all of a softmax, and what is left of it would be less than the rounding to 16 bits.
+FEW_POSITIVES = 8
 LOG2_E = math.log2(math.e)
+# Whether the first call of each shape tries other tiles than those of the table, for minutes, and
+# keeps the fastest. Their sums are added in another order, so the last bits may differ.
+autotune = False
+_measured: dict[Plan, Plan] = {}
 _LAST_KEY = 2**63 - 1
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _FOUND = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 # The first with triton.knobs, by which the kernels know the interpreter.
 _OLDEST_TRITON = (3, 4)
 
@@ -97,6 +108,12 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gradient. The first two are infinite where the row does not contribute.
     """
     call = _Call(problem)
+    if autotune and call.plan not in _measured and not _is_capturing(call):
+        _measured[call.plan] = _measure(call)
+    return _forward(call.as_measured())
+
+
+def _forward(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan, rows, cols, band = call.plan, call.rows, call.cols, call.band_of_rows
     n, padded = plan.num_rows, triton_launch.padded_rows(plan.num_rows)
     loss = torch.empty(n, dtype=torch.float32, device=call.device)
@@ -152,7 +169,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             **band,
             **valid,
         )
-    return *problem.reduced(loss, contributes), stats
+    return *call.problem.reduced(loss, contributes), stats
 
 
 def backward(
@@ -164,9 +181,20 @@ def backward(
     needs_temperature: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows (N, D), cols (M, D) and the temperature (0-dim); (0,) where not needed."""
-    call = _Call(problem)
+    call = _Call(problem).as_measured()
+    return _backward(call, grad_loss, stats, needs_rows, needs_cols, needs_temperature)
+
+
+def _backward(
+    call: _Call,
+    grad_loss: Tensor,
+    stats: Tensor,
+    needs_rows: bool,
+    needs_cols: bool,
+    needs_temperature: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     plan, rows, cols = call.plan, call.rows, call.cols
-    grad_rows = grad_cols = problem.rows.new_empty(0)
+    grad_rows = grad_cols = rows.features.new_empty(0)
     grad_tau = grad_loss.new_empty(0, dtype=torch.float32)
     with call.on_device():
         rows.prepare(call)
@@ -213,6 +241,7 @@ def _gradient(
     plan = call.plan
     owner, streamed = (call.cols, call.rows) if of_columns else (call.rows, call.cols)
     band = call.band_of_cols if of_columns else call.band_of_rows
+    in_tiles, by_class = call.divided(band, owner) if plan.by_class else (band, band)
     padded = len(owner.prepared)
     splits = plan.backward_splits(of_columns)
     slices = torch.empty(
@@ -230,7 +259,7 @@ def _gradient(
         slices_ptr=slices,
         padded_rows=padded,
         padded_cols=len(streamed.prepared),
-        **band,
+        **in_tiles,
     )
     if plan.by_class:
         pull, sums = weights[2], []
@@ -248,7 +277,7 @@ def _gradient(
             weighted_sums_ptr=sums[-1],
             num_valid_ptr=owner.num_valid,
             slices_ptr=slices[-1],
-            **band,
+            **by_class,
         )
     n, dim = owner.features.shape
     gradient = torch.empty_like(owner.features)
@@ -269,6 +298,47 @@ def _gradient(
         padded_rows=padded,
     )
     return gradient, dots
+
+
+def _measure(call: _Call) -> Plan:
+    """The plan of the call with the tiles that were fastest in it."""
+    plan = call.plan
+    loss, _, _, stats = _forward(call)
+    ones = torch.ones_like(loss)
+
+    def forward_seconds(tile: Tile) -> float:
+        return _seconds(call.with_tiles(tile, plan.backward_tile), _forward)
+
+    def backward_seconds(tile: Tile) -> float:
+        wanted = (True, not plan.square, True)
+        return _seconds(
+            call.with_tiles(plan.forward_tile, tile), lambda c: _backward(c, ones, stats, *wanted)
+        )
+
+    tiles = (
+        triton_launch.fastest(plan.forward_tile, plan.dim, forward_seconds),
+        triton_launch.fastest(plan.backward_tile, plan.dim, backward_seconds),
+    )
+    return dataclasses.replace(plan, measured=tiles)
+
+
+def _seconds(call: _Call, run: Callable[[_Call], object]) -> float:
+    """The median time of a few runs; infinity where the tile cannot be compiled or launched."""
+    times = []
+    try:
+        for _ in range(6):
+            start = time.perf_counter()
+            run(call)
+            if call.device.type == "cuda":
+                torch.cuda.synchronize(call.device)
+            times.append(time.perf_counter() - start)
+    except Exception:  # whatever the compiler or the launcher raises: the tile is out
+        return math.inf
+    return statistics.median(times[1:])  # the first may have compiled
+
+
+def _is_capturing(call: _Call) -> bool:
+    return call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _run(launch: Launch, **arguments: Any) -> None:
@@ -385,12 +455,24 @@ class _Call:
             problem.summation,
             problem.denominator,
             problem.normalize,
+            problem.rows.dtype == torch.float32 and _wants_tf32(),
         )
         self.rows = _Side.of(problem.rows, problem.row_labels, problem.ignore_index)
         self.cols = self.rows
         if problem.cols is not None:
             assert problem.col_labels is not None
             self.cols = _Side.of(problem.cols, problem.col_labels, problem.ignore_index)
+
+    def with_tiles(self, forward: Tile, backward: Tile) -> _Call:
+        """The same call in other tiles."""
+        call = copy.copy(self)
+        call.plan = dataclasses.replace(self.plan, measured=(forward, backward))
+        return call
+
+    def as_measured(self) -> _Call:
+        """This call in the tiles that were measured for it, if any were."""
+        self.plan = _measured.get(self.plan, self.plan)
+        return self
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Launches go to the current stream of the features' device."""
@@ -402,6 +484,15 @@ class _Call:
         """0-dim: 0, or NaN where a row that takes part is not finite."""
         poison = self.rows.poison.sum()
         return poison if self.cols is self.rows else poison + self.cols.poison.sum()
+
+    def divided(self, band: dict[str, Tensor], owner: _Side) -> tuple[dict[str, Tensor], ...]:
+        """The bands of those with few positives and the bands of the others, empty for the rest."""
+        keys = self.cols.keys
+        begin = torch.searchsorted(keys, owner.keys)
+        is_few = torch.searchsorted(keys, owner.keys, right=True) - begin <= FEW_POSITIVES
+        begin, end = band["begin_ptr"], band["end_ptr"]
+        few, many = torch.where(is_few, end, begin), torch.where(is_few, begin, end)
+        return {**band, "end_ptr": few}, {**band, "end_ptr": many}
 
     @property
     def band_of_rows(self) -> dict[str, Tensor]:
@@ -440,6 +531,14 @@ def _temperature(problem: Problem) -> Tensor | float:
     if tau.device.type == "cpu":
         return float(tau)
     return tau.to(torch.float32)
+
+
+def _wants_tf32() -> bool:
+    """Whether torch was told that its own products of float32 on CUDA may be of TF32."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
 
 
 def _target(device: torch.device) -> Target:
