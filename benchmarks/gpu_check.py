@@ -282,6 +282,7 @@ def check_sanitizers(place: Place) -> list[Finding]:
 def smoke() -> int:
     """What the sanitizers watch: a few cases in this process alone."""
     checks = [Check(name, dtype, ("out", "all")) for name in SMOKE for dtype in DTYPES]
+    checks += [Check(SMOKE[-1], DTYPES[0], variant) for variant in VARIANTS[1:]]
     found = check_cases(Place(num_jobs=1), checks)
     return int(any(each.status == "failed" for each in found))
 

@@ -32,7 +32,7 @@ from results import read_rows, render_table, update_document, write_rows
 from supcon_kernels.triton_launch import Launch, shipped_launches
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
-DOCUMENT = REPOSITORY / "docs" / "gpu.md"
+DOCS = REPOSITORY / "docs"
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 DIMS = (64, 128, 256, 512, 1024, 2048)
 SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227}
@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_rows(csv_path, merged(rows, known) if args.resume else rows)
         _say(f"wrote {csv_path}")
     if args.update_docs or args.check:
-        is_stale |= update_docs(args.document, only_check=args.check)
+        is_stale |= update_docs(args.docs, only_check=args.check)
     faults = [(row, fault) for row in rows if not is_peers for fault in row.faults]
     for row, fault in faults:
         _say(f"FAULT: {_name(row)} {fault}")
@@ -368,12 +368,14 @@ def _make_parser() -> argparse.ArgumentParser:
     out = parser.add_argument_group("what becomes of it")
     out.add_argument("--output", type=Path, metavar="CSV", help="None: in benchmarks/results")
     out.add_argument("--table", action="store_true", help="compile nothing, show the CSV")
-    out.add_argument("--update-docs", action="store_true", help="renew the tables of the document")
-    out.add_argument("--document", type=Path, default=DOCUMENT)
+    out.add_argument(
+        "--update-docs", action="store_true", help="renew the tables in gpu.md, kernels.md"
+    )
+    out.add_argument("--docs", type=Path, default=DOCS, help="the folder that holds both")
     out.add_argument(
         "--check",
         action="store_true",
-        help="write nothing; exit 1 where the CSV (of the same Triton) or the document differs",
+        help="write nothing; exit 1 where the CSV (of the same Triton) or a document differs",
     )
     return parser
 
@@ -416,16 +418,20 @@ def _cell(row: Compiled, name: str) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def update_docs(document: Path, only_check: bool) -> bool:
-    """Make the document's tables say what the committed rows say, or only look."""
+def update_docs(docs: Path, only_check: bool) -> bool:
+    """Make the documents' tables say what the committed rows say, or only look."""
     from peer_kernels import peers_block
 
     ours = read_rows(RESULTS / "gpu_codegen.csv", Compiled)
     peers = read_rows(RESULTS / "gpu_codegen_peers.csv", Compiled)
-    blocks = {"gpu_codegen": codegen_block(ours), "gpu_codegen_peers": peers_block([*ours, *peers])}
-    differs = [update_document(document, *block, only_check) for block in blocks.items()]
+    differs = [
+        update_document(docs / "gpu.md", "gpu_codegen", codegen_block(ours), only_check),
+        update_document(
+            docs / "kernels.md", "gpu_codegen_peers", peers_block([*ours, *peers]), only_check
+        ),
+    ]
     if any(differs) and only_check:
-        _say(f"{document}: its tables differ from the CSVs")
+        _say(f"{docs}: its tables differ from the CSVs")
     return any(differs)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpu_codegen import DOCUMENT, RESULTS, Compiled, ints
+from gpu_codegen import DOCS, RESULTS, Compiled, ints
 from results import read_rows, render_table, update_document, write_rows
 from supcon_kernels.triton_launch import padded_dim, slice_of
 
@@ -279,7 +279,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=CSV)
     parser.add_argument("--table", action="store_true", help="compute nothing, show the CSV")
     parser.add_argument("--update-docs", action="store_true", help="renew the document's table")
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--document", type=Path, default=DOCS / "gpu.md")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where stale")
     return parser
 
