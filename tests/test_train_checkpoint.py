@@ -163,12 +163,17 @@ def test_foreign_checkpoint_is_an_error_not_a_reason_to_take_an_older_one(tmp_pa
         load_newest(checkpoints_in(tmp_path))
 
 
-def test_checkpoint_of_another_version_is_named_with_its_options(tmp_path):
-    options = asdict(PretrainConfig()) | {"momentum": 0.9}
-    del options["width"]
-    save(tmp_path, 1, config=options)
-    with pytest.raises(UserError, match=r"another version.*unknown.*: momentum; missing: width"):
+def test_checkpoint_with_unknown_options_is_named_with_them(tmp_path):
+    save(tmp_path, 1, config=asdict(PretrainConfig()) | {"momentum": 0.9})
+    with pytest.raises(UserError, match=r"another version.*unknown to this one: momentum$"):
         load_checkpoint(tmp_path / "last.pt")
+
+
+def test_option_that_a_checkpoint_does_not_know_has_its_default(tmp_path):
+    options = asdict(PretrainConfig(batch_size=32))
+    del options["optimizer"]
+    save(tmp_path, 1, config=options)
+    assert load_checkpoint(tmp_path / "last.pt")["config"] == asdict(PretrainConfig(batch_size=32))
 
 
 def test_missing_checkpoint_is_named(tmp_path):

@@ -106,16 +106,38 @@ def test_digits_are_never_flipped():
         assert (mean - plain).norm() < (mean - plain.flip(-1)).norm()
 
 
-def test_learning_rates_follow_the_written_list():
-    config = PretrainConfig(learning_rate=1.0, warmup_epochs=1, epochs=3)
+COSINE = [0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ({"schedule": "cosine"}, COSINE),
+        # After epochs 1.5 and 2, that is from the seventh and the ninth step on.
+        (
+            {"schedule": "step", "decay_epochs": [1.5, 2], "decay_rate": 0.5},
+            [1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25],
+        ),
+        # Half after each half epoch of four steps.
+        (
+            {"schedule": "exponential", "decay_epochs": [0.5], "decay_rate": 0.25},
+            [1, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125],
+        ),
+    ],
+    ids=lambda value: value["schedule"] if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("start", [0, 2, 7])
+def test_learning_rates_follow_the_written_list(options, rates, start):
+    # Wherever a run goes on: the step alone decides.
+    config = PretrainConfig(learning_rate=1.0, warmup_epochs=1, epochs=3, **options)
+    assert not config.mistakes()
     optimizer = build_optimizer(torch.nn.Linear(2, 2), config)
     schedule = build_schedule(optimizer, config, steps_per_epoch=4, total_steps=12)
-    rates = []
-    for step in range(12):
+    seen = []
+    for step in range(start, 12):
         schedule.step_update(step)
-        rates.append(optimizer.param_groups[0]["lr"])
-    cosine = [0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
-    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, *cosine])
+        seen.append(optimizer.param_groups[0]["lr"])
+    assert seen == pytest.approx([0.2, 0.4, 0.6, 0.8, *rates][start:])
 
 
 def test_schedule_of_one_step_is_at_the_peak_without_a_warning(caplog):
@@ -126,14 +148,66 @@ def test_schedule_of_one_step_is_at_the_peak_without_a_warning(caplog):
     assert not caplog.records
 
 
-def test_optimizer_is_plain_momentum_and_decays_everything():
-    config = PretrainConfig(weight_decay=0.1, learning_rate=0.5)
+RMSPROP = {"momentum": 0.9, "alpha": 0.9, "eps": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind", "expected"),
+    [
+        ("momentum", "SGD", {"momentum": 0.9, "nesterov": False}),
+        ("nesterov", "SGD", {"momentum": 0.9, "nesterov": True}),
+        ("lars", "Lars", {"momentum": 0.9, "nesterov": False, "trust_coeff": 0.001}),
+        ("rmsprop", "RMSpropTF", RMSPROP),
+        ("adamw", "AdamW", {"betas": (0.9, 0.999)}),
+    ],
+)
+@pytest.mark.parametrize("decay_norm_and_bias", [None, True, False])
+def test_parameter_groups(optimizer, kind, expected, decay_norm_and_bias):
+    config = PretrainConfig(
+        optimizer=optimizer,
+        decay_norm_and_bias=decay_norm_and_bias,
+        weight_decay=0.1,
+        learning_rate=0.5,
+    )
     network = build_model(config, channels=1)
-    optimizer = build_optimizer(network, config)
-    (group,) = optimizer.param_groups
-    assert type(optimizer) is torch.optim.SGD
-    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, False, 0.1)
-    assert len(group["params"]) == len(list(network.parameters()))
+    built = build_optimizer(network, config)
+    for group in built.param_groups:
+        print(len(group["params"]), {key: group[key] for key in group if key != "params"})
+    assert type(built).__name__ == kind
+    for group in built.param_groups:
+        assert {key: group[key] for key in expected} == expected
+        assert group["lr"] == 0.5
+
+    split = decay_norm_and_bias is False or (decay_norm_and_bias is None and optimizer == "lars")
+    norms_and_biases = {
+        id(parameter)
+        for module in network.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name == "bias" or isinstance(module, torch.nn.BatchNorm2d)
+    }
+    everything = {id(parameter) for parameter in network.parameters()}
+    decays = {
+        group["weight_decay"]: {id(parameter) for parameter in group["params"]}
+        for group in built.param_groups
+    }
+    if split:
+        assert decays == {0.1: everything - norms_and_biases, 0.0: norms_and_biases}
+    else:
+        assert decays == {0.1: everything}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_lars_adapts_weights_and_leaves_biases_alone(weight_decay):
+    config = PretrainConfig(optimizer="lars", weight_decay=weight_decay, learning_rate=2.0)
+    layer = torch.nn.Linear(3, 2)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    optimizer = build_optimizer(layer, config)
+    layer(torch.arange(6.0).view(2, 3)).square().sum().backward()
+    optimizer.step()
+    gradient, decayed = layer.weight.grad, layer.weight.grad + weight_decay * weight
+    trust = 0.001 * weight.norm() / (gradient.norm() + weight_decay * weight.norm())
+    torch.testing.assert_close(layer.weight.detach(), weight - 2.0 * trust * decayed)
+    torch.testing.assert_close(layer.bias.detach(), bias - 2.0 * layer.bias.grad)
 
 
 def test_small_stem_keeps_the_resolution():

@@ -175,6 +175,23 @@ def test_simclr_ignores_labels(tmp_path, monkeypatch):
     assert seen[1][1].shape == (128,) and seen[1][2] == 0.1
 
 
+def test_clip_grad_bounds_the_gradient_of_a_step(tmp_path, monkeypatch):
+    import report
+
+    norms = []
+
+    def spy(optimizer):
+        norms.append(original(optimizer))
+        return norms[-1]
+
+    original = report.gradient_norm
+    monkeypatch.setattr(report, "gradient_norm", spy)
+    for options in ((), ("--clip_grad", 0.01)):
+        pretrain(tmp_path, "--max_steps", 1, *options)
+    assert norms[0] > 0.02
+    assert norms[1].item() == pytest.approx(0.01, rel=1e-3)
+
+
 def test_ends_with_the_command_of_the_linear_stage_which_works(run, tmp_path, capsys):
     pretrain(tmp_path, *SHORT, "--resume", run)
     command = capsys.readouterr().out.strip().splitlines()[-1]

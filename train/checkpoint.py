@@ -8,7 +8,7 @@ import io
 import sys
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} is not a readable checkpoint: {error}") from error
     if not isinstance(saved, dict) or "config" not in saved or "model" not in saved:
         raise UserError(f"{path} was not written by pretrain.py")
-    ours, theirs = {field.name for field in fields(PretrainConfig)}, set(saved["config"])
-    if ours != theirs:
+    known = asdict(PretrainConfig())
+    if unknown := saved["config"].keys() - known.keys():
         raise UserError(
             f"{path} was written by another version of pretrain.py; options unknown to this one: "
-            f"{_listed(theirs - ours)}; missing: {_listed(ours - theirs)}"
+            f"{', '.join(sorted(unknown))}"
         )
+    # Without an option a run was what the default of that option makes it.
+    saved["config"] = known | saved["config"]
     return saved
 
 
@@ -152,7 +154,3 @@ def _steps_saved(folder: Path) -> list[int]:
     prefix, suffix = STEP.split("{}")
     names = [path.name[len(prefix) : -len(suffix)] for path in folder.glob(STEP.format("*"))]
     return sorted(int(name) for name in names if name.isdecimal())
-
-
-def _listed(options: set[str]) -> str:
-    return ", ".join(sorted(options)) or "none"

@@ -46,8 +46,19 @@ class PretrainConfig:
         epochs: Passes over the training images.
         max_steps: Stop after so many steps; the learning rate then ends its decay there.
         learning_rate: At its peak; not scaled by the batch size.
-        weight_decay: Applied to all parameters, as the SupCon authors do.
-        warmup_epochs: Epochs of linear warm-up before the cosine decay.
+        weight_decay: Applied to all parameters, as the SupCon authors do; but see the next one.
+        decay_norm_and_bias: Whether biases and norm layers decay, too, and with lars are adapted.
+            Default: true; with lars false.
+        optimizer: momentum: SGD with momentum 0.9; nesterov: the same with Nesterov's; lars: with
+            momentum 0.9 and trust coefficient 0.001; rmsprop: TensorFlow's, with momentum 0.9 and
+            eps 0.001; adamw.
+        clip_grad: Scale the gradient of all parameters together down to this norm. Default: never.
+        warmup_epochs: Epochs of linear warm-up before the schedule.
+        schedule: cosine: half a cosine to zero; step: times decay_rate at each of decay_epochs;
+            exponential: a little lower every step, times decay_rate per decay_epochs.
+        decay_rate: A factor of the learning rate (step and exponential only).
+        decay_epochs: step: the epochs, from the start of the run, after which the rate falls, such
+            as [700,800,900]; exponential: [how many epochs it takes to fall once].
         workers: Processes that load (and for imagefolder decode) images; 0: the main process. The
             results do not depend on it.
         device: auto takes cuda, then mps, then cpu.
@@ -79,7 +90,13 @@ class PretrainConfig:
     max_steps: int | None = None
     learning_rate: float = 0.2
     weight_decay: float = 5e-4
+    decay_norm_and_bias: bool | None = None
+    optimizer: Literal["momentum", "nesterov", "lars", "rmsprop", "adamw"] = "momentum"
+    clip_grad: float | None = None
     warmup_epochs: int = 4
+    schedule: Literal["cosine", "step", "exponential"] = "cosine"
+    decay_rate: float = 0.1
+    decay_epochs: list[float] | None = None
     workers: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     seed: int = 0
@@ -121,6 +138,7 @@ class PretrainConfig:
                 f"--warmup_epochs {self.warmup_epochs} contradicts --epochs {self.epochs}: "
                 "it must be smaller",
             ),
+            *self._schedule_rules(),
             (
                 self.name is None
                 or (self.name == Path(self.name).name and self.name not in ("", "..")),
@@ -133,6 +151,34 @@ class PretrainConfig:
             (self.seed < 2**63, f"--seed {self.seed}: must be less than 2**63"),
         ]
         return [sentence for holds, sentence in rules if not holds] + self._out_of_range()
+
+    def _schedule_rules(self) -> list[tuple[bool, str]]:
+        at = self.decay_epochs
+        cosine = self.schedule == "cosine"
+        return [
+            (
+                cosine or bool(at),
+                f"--schedule {self.schedule} needs --decay_epochs",
+            ),
+            (
+                not cosine or (at is None and self.decay_rate == PretrainConfig.decay_rate),
+                "--decay_epochs and --decay_rate contradict --schedule cosine",
+            ),
+            (
+                self.schedule != "exponential" or not at or (len(at) == 1 and at[0] > 0),
+                f"--decay_epochs {at}: --schedule exponential takes one number greater than 0",
+            ),
+            (
+                self.schedule != "step"
+                or not at
+                or (at == sorted(at) and self.warmup_epochs <= at[0]),
+                f"--decay_epochs {at}: must rise, from --warmup_epochs {self.warmup_epochs} on",
+            ),
+            (
+                0 < self.decay_rate <= 1,
+                f"--decay_rate {self.decay_rate}: must be greater than 0 and at most 1",
+            ),
+        ]
 
     def _resumes_itself(self) -> bool:
         path = Path(self.resume).resolve()
@@ -152,8 +198,8 @@ class PretrainConfig:
         ]
         return found + [
             f"--{option} {values[option]}: must be greater than 0"
-            for option in ("temperature", "learning_rate")
-            if not values[option] > 0
+            for option in ("temperature", "learning_rate", "clip_grad")
+            if values[option] is not None and not values[option] > 0
         ]
 
 

@@ -1,42 +1,74 @@
 """The optimiser and the learning rate of every step, both from timm."""
 
+from typing import Any
+
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
 from config import PretrainConfig
 
+# Of each --optimizer: its name in timm, whose "sgd" would be Nesterov's, and the options that
+# are not timm's defaults. RMSprop's eps is that of the SupCon authors.
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "momentum": ("momentum", {}),
+    "nesterov": ("nesterov", {}),
+    "lars": ("lars", {"trust_coeff": 0.001}),
+    "rmsprop": ("rmsproptf", {"eps": 1e-3}),
+    "adamw": ("adamw", {}),
+}
+
 
 def build_optimizer(model: nn.Module, config: PretrainConfig) -> Optimizer:
-    """SGD with momentum 0.9, not Nesterov (timm's "sgd" would be), decaying all parameters."""
-    return create_optimizer_v2(
-        model,
-        opt="momentum",
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        momentum=0.9,
-        filter_bias_and_bn=False,
-    )
+    """The optimiser that a config asks for, over all parameters.
+
+    They are one group, or two where biases and norm layers, all of one dimension, do not decay.
+    """
+    decay_all = config.decay_norm_and_bias
+    if decay_all is None:
+        decay_all = config.optimizer != "lars"
+    parameters = list(model.parameters())
+    decaying = [p for p in parameters if decay_all or p.ndim > 1]
+    others = [p for p in parameters if not decay_all and p.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": decaying, "weight_decay": config.weight_decay}]
+    if config.optimizer == "lars":
+        # Left to itself, timm's adapts nothing where nothing decays.
+        groups[0]["always_adapt"] = True
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
+    name, options = OPTIMIZERS[config.optimizer]
+    return create_optimizer_v2(groups, opt=name, lr=config.learning_rate, momentum=0.9, **options)
 
 
 def build_schedule(
     optimizer: Optimizer, config: PretrainConfig, steps_per_epoch: int, total_steps: int
-) -> CosineLRScheduler:
-    """Linear warm-up, then half a cosine to zero at `total_steps`.
+) -> Scheduler:
+    """Linear warm-up, then what --schedule says; a cosine is at zero after `total_steps`.
 
     `schedule.step_update(step)` before a step sets its learning rate from `step` alone, so a
     resumed run has no schedule to restore.
     """
     warmup_steps = min(config.warmup_epochs * steps_per_epoch, total_steps - 1)
-    return CosineLRScheduler(
-        optimizer,
-        # A single step is at the peak with either length; timm warns of a length of 1.
-        t_initial=max(total_steps - warmup_steps, 2),
-        warmup_t=warmup_steps,
+    options: dict[str, Any] = {
+        "warmup_t": warmup_steps,
         # A warm-up from zero would lose the first step.
-        warmup_lr_init=config.learning_rate / (warmup_steps + 1),
-        # Without it the cosine starts part-way down and the rate jumps where warm-up ends.
-        warmup_prefix=True,
-        t_in_epochs=False,
+        "warmup_lr_init": config.learning_rate / (warmup_steps + 1),
+        # Without it the schedule starts part-way down and the rate jumps where warm-up ends.
+        "warmup_prefix": True,
+        "t_in_epochs": False,
+    }
+    if config.schedule == "cosine":
+        # A single step is at the peak with either length; timm warns of a length of 1.
+        return CosineLRScheduler(optimizer, max(total_steps - warmup_steps, 2), **options)
+    assert config.decay_epochs
+    decay_steps = [epochs * steps_per_epoch for epochs in config.decay_epochs]
+    if config.schedule == "exponential":
+        factor = config.decay_rate ** (1 / decay_steps[0])
+        return StepLRScheduler(optimizer, decay_t=1, decay_rate=factor, **options)
+    # timm counts from the end of the warm-up, and lowers the rate one step before a milestone.
+    milestones = [round(steps) - warmup_steps + 1 for steps in decay_steps]
+    return MultiStepLRScheduler(
+        optimizer, decay_t=milestones, decay_rate=config.decay_rate, **options
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from augment import Views, build_views
 from checkpoint import (
@@ -145,6 +145,8 @@ def pretrain(config: PretrainConfig) -> Path:
                     loss = contrastive_loss(model, views, images, labels, state.step, config)
                     optimizer.zero_grad()
                     loss.backward()
+                    if config.clip_grad is not None:
+                        nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
                     optimizer.step()
                     state.step += 1
                     report.step(state, optimizer, loss)
