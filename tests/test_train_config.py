@@ -67,6 +67,13 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--schedule", "step", "--decay_epochs", "[9,7]"], "[9.0, 7.0]: must rise"),
         (["--schedule", "step", "--decay_epochs", "[2]"], "from --warmup_epochs 4 on"),
         (["--schedule", "step", "--decay_epochs", "[9]", "--decay_rate", "0"], "--decay_rate 0.0"),
+        (["--pretrained", "true"], "--pretrained contradicts --stem small"),
+        (
+            ["--pretrained", "true", "--stem", "standard", "--init_from", "x"],
+            "contradicts --init_from",
+        ),
+        (["--std", "[0.5,0,1]"], "--std [0.5, 0.0, 1.0]: must be greater than 0"),
+        (["--in_chans", "2"], "in_chans"),
         (["--stem", "standard", "--width", "32"], "--width contradicts --stem standard"),
         (["--name", "a/b"], "--name a/b"),
         (["--name", ".."], "--name ..: a folder name"),

@@ -114,6 +114,10 @@ def test_cifar10_through_torchvision(tmp_path, monkeypatch):
     data = load_data(PretrainConfig(dataset="cifar10", data_root=str(tmp_path)))
     assert torch.equal(data.train.images, torch.from_numpy(pixels.reshape(10, 3, 32, 32)))
     assert data.classes == names and data.channels == 3
+    grey = load_data(PretrainConfig(dataset="cifar10", data_root=str(tmp_path), in_chans=1))
+    luma = (data.test.images * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, True)
+    assert torch.equal(grey.test.images, luma.round().to(torch.uint8))
+    assert (grey.channels, len(grey.mean)) == (1, 1)
 
 
 def test_digits_split_is_stratified_and_fixed():
@@ -192,6 +196,30 @@ def test_imagefolder_sizes_and_colours(tmp_path):
     assert data.classes == ["green", "red"] and labels.tolist() == [0, 1]
     red = images.float().mean((2, 3))[:, 0]
     assert red[0] > red[1] + 30, "the second class written is the redder one"
+
+
+def test_in_chans_makes_images_grey_or_repeats_them(tmp_path):
+    grey, colour = (load_data(PretrainConfig(in_chans=channels)) for channels in (1, 3))
+    assert colour.channels == len(colour.mean) == 3
+    assert torch.equal(colour.test.images, grey.test.images.expand(-1, 3, -1, -1))
+    assert colour.mean == grey.mean * 3
+
+    write_images(tmp_path, {"cat": 4, "dog": 4}, size=(16, 16))
+    options = {"dataset": f"imagefolder:{tmp_path}", "val_fraction": 0.5, "image_size": 14}
+    in_colour, in_grey = (load_data(PretrainConfig(in_chans=c, **options)) for c in (3, 1))
+    assert (in_grey.channels, len(in_grey.mean), len(in_grey.std)) == (1, 1, 1)
+    assert in_grey.mean[0] == pytest.approx(0.459, abs=1e-3)
+    (colours, _), (greys, _) = in_colour.test[[0, 1]], in_grey.test[[0, 1]]
+    assert greys.shape == (2, 1, 16, 16)
+    luma = (colours.float() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, True)
+    assert (greys - luma).abs().max() <= 1
+
+
+def test_mean_and_std_of_the_user_are_used():
+    data = load_data(PretrainConfig(mean=[0.25], std=[0.5]))
+    assert (data.mean, data.std) == ([0.25], [0.5])
+    with pytest.raises(UserError, match=r"--std \[0\.5, 0\.5, 0\.5\]: the images have 1 channels"):
+        load_data(PretrainConfig(std=[0.5] * 3))
 
 
 def test_imagefolder_needs_val_or_fraction(tmp_path):

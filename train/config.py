@@ -34,6 +34,11 @@ class PretrainConfig:
         image_size: Side of the images that the encoder sees, in pixels. Default: the data set's
             own (digits: 16); imagefolder: 64.
         val_fraction: imagefolder without val/: the share of every class to hold out.
+        in_chans: Channels that the network sees: 1 makes colour images grey, 3 repeats grey ones.
+            Default: the data set's own; imagefolder: 3.
+        mean: Of each channel, subtracted from pixels in [0, 1], such as [0.5]. Default: the
+            training images' own; imagefolder: ImageNet's.
+        std: Of each channel, to divide by. Default: as for mean.
         augment: The random views. auto: digits for the data set digits, otherwise simclr.
         method: supcon: images of one class attract each other; simclr: only the two views of an
             image do (labels are not used in training).
@@ -42,6 +47,11 @@ class PretrainConfig:
             any model of timm by name.
         stem: small: 3x3 at stride 1, for images up to about 64 pixels; standard: the model's own.
         width: Channels of the first stage, doubled at each of the next three (small stem only).
+        head: Between encoder and loss. mlp: two layers; linear: one, as the paper's ImageNet recipe.
+        normalize_embedding: The head sees embeddings of length 1, as in that recipe.
+        pretrained: Start from timm's weights for the model, downloaded (standard stem only).
+        init_from: Start from the encoder of another run of the same model: PATH of its checkpoint,
+            its encoder.safetensors, or its folder (its last.pt).
         batch_size: Images per step; each is seen in two views.
         epochs: Passes over the training images.
         max_steps: Stop after so many steps; the learning rate then ends its decay there.
@@ -79,12 +89,19 @@ class PretrainConfig:
     data_root: str | None = None
     image_size: int | None = None
     val_fraction: float | None = None
+    in_chans: Literal[1, 3] | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     augment: Literal["auto", "digits", "simclr"] = "auto"
     method: Literal["supcon", "simclr"] = "supcon"
     temperature: float = 0.1
     model: str = "resnet18"
     stem: Literal["small", "standard"] = "small"
     width: int = 16
+    head: Literal["mlp", "linear"] = "mlp"
+    normalize_embedding: bool = False
+    pretrained: bool = False
+    init_from: str | None = None
     batch_size: int = 128
     epochs: int = 60
     max_steps: int | None = None
@@ -132,6 +149,19 @@ class PretrainConfig:
             (
                 self.stem == "small" or self.width == PretrainConfig.width,
                 "--width contradicts --stem standard: the model's own channels are used",
+            ),
+            (
+                self.stem == "standard" or not self.pretrained,
+                "--pretrained contradicts --stem small, which timm has no weights for: "
+                "use --stem standard",
+            ),
+            (
+                self.init_from is None or not self.pretrained,
+                "--pretrained contradicts --init_from: the weights come from one of them",
+            ),
+            (
+                self.std is None or min(self.std, default=0) > 0,
+                f"--std {self.std}: must be greater than 0",
             ),
             (
                 self.warmup_epochs < self.epochs,

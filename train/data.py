@@ -19,11 +19,12 @@ from seeds import seed_of
 
 
 class FolderImages:
-    """Image files decoded when asked for: shorter side to `size`, centre square, RGB."""
+    """Image files decoded when asked for: shorter side to `size`, centre square, RGB or grey."""
 
-    def __init__(self, paths: list[str], size: int) -> None:
+    def __init__(self, paths: list[str], size: int, channels: int = 3) -> None:
         self.paths = paths
         self.size = size
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -35,6 +36,7 @@ class FolderImages:
         try:
             with Image.open(path) as file:
                 image = _to_rgb(file)
+                image = image if self.channels == 3 else image.convert("L")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"cannot read the image {path}: {error}") from error
         image = transforms.resize(image, [self.size], antialias=True)
@@ -71,7 +73,9 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
         if isinstance(self.images, Tensor):
             return Split(self.images[indices], self.labels[indices])
         paths = [self.images.paths[index] for index in indices]
-        return Split(FolderImages(paths, self.images.size), self.labels[indices])
+        return Split(
+            FolderImages(paths, self.images.size, self.images.channels), self.labels[indices]
+        )
 
 
 @dataclass(frozen=True, eq=False)

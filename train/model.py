@@ -3,6 +3,7 @@
 from typing import Any
 
 import timm
+import torch.nn.functional as F
 from timm.models import register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
@@ -22,22 +23,36 @@ SMALL_STEM_DEPTHS: dict[int, tuple[Any, tuple[int, ...]]] = {
 
 
 class Embedder(nn.Module):
-    """An encoder and the projection head that only the loss sees."""
+    """An encoder and the projection head that only the loss sees.
 
-    def __init__(self, encoder: nn.Module) -> None:
+    Args:
+        encoder: (N, C, s, s) images to (N, encoder.num_features).
+        head: "mlp", two layers with the encoder's width between them, or "linear", one.
+        normalize: whether the head sees embeddings scaled to length 1.
+    """
+
+    def __init__(self, encoder: nn.Module, *, head: str = "mlp", normalize: bool = False) -> None:
         super().__init__()
         num_features = encoder.num_features
         assert isinstance(num_features, int)
         self.encoder = encoder
-        self.head = nn.Sequential(
-            nn.Linear(num_features, num_features),
-            nn.ReLU(inplace=True),
-            nn.Linear(num_features, PROJECTION_DIM),
-        )
+        self.normalize = normalize
+        self.head: nn.Module
+        if head == "linear":
+            self.head = nn.Linear(num_features, PROJECTION_DIM)
+        else:
+            self.head = nn.Sequential(
+                nn.Linear(num_features, num_features),
+                nn.ReLU(inplace=True),
+                nn.Linear(num_features, PROJECTION_DIM),
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """Project (N, C, s, s) images to (N, 128); the loss normalises them."""
-        projected: Tensor = self.head(self.encoder(images))
+        embedded = self.encoder(images)
+        if self.normalize:
+            embedded = F.normalize(embedded, dim=1)
+        projected: Tensor = self.head(embedded)
         return projected
 
 
@@ -84,6 +99,7 @@ def encoder_recipe(config: PretrainConfig, *, channels: int) -> tuple[str, dict[
 
 
 def build_model(config: PretrainConfig, *, channels: int) -> Embedder:
-    """The network that a config asks for, for images of so many channels."""
+    """The network that a config asks for, for images of so many channels, not yet trained."""
     name, options = encoder_recipe(config, channels=channels)
-    return Embedder(timm.create_model(name, **options))
+    encoder = timm.create_model(name, **options)
+    return Embedder(encoder, head=config.head, normalize=config.normalize_embedding)

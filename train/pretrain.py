@@ -33,6 +33,7 @@ from checkpoint import (
 from config import PretrainConfig, parse, pick_device, run_script, to_yaml
 from data import ImageData, training_batches
 from durable import replace_file, replace_text, room_needed
+from encoder import load_first_weights
 from knn import embed, encode_stored, knn_accuracy, pixels
 from model import Embedder, build_model, encoder_recipe
 from optim import build_optimizer, build_schedule
@@ -97,6 +98,8 @@ def pretrain(config: PretrainConfig) -> Path:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         set_random_state(saved["random_state"], device)
+    else:
+        load_first_weights(model.encoder, config, channels=data.channels)
 
     with (
         room_needed(folder),

@@ -5,6 +5,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ DIGITS_SIZE = 16
 DIGITS_TEST_FRACTION = 0.25
 FOLDER_SIZE = 64
 DATA_ROOT = "data"
+# What each of red, green and blue adds to grey (ITU-R 601-2, as Pillow has it).
+LUMA = (0.299, 0.587, 0.114)
 
 
 def load_data(config: PretrainConfig) -> ImageData:
@@ -35,7 +38,7 @@ def load_data(config: PretrainConfig) -> ImageData:
     """
     name, _, path = config.dataset.partition(":")
     if name == "imagefolder":
-        data = _image_folder(Path(path), config.image_size, config.val_fraction)
+        data = _image_folder(Path(path), config)
     else:
         readers: dict[str, Callable[[Path], tuple[Split, Split, list[str]]]] = {
             "digits": lambda root: _digits(),
@@ -44,7 +47,11 @@ def load_data(config: PretrainConfig) -> ImageData:
             "cifar100": lambda root: _cifar(CIFAR100, root),
         }
         train, test, classes = readers[name](Path(config.data_root or DATA_ROOT))
-        data = _in_memory(train, test, classes, config.image_size)
+        data = _in_memory(train, test, classes, config)
+    data = replace(data, mean=config.mean or data.mean, std=config.std or data.std)
+    for option, values in (("mean", data.mean), ("std", data.std)):
+        if len(values) != data.channels:
+            raise UserError(f"--{option} {values}: the images have {data.channels} channels")
     _check_classes(data, config)
     return data
 
@@ -149,17 +156,18 @@ def _fetch(kind: type[CIFAR10] | type[FashionMNIST], root: Path, wanted: str) ->
         ) from error
 
 
-def _in_memory(train: Split, test: Split, classes: list[str], size: int | None) -> ImageData:
+def _in_memory(train: Split, test: Split, classes: list[str], config: PretrainConfig) -> ImageData:
     assert isinstance(train.images, Tensor) and isinstance(test.images, Tensor)
-    size = size or train.images.shape[-1]
-    images = _resize(train.images, size)
+    size = config.image_size or train.images.shape[-1]
+    channels = config.in_chans or train.images.shape[1]
+    images = _with_channels(_resize(train.images, size), channels)
     mean, std = _mean_and_std(images)
     return ImageData(
         Split(images, train.labels),
-        Split(_resize(test.images, size), test.labels),
+        Split(_with_channels(_resize(test.images, size), channels), test.labels),
         classes,
         size,
-        images.shape[1],
+        channels,
         mean,
         std,
     )
@@ -175,6 +183,16 @@ def _resize(images: Tensor, size: int) -> Tensor:
     return torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
 
 
+def _with_channels(images: Tensor, channels: int) -> Tensor:
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.expand(-1, 3, -1, -1)
+    weights = torch.tensor(LUMA).view(3, 1, 1)
+    parts = [(part * weights).sum(1, keepdim=True) for part in images.split(4096)]
+    return torch.cat([part.round().to(torch.uint8) for part in parts])
+
+
 def _mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
     # From the histogram of byte values: exact, without a float copy of the set.
     values = torch.arange(256, dtype=torch.float64) / 255
@@ -187,8 +205,10 @@ def _mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
     return means, stds
 
 
-def _image_folder(root: Path, size: int | None, val_fraction: float | None) -> ImageData:
-    size = size or FOLDER_SIZE
+def _image_folder(root: Path, config: PretrainConfig) -> ImageData:
+    size = config.image_size or FOLDER_SIZE
+    channels = config.in_chans or 3
+    val_fraction = config.val_fraction
     # Decoded an eighth larger than the network sees, so that crops need not be scaled up.
     stored = size * 8 // 7
     if not root.is_dir():
@@ -196,29 +216,33 @@ def _image_folder(root: Path, size: int | None, val_fraction: float | None) -> I
     if (root / "val").is_dir():
         if val_fraction is not None:
             raise UserError(f"--val_fraction contradicts {root / 'val'}, which is there")
-        train, classes = _read_folder(root / "train", stored)
-        test, test_classes = _read_folder(root / "val", stored)
+        train, classes = _read_folder(root / "train", stored, channels)
+        test, test_classes = _read_folder(root / "val", stored, channels)
         if classes != test_classes:
             odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
             raise UserError(f"{root}: train/ and val/ differ in the classes {odd}")
     elif val_fraction is None:
         raise UserError(f"{root} has no val/ folder: hold images out by --val_fraction 0.1")
     else:
-        whole, classes = _read_folder(root / "train" if (root / "train").is_dir() else root, stored)
+        folder = root / "train" if (root / "train").is_dir() else root
+        whole, classes = _read_folder(folder, stored, channels)
         stay, held_out = stratified_split(whole.labels, val_fraction)
         if not held_out:
             raise UserError(f"{root}: no class has an image to spare for --val_fraction")
         train, test = whole.take(stay), whole.take(held_out)
     mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
-    return ImageData(train, test, classes, size, 3, mean, std)
+    if channels == 1:
+        # Of ImageNet in grey, as if its channels moved together.
+        mean, std = ([sum(w * v for w, v in zip(LUMA, values))] for values in (mean, std))
+    return ImageData(train, test, classes, size, channels, mean, std)
 
 
-def _read_folder(folder: Path, size: int) -> tuple[Split, list[str]]:
+def _read_folder(folder: Path, size: int, channels: int) -> tuple[Split, list[str]]:
     try:
         found = ImageFolder(folder)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"imagefolder {folder}: {error}") from error
-    images = FolderImages([path for path, _ in found.samples], size)
+    images = FolderImages([path for path, _ in found.samples], size, channels)
     return Split(images, torch.tensor(found.targets)), found.classes
 
 

@@ -1,0 +1,117 @@
+"""An encoder by itself: the weights that a run starts from, and what its head makes of it."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train_fixtures  # noqa: F401  puts train/ on the path
+from config import PretrainConfig, UserError
+from encoder import load_first_weights, read_encoder
+from model import build_model
+from train_fixtures import pretrain, weights
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One step on digits."""
+    return pretrain(tmp_path_factory.mktemp("runs"), "--max_steps", 1)
+
+
+def test_linear_head_sees_embeddings_of_length_one():
+    config = PretrainConfig(model="resnet10", width=4, head="linear", normalize_embedding=True)
+    model = build_model(config, channels=1).eval()
+    images = torch.rand(3, 1, 8, 8)
+    embedded = model.encoder(images)
+    expected = (embedded / embedded.norm(dim=1, keepdim=True)) @ model.head.weight.T
+    assert (embedded.norm(dim=1) - 1).abs().min() > 0.01
+    torch.testing.assert_close(model(images), expected + model.head.bias)
+
+
+@pytest.mark.parametrize("source", ["last.pt", "encoder.safetensors", "."])
+def test_init_from_starts_with_the_encoder_of_another_run(run, tmp_path, monkeypatch, source):
+    import pretrain as script
+
+    started = []
+
+    def describe(*arguments):
+        # What the first step of the new run begins with.
+        started.append({key: value.clone() for key, value in built[0].state_dict().items()})
+        return original(*arguments)
+
+    built = []
+    monkeypatch.setattr(
+        script, "build_model", lambda *a, **k: built.append(build_model(*a, **k)) or built[0]
+    )
+    original = script.describe
+    monkeypatch.setattr(script, "describe", describe)
+    options = ("--seed", 1, "--head", "linear", "--init_from", run / source)
+    other = pretrain(tmp_path, "--max_steps", 1, *options)
+    trained = weights(run)
+    for key, value in started[0].items():
+        if key.startswith("encoder."):
+            assert torch.equal(value, trained[key])
+            assert torch.equal(load_file(run / "encoder.safetensors")[key[8:]], value)
+    # Gone on with, it takes nothing from there once more.
+    monkeypatch.setattr(script, "load_first_weights", None)
+    pretrain(tmp_path, "--max_steps", 1, *options, "--resume", other)
+
+
+@pytest.mark.parametrize("source", ["last.pt", "encoder.safetensors"])
+def test_init_from_another_model_names_what_differs(run, source):
+    def start(channels=1, **options):
+        config = PretrainConfig(init_from=str(run / source), **options)
+        load_first_weights(
+            build_model(config, channels=channels).encoder, config, channels=channels
+        )
+
+    start(model="resnet10", width=4)
+    with pytest.raises(
+        UserError, match=r"another model: depth is 10, here 18, width is 4, here 8$"
+    ):
+        start(model="resnet18", width=8)
+    with pytest.raises(UserError, match=r"--init_from .*in_chans is 1, here 3$"):
+        start(channels=3, model="resnet10", width=4)
+    with pytest.raises(UserError, match="model is small_stem_resnet, here resnet10t"):
+        start(model="resnet10t", stem="standard")
+
+
+def test_unfit_files_to_start_from_are_named(tmp_path):
+    foreign, damaged = tmp_path / "foreign.safetensors", tmp_path / "damaged.safetensors"
+    save_file({"weight": torch.zeros(1)}, foreign)
+    damaged.write_bytes(foreign.read_bytes()[:20])
+    for path, message in (
+        (foreign, "was not written by pretrain"),
+        (damaged, "cannot read the encoder"),
+        (tmp_path / "none.safetensors", "there is no encoder"),
+        (tmp_path / "none.pt", "there is no checkpoint"),
+        (tmp_path, "there is no checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message) as raised:
+            read_encoder(path)
+        assert str(path) in str(raised.value)
+
+
+def test_pretrained_takes_the_weights_that_timm_loads(monkeypatch):
+    def fill(model, **options):
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, 0.5)
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", fill)
+    config = PretrainConfig(model="resnet10t", stem="standard", pretrained=True)
+    model = build_model(config, channels=1)
+    untouched = [parameter.clone() for parameter in model.head.parameters()]
+    assert not all((parameter == 0.5).all() for parameter in model.encoder.parameters())
+    load_first_weights(model.encoder, config, channels=1)
+    assert all((parameter == 0.5).all() for parameter in model.encoder.parameters())
+    assert all(map(torch.equal, model.head.parameters(), untouched))
+
+
+def test_pretrained_weights_that_cannot_be_fetched(monkeypatch):
+    def no_network(model, **options):
+        raise OSError("Name or service\nnot known")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", no_network)
+    config = PretrainConfig(model="resnet10t", stem="standard", pretrained=True)
+    encoder = build_model(config, channels=3).encoder
+    with pytest.raises(UserError, match=r"--pretrained: .*resnet10t .*\(Name or service not known"):
+        load_first_weights(encoder, config, channels=3)

@@ -1,0 +1,79 @@
+"""The weights of an encoder by themselves: where a run may take its first ones from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from checkpoint import LAST, load_checkpoint
+from config import PretrainConfig, UserError
+from model import encoder_recipe
+
+PREFIX = "encoder."
+
+
+def load_first_weights(encoder: nn.Module, config: PretrainConfig, *, channels: int) -> None:
+    """Give a new run's encoder the weights that --pretrained or --init_from names, if any.
+
+    Raises:
+        UserError: they cannot be had, or are those of another model.
+    """
+    name, options = encoder_recipe(config, channels=channels)
+    if config.pretrained:
+        try:
+            trained = timm.create_model(name, pretrained=True, **options)
+        except Exception as error:
+            raise UserError(
+                f"--pretrained: timm's weights for --model {name} could not be had "
+                f"({' '.join(str(error).split())}); where there is no network, start without "
+                "them or from a file by --init_from"
+            ) from error
+        encoder.load_state_dict(trained.state_dict())
+    if config.init_from is not None:
+        theirs, weights = read_encoder(Path(config.init_from))
+        ours = {"model": name, **options}
+        if differences := [
+            f"{key} is {theirs.get(key)}, here {ours.get(key)}"
+            for key in ours | theirs
+            if ours.get(key) != theirs.get(key)
+        ]:
+            raise UserError(
+                f"--init_from {config.init_from} holds another model: {', '.join(differences)}"
+            )
+        encoder.load_state_dict(weights)
+
+
+def read_encoder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the encoder of a run from a checkpoint, its encoder.safetensors or its folder.
+
+    Returns:
+        The arguments of timm.create_model that build it, and its weights.
+
+    Raises:
+        UserError: there is no such file, it cannot be read, or pretrain.py did not write it.
+    """
+    path = path / LAST if path.is_dir() else path
+    if path.suffix != ".safetensors":
+        saved = load_checkpoint(path)
+        config = PretrainConfig(**saved["config"])
+        name, options = encoder_recipe(config, channels=saved["data"]["channels"])
+        weights = {
+            key.removeprefix(PREFIX): value
+            for key, value in saved["model"].items()
+            if key.startswith(PREFIX)
+        }
+        return {"model": name, **options}, weights
+    if not path.is_file():
+        raise UserError(f"there is no encoder {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read the encoder {path}: {error}") from error
+    if "model" not in about or "options" not in about:
+        raise UserError(f"{path} was not written by pretrain.py")
+    return {"model": about["model"], **json.loads(about["options"])}, weights
