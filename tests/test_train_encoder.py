@@ -1,14 +1,25 @@
-"""An encoder by itself: the weights that a run starts from, and what its head makes of it."""
+"""An encoder by itself: the weights that a run starts from, its head, and what loads it again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_data_config
+from torchvision.transforms.v2 import functional as transforms
 
 import train_fixtures  # noqa: F401  puts train/ on the path
+from augment import build_views
 from config import PretrainConfig, UserError
-from encoder import load_first_weights, read_encoder
+from encoder import load_first_weights, read_encoder, write_encoder
+from knn import encode_stored
 from model import build_model
-from train_fixtures import pretrain, weights
+from sources import load_data
+from train_fixtures import pretrain, weights, write_images
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +126,77 @@ def test_pretrained_weights_that_cannot_be_fetched(monkeypatch):
     encoder = build_model(config, channels=3).encoder
     with pytest.raises(UserError, match=r"--pretrained: .*resnet10t .*\(Name or service not known"):
         load_first_weights(encoder, config, channels=3)
+
+
+# In a process that knows nothing of train/.
+LOAD_SMALL_STEM = """
+import sys
+import supcon_kernels
+assert "timm" not in sys.modules
+import supcon_kernels.small_stem
+import timm, torch
+network = timm.create_model(f"local-dir:{sys.argv[1]}/export", pretrained=True)
+named = timm.create_model("small_stem_resnet", depth=10, width=4, in_chans=1, num_classes=0)
+named.load_state_dict(network.state_dict())
+torch.save([network.state_dict(), named.eval()(torch.ones(1, 1, 8, 8))], sys.argv[2])
+"""
+
+
+def test_export_of_a_small_stem_is_loaded_by_timm_to_the_bit(run, tmp_path):
+    saved = tmp_path / "loaded.pt"
+    root = str(Path(__file__).resolve().parent.parent)
+    command = [sys.executable, "-c", LOAD_SMALL_STEM, str(run), str(saved)]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root})
+    loaded, output = torch.load(saved)
+    trained = load_file(run / "encoder.safetensors")
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[key], trained[key]) for key in trained)
+    model = build_model(PretrainConfig(model="resnet10", width=4), channels=1).eval()
+    model.load_state_dict(weights(run))
+    assert torch.equal(output, model.encoder(torch.ones(1, 1, 8, 8)))
+
+
+def test_small_stem_has_no_weights_and_no_other_depths(caplog):
+    with pytest.raises(ValueError, match=r"one of \[10, 18, .*\], not 11"):
+        timm.create_model("small_stem_resnet", depth=11)
+    with pytest.raises(RuntimeError, match="pretrained"):
+        timm.create_model("small_stem_resnet", pretrained=True, width=4)
+    timm.create_model("small_stem_resnet", depth=10, width=4)
+    assert not [record for record in caplog.records if "configuration" in record.message]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{"model": "resnet10t", "stem": "standard"}, {"model": "resnet10", "width": 4}],
+    ids=["standard", "small"],
+)
+def test_export_rebuilds_encoder_and_input(tmp_path, channels, options):
+    write_images(tmp_path / "images", {"cat": 2, "dog": 2}, size=(40, 40))
+    config = PretrainConfig(
+        dataset=f"imagefolder:{tmp_path / 'images'}",
+        val_fraction=0.5,
+        image_size=35,
+        in_chans=channels,
+        **options,
+    )
+    data = load_data(config)
+    model = build_model(config, channels=channels).eval()
+    # Trained weights: batch statistics that are not those of a fresh network.
+    model.encoder.train()(torch.rand(2, channels, 35, 35))
+    write_encoder(tmp_path, model.encoder, config, data)
+
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()
+    expected = model.encoder.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+    images, _ = data.test[[0, 1]]
+    seen = build_views(config, data).plain(images)
+    assert torch.equal(loaded(seen), encode_stored(model, build_views(config, data), images))
+
+    # The input that timm makes of an image of the stored size is the one that we make.
+    pictures = [transforms.to_pil_image(image) for image in images]
+    prepare = create_transform(**resolve_data_config({}, model=loaded))
+    torch.testing.assert_close(torch.stack([prepare(picture) for picture in pictures]), seen)
+    classifier = timm.create_model(f"local-dir:{tmp_path / 'export'}", True, num_classes=7)
+    assert classifier(seen).shape == (2, 7)

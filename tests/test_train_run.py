@@ -22,6 +22,7 @@ ARTEFACTS = {
     "step-10.pt",
     "step-15.pt",
     "encoder.safetensors",
+    "export",
     "curves.png",
     "embedding.png",
     "tensorboard",

@@ -1,4 +1,4 @@
-"""The weights of an encoder by themselves: where a run may take its first ones from."""
+"""The weights of an encoder in files: where a run takes its first ones from and leaves its last."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,18 @@ from typing import Any
 
 import timm
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from checkpoint import LAST, load_checkpoint
 from config import PretrainConfig, UserError
+from data import FolderImages, ImageData
+from durable import link_file, replace_file, replace_text
 from model import encoder_recipe
 
 PREFIX = "encoder."
+ENCODER = "encoder.safetensors"
+EXPORT = "export"
 
 
 def load_first_weights(encoder: nn.Module, config: PretrainConfig, *, channels: int) -> None:
@@ -77,3 +82,57 @@ def read_encoder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if "model" not in about or "options" not in about:
         raise UserError(f"{path} was not written by pretrain.py")
     return {"model": about["model"], **json.loads(about["options"])}, weights
+
+
+def write_encoder(
+    folder: Path, encoder: nn.Module, config: PretrainConfig, data: ImageData
+) -> None:
+    """Write encoder.safetensors, and export/ for `timm.create_model("local-dir:.../export")`.
+
+    Either says from what arguments timm builds the encoder and how an image is made its input. A
+    small stem is built after `import supcon_kernels.small_stem`.
+    """
+    name, options = encoder_recipe(config, channels=data.channels)
+    about = {
+        "options": options,
+        "image_size": data.image_size,
+        "mean": data.mean,
+        "std": data.std,
+    }
+    # Every value but the name is JSON.
+    metadata = {"model": name, **{key: json.dumps(value) for key, value in about.items()}}
+    weights = {key: value.contiguous() for key, value in encoder.state_dict().items()}
+    packed = save(weights, {"format": "pt", **metadata})
+    replace_file(folder / ENCODER, lambda file: file.write(packed))
+
+    export = folder / EXPORT
+    export.mkdir(exist_ok=True)
+    link_file(folder / ENCODER, export / "model.safetensors")
+    replace_text(export / "config.json", json.dumps(_timm_config(encoder, name, options, data)))
+
+
+def _timm_config(
+    encoder: nn.Module, name: str, options: dict[str, Any], data: ImageData
+) -> dict[str, Any]:
+    images = data.train.images
+    stored = images.size if isinstance(images, FolderImages) else images.shape[-1]
+    of_model: Any = encoder.pretrained_cfg
+    # Whoever gives it a number of classes again needs the names of the layers that change.
+    kept = {key: of_model[key] for key in ("first_conv", "classifier") if of_model.get(key)}
+    return {
+        "architecture": name.partition(".")[0],
+        "num_classes": options["num_classes"],
+        "num_features": encoder.num_features,
+        "model_args": options,
+        "pretrained_cfg": kept
+        | {
+            "num_classes": options["num_classes"],
+            "input_size": [data.channels, data.image_size, data.image_size],
+            "fixed_input_size": bool(of_model.get("fixed_input_size")),
+            "interpolation": "bilinear",
+            "crop_pct": data.image_size / stored,
+            "crop_mode": "center",
+            "mean": data.mean,
+            "std": data.std,
+        },
+    }

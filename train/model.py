@@ -1,25 +1,15 @@
-"""The networks: an encoder from timm, with a stem for small images, and the projection head."""
+"""The networks: an encoder from timm, its own or with our small stem, and the projection head."""
 
 from typing import Any
 
 import timm
 import torch.nn.functional as F
-from timm.models import register_model
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from config import PretrainConfig, UserError
+from supcon_kernels.small_stem import SMALL_STEM_DEPTHS
 
 PROJECTION_DIM = 128
-SMALL_STEM_DEPTHS: dict[int, tuple[Any, tuple[int, ...]]] = {
-    10: (BasicBlock, (1, 1, 1, 1)),
-    18: (BasicBlock, (2, 2, 2, 2)),
-    34: (BasicBlock, (3, 4, 6, 3)),
-    50: (Bottleneck, (3, 4, 6, 3)),
-    101: (Bottleneck, (3, 4, 23, 3)),
-    152: (Bottleneck, (3, 8, 36, 3)),
-    200: (Bottleneck, (3, 24, 36, 3)),
-}
 
 
 class Embedder(nn.Module):
@@ -54,33 +44,6 @@ class Embedder(nn.Module):
             embedded = F.normalize(embedded, dim=1)
         projected: Tensor = self.head(embedded)
         return projected
-
-
-@register_model
-def small_stem_resnet(
-    pretrained: bool = False, *, depth: int = 18, width: int = 64, **options: Any
-) -> ResNet:
-    """timm's ResNet with a first convolution of 3x3 at stride 1 and no pooling after it.
-
-    Args:
-        pretrained: there are no weights to load; must be False.
-        depth: one of SMALL_STEM_DEPTHS.
-        width: channels of the first stage (before a bottleneck's expansion).
-        options: of timm's ResNet, such as in_chans and num_classes.
-    """
-    assert not pretrained
-    block, layers = SMALL_STEM_DEPTHS[depth]
-    channels = (width, 2 * width, 4 * width, 8 * width)
-    for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        options.pop(unused, None)
-    network: Any = ResNet(block, layers, channels=channels, **options)
-    stem = network.conv1
-    assert isinstance(stem, nn.Conv2d)
-    network.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False)
-    network.maxpool = nn.Identity()
-    network.init_weights()
-    built: ResNet = network
-    return built
 
 
 def encoder_recipe(config: PretrainConfig, *, channels: int) -> tuple[str, dict[str, Any]]:

@@ -18,7 +18,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from augment import Views, build_views
@@ -32,10 +31,10 @@ from checkpoint import (
 )
 from config import PretrainConfig, parse, pick_device, run_script, to_yaml
 from data import ImageData, training_batches
-from durable import replace_file, replace_text, room_needed
-from encoder import load_first_weights
+from durable import replace_text, room_needed
+from encoder import ENCODER, EXPORT, load_first_weights, write_encoder
 from knn import embed, encode_stored, knn_accuracy, pixels
-from model import Embedder, build_model, encoder_recipe
+from model import Embedder, build_model
 from optim import build_optimizer, build_schedule
 from pictures import MAX_POINTS, draw_curves, draw_embedding
 from report import Report
@@ -214,14 +213,7 @@ def write_results(
     model: Embedder,
 ) -> None:
     """Write the encoder and the numbers, and say where everything is."""
-    # With its metadata alone timm.create_model rebuilds the encoder (small_stem_resnet: after
-    # `import model`) and an image is made its input; every value but the name is JSON.
-    name, options = encoder_recipe(config, channels=data.channels)
-    inputs = {"image_size": data.image_size, "mean": data.mean, "std": data.std}
-    metadata = {key: json.dumps(value) for key, value in {"options": options, **inputs}.items()}
-    encoder = {key: value.contiguous() for key, value in model.encoder.state_dict().items()}
-    packed = save(encoder, {"model": name, **metadata})
-    replace_file(folder / "encoder.safetensors", lambda file: file.write(packed))
+    write_encoder(folder, model.encoder, config, data)
     numbers = {
         "knn_accuracy": state.accuracy,
         "knn_raw_pixels": state.raw_pixels,
@@ -234,7 +226,7 @@ def write_results(
         f"\nk-NN {state.accuracy:.2%} on {len(data.test)} test images "
         f"(raw pixels {state.raw_pixels:.2%}, untrained encoder {state.untrained:.2%})\n"
         f"checkpoint    {folder / LAST}\n"
-        f"encoder       {folder / 'encoder.safetensors'}\n"
+        f"encoder       {folder / ENCODER}  {folder / EXPORT}\n"
         f"pictures      {folder / 'curves.png'}  {folder / 'embedding.png'}\n"
         f"numbers       {folder / 'results.json'}  {folder / 'metrics.csv'}\n"
         f"linear stage  python train/linear.py --checkpoint {shlex.quote(str(folder / LAST))}"
