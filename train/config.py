@@ -1,4 +1,4 @@
-"""The options of both scripts: typed dataclasses, read from the command line and from YAML.
+"""The options of the scripts: typed dataclasses, read from the command line and from YAML.
 
 Also the one exception that stands for a mistake of the user, printed without a traceback.
 """
@@ -263,7 +263,36 @@ class LinearConfig:
         return [sentence for holds, sentence in rules if not holds]
 
 
-Config = TypeVar("Config", PretrainConfig, LinearConfig)
+@dataclass
+class EmbedConfig:
+    """The options of embed.py.
+
+    Args:
+        checkpoint: last.pt or best.pt of a run of pretrain.py, or the run's folder (its last.pt).
+        images: A folder of images, or of a folder per class.
+        output: The .npz file to write.
+        workers: Processes that decode images.
+        device: auto takes cuda, then mps, then cpu.
+    """
+
+    checkpoint: str
+    images: str
+    output: str
+    workers: int = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+    def mistakes(self) -> list[str]:
+        """What is out of range, one sentence each."""
+        output = Path(self.output)
+        rules = [
+            (output.suffix == ".npz", f"--output {output}: the name of a .npz file is needed"),
+            (output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}"),
+            (self.workers >= 0, f"--workers {self.workers}: must be at least 0"),
+        ]
+        return [sentence for holds, sentence in rules if not holds]
+
+
+Config = TypeVar("Config", PretrainConfig, LinearConfig, EmbedConfig)
 
 
 def parse(kind: type[Config], argv: list[str] | None, *, prog: str, description: str) -> Config:

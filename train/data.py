@@ -68,6 +68,11 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.images[indices], self.labels[indices]
 
+    @property
+    def stored_size(self) -> int:
+        """S, the side of the stored images."""
+        return self.images.shape[-1] if isinstance(self.images, Tensor) else self.images.size
+
     def take(self, indices: list[int]) -> "Split":
         """The split of these images alone."""
         if isinstance(self.images, Tensor):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from checkpoint import LAST, load_checkpoint
 from config import PretrainConfig, UserError
-from data import FolderImages, ImageData
+from data import ImageData
 from durable import link_file, replace_file, replace_text
 from model import encoder_recipe
 
@@ -114,8 +114,6 @@ def write_encoder(
 def _timm_config(
     encoder: nn.Module, name: str, options: dict[str, Any], data: ImageData
 ) -> dict[str, Any]:
-    images = data.train.images
-    stored = images.size if isinstance(images, FolderImages) else images.shape[-1]
     of_model: Any = encoder.pretrained_cfg
     # Whoever gives it a number of classes again needs the names of the layers that change.
     kept = {key: of_model[key] for key in ("first_conv", "classifier") if of_model.get(key)}
@@ -130,7 +128,7 @@ def _timm_config(
             "input_size": [data.channels, data.image_size, data.image_size],
             "fixed_input_size": bool(of_model.get("fixed_input_size")),
             "interpolation": "bilinear",
-            "crop_pct": data.image_size / stored,
+            "crop_pct": data.image_size / data.train.stored_size,
             "crop_mode": "center",
             "mean": data.mean,
             "std": data.std,

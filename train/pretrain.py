@@ -121,7 +121,13 @@ def pretrain(config: PretrainConfig) -> Path:
                 model=model.state_dict(),
                 optimizer=optimizer.state_dict(),
                 random_state=random_state(device),
-                data={"classes": data.classes, "channels": data.channels},
+                data={
+                    "classes": data.classes,
+                    "channels": data.channels,
+                    "stored_size": data.train.stored_size,
+                    "mean": data.mean,
+                    "std": data.std,
+                },
             )
 
         def encode(images: Tensor) -> Tensor:

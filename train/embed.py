@@ -1,0 +1,108 @@
+"""Embed a folder of images with the encoder of a run.
+
+python train/embed.py --checkpoint runs/NAME/last.pt --images FOLDER --output embeddings.npz
+
+The file holds what numpy.load reads: `embeddings`, (N, D) float32, not normalised; `paths`,
+(N,), below FOLDER; and where FOLDER holds a folder per class `labels`, (N,), of `classes`, their names.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import is_image_file
+
+from augment import Views
+from checkpoint import LAST, load_checkpoint
+from config import EmbedConfig, PretrainConfig, UserError, parse, pick_device, run_script
+from data import FolderImages, Split
+from durable import replace_file
+from knn import embed, encode_stored
+from model import build_model
+
+DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Run what the command line asks for; returns the file written."""
+    config = parse(EmbedConfig, argv, prog="train/embed.py", description=DESCRIPTION)
+    return embed_folder(config)
+
+
+def embed_folder(config: EmbedConfig) -> Path:
+    """Embed every image of a folder as the evaluation of the run would, and write the file."""
+    saved = load_checkpoint(_file(Path(config.checkpoint)))
+    device = pick_device(config.device)
+    about = saved["data"]
+    if "stored_size" not in about:
+        raise UserError(
+            f"{config.checkpoint} is older than embed.py and does not say how an image is made its "
+            "input: go on with the run by --resume, which writes another"
+        )
+    found, classes = find_images(Path(config.images))
+    split = Split(
+        FolderImages(list(found), about["stored_size"], about["channels"]),
+        torch.tensor(list(found.values())),
+    )
+
+    run = PretrainConfig(**saved["config"])
+    model = build_model(run, channels=about["channels"])
+    model.load_state_dict(saved["model"])
+    model = model.to(device).to(memory_format=torch.channels_last)
+    assert run.image_size is not None
+    views = Views(
+        nn.Identity(), image_size=run.image_size, mean=about["mean"], std=about["std"], seed=0
+    )
+    encode = partial(encode_stored, model, views)
+    embeddings = embed(encode, split, device=device, workers=config.workers).float().cpu()
+
+    arrays = {
+        "embeddings": embeddings.numpy(),
+        "paths": np.array([Path(path).relative_to(config.images).as_posix() for path in found]),
+    }
+    if classes:
+        arrays |= {"labels": split.labels.numpy(), "classes": np.array(classes)}
+    output = Path(config.output)
+    try:
+        replace_file(output, lambda file: np.savez(file, **arrays))
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error}") from error
+    print(f"{len(embeddings)} embeddings of {embeddings.shape[1]} numbers written to {output}")
+    return output
+
+
+def find_images(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """The images of a folder in order, each with its label, and the classes.
+
+    Of images that lie in the folder itself every label is 0 and there is no class.
+
+    Raises:
+        UserError: there is no folder, no image, an empty class, or images beside class folders.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--images: there is no folder {folder}")
+    entries = sorted(folder.iterdir())
+    images = [str(path) for path in entries if path.is_file() and is_image_file(path.name)]
+    has_folders = any(path.is_dir() for path in entries)
+    if images and has_folders:
+        raise UserError(f"--images {folder} holds images beside folders: give one or the other")
+    if images:
+        return dict.fromkeys(images, 0), []
+    if not has_folders:
+        raise UserError(f"--images {folder} holds no image")
+    try:
+        classed = ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise UserError(f"--images {folder}: {error}") from error
+    return dict(classed.samples), classed.classes
+
+
+def _file(checkpoint: Path) -> Path:
+    return checkpoint / LAST if checkpoint.is_dir() else checkpoint
+
+
+if __name__ == "__main__":
+    run_script(main)
