@@ -72,6 +72,7 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
             ["--pretrained", "true", "--stem", "standard", "--init_from", "x"],
             "contradicts --init_from",
         ),
+        (["--ema_decay", "1"], "--ema_decay 1.0: must lie between 0 and 1"),
         (["--std", "[0.5,0,1]"], "--std [0.5, 0.0, 1.0]: must be greater than 0"),
         (["--in_chans", "2"], "in_chans"),
         (["--stem", "standard", "--width", "32"], "--width contradicts --stem standard"),

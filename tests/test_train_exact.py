@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from augment import build_views
@@ -171,6 +172,20 @@ def test_signal_finishes_the_step_and_saves(whole, tmp_path, name, workers, step
     pretrain(tmp_path, *OPTIONS, "--workers", workers, "--resume", "auto")
     assert not (run / "REQUEUE").exists()
     assert_same(run, whole)
+
+
+def test_killed_with_an_average_of_the_weights_ends_like_one_never_killed(tmp_path):
+    options = ("--ema_decay", 0.9)
+    whole = pretrain(tmp_path / "whole", *OPTIONS, *options)
+    (folder := tmp_path / "killed").mkdir()
+    assert run_in_fork(folder, at_step(7, kill), options=options) == -signal.SIGKILL
+    run = pretrain(folder, *OPTIONS, *options, "--resume", "auto")
+    assert_same(run, whole)
+    for name in ("last.pt", "best.pt"):
+        average, expected = (load_checkpoint(path / name)["ema"] for path in (run, whole))
+        assert all(torch.equal(average[key], expected[key]) for key in expected)
+    exported, expected = (load_file(path / "export/model.safetensors") for path in (run, whole))
+    assert all(torch.equal(exported[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("evaluation", [1, 2])

@@ -1,6 +1,7 @@
 """A pretraining run as a whole: what it writes, that it repeats, resumes, and refuses."""
 
 import json
+from functools import partial
 
 import pytest
 import timm
@@ -191,6 +192,53 @@ def test_clip_grad_bounds_the_gradient_of_a_step(tmp_path, monkeypatch):
         pretrain(tmp_path, "--max_steps", 1, *options)
     assert norms[0] > 0.02
     assert norms[1].item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_average_of_the_weights_is_evaluated_and_exported(tmp_path):
+    from checkpoint import load_checkpoint
+    from config import PretrainConfig
+    from encoder import read_encoder
+    from model import build_model
+
+    run = pretrain(tmp_path, "--max_steps", 4, "--ema_decay", 0.5, "--save_every", 1, "--keep", 4)
+    steps = [load_checkpoint(run / f"step-{step}.pt") for step in (1, 2, 3, 4)]
+    average = dict(steps[0]["model"])
+    for number, saved in enumerate(steps[1:], 1):
+        decay = min(0.5, 1 - (1 + number) ** (-2 / 3))
+        for key, value in saved["model"].items():
+            average[key] = decay * average[key] + (1 - decay) * value
+            if not value.is_floating_point():
+                average[key] = value
+            torch.testing.assert_close(saved["ema"][key], average[key])
+
+    network = build_model(PretrainConfig(model="resnet10", width=4), channels=1)
+    network.load_state_dict(steps[-1]["ema"])
+    exported = load_file(run / "export/model.safetensors")
+    _, kept = read_encoder(run)
+    for key, value in network.encoder.state_dict().items():
+        assert torch.equal(exported[key], value) and torch.equal(kept[key], value)
+    assert not torch.equal(exported["conv1.weight"], steps[-1]["model"]["encoder.conv1.weight"])
+    results = json.loads((run / "results.json").read_text())
+    accuracies = [knn_of(steps[-1][key]) for key in ("ema", "model")]
+    assert results["knn_accuracy"] == accuracies[0] != accuracies[1]
+
+
+def knn_of(state):
+    """The k-NN accuracy on digits of the tiny network with these weights."""
+    from augment import build_views
+    from config import PretrainConfig
+    from knn import encode_stored, knn_accuracy
+    from model import build_model
+    from sources import load_data
+
+    config = PretrainConfig(model="resnet10", width=4, image_size=8)
+    data = load_data(config)
+    network = build_model(config, channels=1)
+    network.load_state_dict(state)
+    network = network.to(memory_format=torch.channels_last)
+    encode = partial(encode_stored, network, build_views(config, data))
+    cpu = torch.device("cpu")
+    return knn_accuracy(encode, data.test, data.train, num_classes=10, device=cpu, workers=0)
 
 
 def test_ends_with_the_command_of_the_linear_stage_which_works(run, tmp_path, capsys):

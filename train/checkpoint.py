@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from config import PretrainConfig, UserError
 from durable import TEMPORARY, link_file, replace_file
@@ -110,6 +111,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     # Without an option a run was what the default of that option makes it.
     saved["config"] = known | saved["config"]
     return saved
+
+
+def evaluated_weights(saved: dict[str, Any]) -> dict[str, Tensor]:
+    """Of a checkpoint the weights that its run evaluates: their average where it keeps one."""
+    average: dict[str, Tensor] | None = saved.get("ema")
+    weights: dict[str, Tensor] = saved["model"]
+    return weights if average is None else average
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

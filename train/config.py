@@ -63,6 +63,8 @@ class PretrainConfig:
             momentum 0.9 and trust coefficient 0.001; rmsprop: TensorFlow's, with momentum 0.9 and
             eps 0.001; adamw.
         clip_grad: Scale the gradient of all parameters together down to this norm. Default: never.
+        ema_decay: Evaluate and export an average of the weights, of which each step keeps this share,
+            such as 0.999, and less early on: at step k at most 1 - k^(-2/3). Default: no average.
         warmup_epochs: Epochs of linear warm-up before the schedule.
         schedule: cosine: half a cosine to zero; step: times decay_rate at each of decay_epochs;
             exponential: a little lower every step, times decay_rate per decay_epochs.
@@ -110,6 +112,7 @@ class PretrainConfig:
     decay_norm_and_bias: bool | None = None
     optimizer: Literal["momentum", "nesterov", "lars", "rmsprop", "adamw"] = "momentum"
     clip_grad: float | None = None
+    ema_decay: float | None = None
     warmup_epochs: int = 4
     schedule: Literal["cosine", "step", "exponential"] = "cosine"
     decay_rate: float = 0.1
@@ -158,6 +161,10 @@ class PretrainConfig:
             (
                 self.init_from is None or not self.pretrained,
                 "--pretrained contradicts --init_from: the weights come from one of them",
+            ),
+            (
+                self.ema_decay is None or 0 < self.ema_decay < 1,
+                f"--ema_decay {self.ema_decay}: must lie between 0 and 1",
             ),
             (
                 self.std is None or min(self.std, default=0) > 0,

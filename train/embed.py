@@ -2,8 +2,8 @@
 
 python train/embed.py --checkpoint runs/NAME/last.pt --images FOLDER --output embeddings.npz
 
-The file holds what numpy.load reads: `embeddings`, (N, D) float32, not normalised; `paths`,
-(N,), below FOLDER; and where FOLDER holds a folder per class `labels`, (N,), of `classes`, their names.
+The file holds what numpy.load reads: `embeddings`, (N, D) float32, not normalised; `paths`, (N,),
+below FOLDER; and where FOLDER holds a folder per class `labels`, (N,), and `classes`, their names.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
 from augment import Views
-from checkpoint import LAST, load_checkpoint
+from checkpoint import LAST, evaluated_weights, load_checkpoint
 from config import EmbedConfig, PretrainConfig, UserError, parse, pick_device, run_script
 from data import FolderImages, Split
 from durable import replace_file
@@ -50,7 +50,7 @@ def embed_folder(config: EmbedConfig) -> Path:
 
     run = PretrainConfig(**saved["config"])
     model = build_model(run, channels=about["channels"])
-    model.load_state_dict(saved["model"])
+    model.load_state_dict(evaluated_weights(saved))
     model = model.to(device).to(memory_format=torch.channels_last)
     assert run.image_size is not None
     views = Views(

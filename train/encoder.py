@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from checkpoint import LAST, load_checkpoint
+from checkpoint import LAST, evaluated_weights, load_checkpoint
 from config import PretrainConfig, UserError
 from data import ImageData
 from durable import link_file, replace_file, replace_text
@@ -67,7 +67,7 @@ def read_encoder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         name, options = encoder_recipe(config, channels=saved["data"]["channels"])
         weights = {
             key.removeprefix(PREFIX): value
-            for key, value in saved["model"].items()
+            for key, value in evaluated_weights(saved).items()
             if key.startswith(PREFIX)
         }
         return {"model": name, **options}, weights

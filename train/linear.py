@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from augment import build_views
-from checkpoint import LAST, load_checkpoint
+from checkpoint import LAST, evaluated_weights, load_checkpoint
 from config import LinearConfig, PretrainConfig, UserError, parse, pick_device, run_script
 from durable import replace_text
 from knn import accuracy, embed, encode_stored
@@ -48,7 +48,7 @@ def linear(config: LinearConfig) -> float:
         raise UserError(f"{run.dataset} has other classes now than when {path} was trained")
 
     model = build_model(run, channels=data.channels)
-    model.load_state_dict(saved["model"])
+    model.load_state_dict(evaluated_weights(saved))
     model = model.to(device).to(memory_format=torch.channels_last)
     encode = partial(encode_stored, model, build_views(run, data))
     train, test = (

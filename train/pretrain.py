@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from augment import Views, build_views
@@ -72,10 +73,15 @@ def pretrain(config: PretrainConfig) -> Path:
     model = build_model(config, channels=data.channels)
     model = model.to(device).to(memory_format=torch.channels_last)
     views = build_views(config, data)
+    average: ModelEmaV3 | None = None
+    if config.ema_decay is not None:
+        average = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, steps_per_epoch, total_steps)
 
-    # How good an embedding is: test images, classified by their nearest training images.
+    # How good an embedding is, of the average of the weights where there is one: test images,
+    # classified by their nearest training images.
+    measured: Embedder = model if average is None else average.module
     knn = partial(
         knn_accuracy,
         test=data.test,
@@ -95,10 +101,14 @@ def pretrain(config: PretrainConfig) -> Path:
         check_same_run(checkpoint, saved, config, machine)
         state = RunState(**saved["state"])
         model.load_state_dict(saved["model"])
+        if average is not None:
+            average.module.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         set_random_state(saved["random_state"], device)
     else:
         load_first_weights(model.encoder, config, channels=data.channels)
+        if average is not None:
+            average.set(model)
 
     with (
         room_needed(folder),
@@ -119,6 +129,7 @@ def pretrain(config: PretrainConfig) -> Path:
                 config=asdict(config),
                 machine=machine,
                 model=model.state_dict(),
+                ema=None if average is None else average.module.state_dict(),
                 optimizer=optimizer.state_dict(),
                 random_state=random_state(device),
                 data={
@@ -133,7 +144,7 @@ def pretrain(config: PretrainConfig) -> Path:
         def encode(images: Tensor) -> Tensor:
             # An evaluation may take minutes. It changes nothing, and starts again another time.
             requests.check(save)
-            return encode_stored(model, views, images)
+            return encode_stored(measured, views, images)
 
         replace_text(folder / "config.yaml", to_yaml(config))
         if state is None:
@@ -157,6 +168,8 @@ def pretrain(config: PretrainConfig) -> Path:
                         nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
                     optimizer.step()
                     state.step += 1
+                    if average is not None:
+                        average.update(model, step=state.step)
                     report.step(state, optimizer, loss)
                     if is_due(state.step, config.save_every):
                         save()
@@ -177,7 +190,7 @@ def pretrain(config: PretrainConfig) -> Path:
         title = f"{folder.name}: test images, k-NN {state.accuracy:.2%}"
         draw_embedding(features, points.labels, data.classes, folder / "embedding.png", title)
         draw_curves(folder / "metrics.csv", folder / "curves.png", folder.name, state)
-        write_results(folder, config, data, state, model)
+        write_results(folder, config, data, state, measured)
     return folder
 
 
