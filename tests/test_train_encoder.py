@@ -1,5 +1,6 @@
 """An encoder by itself: the weights that a run starts from, its head, and what loads it again."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -163,6 +164,13 @@ def test_small_stem_has_no_weights_and_no_other_depths(caplog):
         timm.create_model("small_stem_resnet", pretrained=True, width=4)
     timm.create_model("small_stem_resnet", depth=10, width=4)
     assert not [record for record in caplog.records if "configuration" in record.message]
+
+
+def test_small_stem_without_timm_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.models", None)
+    monkeypatch.delitem(sys.modules, "supcon_kernels.small_stem")
+    with pytest.raises(ImportError, match="pip install timm"):
+        importlib.import_module("supcon_kernels.small_stem")
 
 
 @pytest.mark.parametrize("channels", [1, 3])

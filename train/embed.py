@@ -22,6 +22,7 @@ from data import FolderImages, Split
 from durable import replace_file
 from knn import embed, encode_stored
 from model import build_model
+from sources import load_data
 
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
 
@@ -36,19 +37,17 @@ def embed_folder(config: EmbedConfig) -> Path:
     """Embed every image of a folder as the evaluation of the run would, and write the file."""
     saved = load_checkpoint(_file(Path(config.checkpoint)))
     device = pick_device(config.device)
-    about = saved["data"]
+    run, about = PretrainConfig(**saved["config"]), saved["data"]
     if "stored_size" not in about:
-        raise UserError(
-            f"{config.checkpoint} is older than embed.py and does not say how an image is made its "
-            "input: go on with the run by --resume, which writes another"
-        )
+        # Of an older checkpoint the data set of its run knows how an image is made its input.
+        data = load_data(run)
+        about |= {"stored_size": data.train.stored_size, "mean": data.mean, "std": data.std}
     found, classes = find_images(Path(config.images))
     split = Split(
         FolderImages(list(found), about["stored_size"], about["channels"]),
         torch.tensor(list(found.values())),
     )
 
-    run = PretrainConfig(**saved["config"])
     model = build_model(run, channels=about["channels"])
     model.load_state_dict(evaluated_weights(saved))
     model = model.to(device).to(memory_format=torch.channels_last)
