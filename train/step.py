@@ -1,0 +1,89 @@
+"""One step of training: random views of a batch, their loss, and the weights that follow."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from augment import build_views
+from clock import PhaseClock
+from config import PretrainConfig
+from data import ImageData
+from model import build_model
+from optim import build_optimizer, build_schedule
+from supcon_kernels import supcon_loss
+
+NUM_VIEWS = 2
+
+
+class Trainer:
+    """A network, the random views that it sees, and how its weights move.
+
+    Args:
+        config: what to build, and how to train it.
+        data: what the images are like.
+        steps_per_epoch: of the learning rate's schedule, as total_steps.
+        device: where everything is.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        data: ImageData,
+        *,
+        steps_per_epoch: int,
+        total_steps: int,
+        device: torch.device,
+    ) -> None:
+        torch.manual_seed(config.seed)
+        model = build_model(config, channels=data.channels)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.views = build_views(config, data)
+        self.optimizer = build_optimizer(self.model, config)
+        self.schedule = build_schedule(self.optimizer, config, steps_per_epoch, total_steps)
+        self.clock = PhaseClock(device)
+        self.device = device
+        self.config = config
+
+    def step(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        """Train on one batch, the next after `step` others.
+
+        Args:
+            images: (B, C, S, S) uint8, on any device.
+            labels: (B,), on any device.
+            step: chooses the views and the learning rate.
+
+        Returns:
+            The loss, a scalar on the device of the network, from before the weights moved.
+        """
+        self.schedule.step_update(step)
+        images, labels = images.to(self.device), labels.to(self.device)
+        self.clock.mark("data")
+        loss = self.loss(images, labels, step)
+        self.clock.mark("loss")
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.clock.mark("backward")
+        self.optimizer.step()
+        self.clock.mark("optimizer")
+        return loss.detach()
+
+    def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        """The loss of a batch on the device: (B, C, S, S) uint8 images in random views."""
+        seen = [self.views.random(images, step=step, view=view) for view in range(NUM_VIEWS)]
+        features = self.model(torch.cat(seen)).unflatten(0, (NUM_VIEWS, -1)).transpose(0, 1)
+        self.clock.mark("forward")
+        return supcon_loss(
+            features,
+            labels if self.config.method == "supcon" else None,
+            temperature=self.config.temperature,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
