@@ -27,12 +27,14 @@ class Views:
         mean: Sequence[float],
         std: Sequence[float],
         seed: int,
+        memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
         self.pipeline = pipeline
         self.image_size = image_size
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
         self.seed = seed
+        self.memory_format = memory_format
 
     @torch.no_grad()
     def random(self, images: Tensor, *, step: int, view: int) -> Tensor:
@@ -50,7 +52,7 @@ class Views:
 
     def _normalize(self, images: Tensor) -> Tensor:
         images = (images - self.mean.to(images.device)) / self.std.to(images.device)
-        return images.contiguous(memory_format=torch.channels_last)
+        return images.contiguous(memory_format=self.memory_format)
 
 
 def build_views(config: PretrainConfig, data: ImageData) -> Views:
@@ -60,7 +62,12 @@ def build_views(config: PretrainConfig, data: ImageData) -> Views:
     else:
         pipeline = _simclr(data.image_size, data.channels)
     return Views(
-        pipeline, image_size=data.image_size, mean=data.mean, std=data.std, seed=config.seed
+        pipeline,
+        image_size=data.image_size,
+        mean=data.mean,
+        std=data.std,
+        seed=config.seed,
+        memory_format=config.memory_format,
     )
 
 

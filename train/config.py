@@ -48,6 +48,11 @@ class PretrainConfig:
         learning_rate: At its peak; not scaled by the batch size.
         weight_decay: Applied to all parameters, as the SupCon authors do.
         warmup_epochs: Epochs of linear warm-up before the cosine decay.
+        precision: Of the network in training: fp32, or by autocast bf16 or fp16, whose gradients are
+            scaled, and a step whose gradient overflows skipped. The loss is always in float32.
+        compile: Compile the network for training (torch.compile); checkpoints are the same.
+        channels_last: Keep images and filters with the channels innermost, which convolutions are
+            mostly faster with.
         workers: Processes that load (and for imagefolder decode) images; 0: the main process. The
             results do not depend on it.
         device: auto takes cuda, then mps, then cpu.
@@ -80,6 +85,9 @@ class PretrainConfig:
     learning_rate: float = 0.2
     weight_decay: float = 5e-4
     warmup_epochs: int = 4
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = True
     workers: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     seed: int = 0
@@ -133,6 +141,11 @@ class PretrainConfig:
             (self.seed < 2**63, f"--seed {self.seed}: must be less than 2**63"),
         ]
         return [sentence for holds, sentence in rules if not holds] + self._out_of_range()
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """How images and filters lie in memory."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def _resumes_itself(self) -> bool:
         path = Path(self.resume).resolve()

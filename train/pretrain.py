@@ -88,7 +88,7 @@ def pretrain(config: PretrainConfig) -> Path:
             if state is None:
                 return  # asked to leave during the first evaluation: there is nothing to lose
             # The records first: a checkpoint answers for every row up to its step.
-            report.sync()
+            report.sync(state)
             write_checkpoint(folder, config, data, state, trainer, best=best)
 
         def encode(images: Tensor) -> Tensor:
@@ -213,6 +213,7 @@ def write_results(
         "knn_untrained": state.untrained,
         "epochs": state.epoch,
         "steps": state.step,
+        "skipped_steps": state.skipped,
     }
     replace_text(folder / "results.json", json.dumps(numbers, indent=2) + "\n")
     print(

@@ -137,7 +137,12 @@ class Report:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         self.progress = ProgressLine(step=step, total_steps=total_steps)
         self.images_per_step = config.batch_size
-        self.health = Health(num_views * config.batch_size)
+        self.health = Health(
+            num_views * config.batch_size,
+            skips=config.precision == "fp16",
+            num_skipped=0 if resumed is None else resumed.skipped,
+        )
+        self.skipped_said = self.health.num_skipped
         # Of each step: its number, its epoch, its learning rate; its loss and gradient norm.
         self.pending: list[tuple[int, int, float, Tensor]] = []
         self.flushed_at = 0.0
@@ -188,6 +193,12 @@ class Report:
     def end_epoch(self, state: RunState, *, evaluated: bool) -> None:
         """Close an epoch with its times, and with the accuracy if it was evaluated."""
         phases = self.phases.read()
+        if self.health.num_skipped > self.skipped_said:
+            self.skipped_said = self.health.num_skipped
+            self.progress.say(
+                f"epoch {state.epoch}  steps skipped so far for an overflow of fp16: "
+                f"{self.skipped_said}"
+            )
         if evaluated:
             self.accuracy(state)
             self.progress.say(f"epoch {state.epoch}  time of its steps: {shares(phases)}")
@@ -203,9 +214,13 @@ class Report:
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         self.epoch_steps = 0
 
-    def sync(self) -> None:
-        """Check every step made, and have every row on the disk: what a checkpoint relies on."""
+    def sync(self, state: RunState) -> None:
+        """Check every step made, count those skipped, and have every row on the disk.
+
+        A checkpoint of `state` relies on it.
+        """
         self._flush()
+        state.skipped = self.health.num_skipped
         self.metrics.sync()
         self.timings.sync()
         self.board.flush()

@@ -14,6 +14,7 @@ from optim import build_optimizer, build_schedule
 from supcon_kernels import supcon_loss
 
 NUM_VIEWS = 2
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -37,10 +38,15 @@ class Trainer:
     ) -> None:
         torch.manual_seed(config.seed)
         model = build_model(config, channels=data.channels)
-        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.model = model.to(device).to(memory_format=config.memory_format)
+        # For training alone, whose batches have one size: evaluation stays as exact as without, and
+        # what it sees cannot lead to another program for training. The names of the weights are the
+        # model's own.
+        self.network = torch.compile(self.model, dynamic=False) if config.compile else self.model
         self.views = build_views(config, data)
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, steps_per_epoch, total_steps)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.clock = PhaseClock(device)
         self.device = device
         self.config = config
@@ -54,7 +60,8 @@ class Trainer:
             step: chooses the views and the learning rate.
 
         Returns:
-            The loss, a scalar on the device of the network, from before the weights moved.
+            The loss, a scalar on the device of the network, from before the weights moved. Under
+            fp16 they stay where a gradient is not finite; the gradients are left unscaled.
         """
         self.schedule.step_update(step)
         images, labels = images.to(self.device), labels.to(self.device)
@@ -62,16 +69,21 @@ class Trainer:
         loss = self.loss(images, labels, step)
         self.clock.mark("loss")
         self.optimizer.zero_grad()
-        loss.backward()
+        self.scaler.scale(loss).backward()
         self.clock.mark("backward")
-        self.optimizer.step()
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.clock.mark("optimizer")
         return loss.detach()
 
     def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """The loss of a batch on the device: (B, C, S, S) uint8 images in random views."""
         seen = [self.views.random(images, step=step, view=view) for view in range(NUM_VIEWS)]
-        features = self.model(torch.cat(seen)).unflatten(0, (NUM_VIEWS, -1)).transpose(0, 1)
+        precision = self.config.precision
+        with torch.autocast(self.device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
+            rows = self.network(torch.cat(seen))
+        features = rows.float().unflatten(0, (NUM_VIEWS, -1)).transpose(0, 1)
         self.clock.mark("forward")
         return supcon_loss(
             features,
@@ -81,9 +93,14 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
