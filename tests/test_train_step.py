@@ -126,3 +126,23 @@ def test_compiled_trains_the_same_under_plain_names(monkeypatch):
     moved = saved["encoder.conv1.weight"] - plain.state_dict()["model"]["encoder.conv1.weight"]
     assert moved.abs().max() < 1e-3
     plain.load_state_dict(compiled.state_dict())
+
+
+@pytest.mark.parametrize("method", ["supcon", "simclr"])
+def test_every_view_of_an_image_is_in_the_loss(monkeypatch, method):
+    trainer, images, labels = trainer_and_batch(num_views=3, method=method)
+    seen = []
+
+    def spy(features, given, **options):
+        seen.append((features, given))
+        return supcon_loss(features, given, **options)
+
+    monkeypatch.setattr("step.supcon_loss", spy)
+    trainer.model.eval()
+    trainer.loss(images, labels, 5)
+    ((features, given),) = seen
+    assert features.shape == (64, 3, 128)
+    assert given is (labels if method == "supcon" else None)
+    for view in range(3):
+        expected = trainer.model(trainer.views.random(images, step=5, view=view))
+        assert torch.allclose(features[:, view], expected, atol=1e-5)

@@ -34,15 +34,19 @@ class PretrainConfig:
         image_size: Side of the images that the encoder sees, in pixels. Default: the data set's
             own (digits: 16); imagefolder: 64.
         val_fraction: imagefolder without val/: the share of every class to hold out.
-        augment: The random views. auto: digits for the data set digits, otherwise simclr.
-        method: supcon: images of one class attract each other; simclr: only the two views of an
+        augment: The random views. auto: digits for the data set digits, otherwise simclr. digits:
+            slant, turn, shift and scale. All others crop and flip, then: simclr: colours;
+            simclr_blur: colours and blur; autoaugment, randaugment: that policy, drawn for each
+            image alone; stacked_randaugment: colours around RandAugment.
+        num_views: Random views of each image in a batch.
+        method: supcon: images of one class attract each other; simclr: only the views of one
             image do (labels are not used in training).
         temperature: Of the loss.
         model: With the small stem resnet10, 18, 34, 50, 101, 152 or 200; with the standard stem
             any model of timm by name.
         stem: small: 3x3 at stride 1, for images up to about 64 pixels; standard: the model's own.
         width: Channels of the first stage, doubled at each of the next three (small stem only).
-        batch_size: Images per step; each is seen in two views.
+        batch_size: Images per step, each in num_views views.
         epochs: Passes over the training images.
         max_steps: Stop after so many steps; the learning rate then ends its decay there.
         learning_rate: At its peak; not scaled by the batch size.
@@ -73,7 +77,11 @@ class PretrainConfig:
     data_root: str | None = None
     image_size: int | None = None
     val_fraction: float | None = None
-    augment: Literal["auto", "digits", "simclr"] = "auto"
+    augment: Literal[
+        "auto", "digits", "simclr", "simclr_blur",
+        "autoaugment", "randaugment", "stacked_randaugment",
+    ] = "auto"  # fmt: skip
+    num_views: int = 2
     method: Literal["supcon", "simclr"] = "supcon"
     temperature: float = 0.1
     model: str = "resnet18"
@@ -153,7 +161,7 @@ class PretrainConfig:
 
     def _out_of_range(self) -> list[str]:
         least: dict[str, int] = {
-            "image_size": 8, "width": 4, "batch_size": 2, "epochs": 1, "max_steps": 1,
+            "image_size": 8, "num_views": 2, "width": 4, "batch_size": 2, "epochs": 1, "max_steps": 1,
             "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0,
             "knn_every": 0, "knn_bank": 0, "save_every": 0, "keep": 1,
         }  # fmt: skip

@@ -40,7 +40,7 @@ from requeue import Requests
 from rundir import open_run
 from seeds import random_state, set_random_state
 from sources import load_data, subset
-from step import NUM_VIEWS, Trainer
+from step import Trainer
 
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
 
@@ -81,7 +81,7 @@ def pretrain(config: PretrainConfig) -> Path:
     with (
         room_needed(folder),
         Requests(folder) as requests,
-        Report(folder, state, total_steps, NUM_VIEWS, config, trainer.clock) as report,
+        Report(folder, state, total_steps, config, trainer.clock) as report,
     ):
 
         def save(*, best: bool = False) -> None:

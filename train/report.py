@@ -126,7 +126,6 @@ class Report:
         folder: Path,
         resumed: RunState | None,
         total_steps: int,
-        num_views: int,
         config: PretrainConfig,
         phases: PhaseClock,
     ) -> None:
@@ -138,7 +137,7 @@ class Report:
         self.progress = ProgressLine(step=step, total_steps=total_steps)
         self.images_per_step = config.batch_size
         self.health = Health(
-            num_views * config.batch_size,
+            config.num_views * config.batch_size,
             skips=config.precision == "fp16",
             num_skipped=0 if resumed is None else resumed.skipped,
         )

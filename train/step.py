@@ -13,7 +13,6 @@ from model import build_model
 from optim import build_optimizer, build_schedule
 from supcon_kernels import supcon_loss
 
-NUM_VIEWS = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -79,11 +78,12 @@ class Trainer:
 
     def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """The loss of a batch on the device: (B, C, S, S) uint8 images in random views."""
-        seen = [self.views.random(images, step=step, view=view) for view in range(NUM_VIEWS)]
+        num_views = self.config.num_views
+        seen = [self.views.random(images, step=step, view=view) for view in range(num_views)]
         precision = self.config.precision
         with torch.autocast(self.device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
             rows = self.network(torch.cat(seen))
-        features = rows.float().unflatten(0, (NUM_VIEWS, -1)).transpose(0, 1)
+        features = rows.float().unflatten(0, (num_views, -1)).transpose(0, 1)
         self.clock.mark("forward")
         return supcon_loss(
             features,
