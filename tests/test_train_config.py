@@ -48,6 +48,13 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--batch_size", "many"], "batch_size"),
         (["--batch_size", "1"], "--batch_size 1: must be at least 2"),
         (["--num_views", "1"], "--num_views 1: must be at least 2"),
+        (["--classes_per_batch", "1"], "--classes_per_batch 1: must be at least 2, one class"),
+        (["--classes_per_batch", "0"], "--classes_per_batch 0: must be at least 2"),
+        (
+            ["--classes_per_batch", "10"],
+            "--batch_size 128 is no multiple of --classes_per_batch 10",
+        ),
+        (["--classes_per_batch", "8", "--method", "simclr"], "contradicts --method simclr"),
         (["--augment", "mixup"], "augment"),
         (["--precision", "fp8"], "precision"),
         (["--temperature", "0"], "--temperature 0.0: must be greater than 0"),

@@ -47,6 +47,8 @@ class PretrainConfig:
         stem: small: 3x3 at stride 1, for images up to about 64 pixels; standard: the model's own.
         width: Channels of the first stage, doubled at each of the next three (small stem only).
         batch_size: Images per step, each in num_views views.
+        classes_per_batch: Have every batch hold so many classes, with equally many images of each.
+            Default: batches are drawn from all images alike.
         epochs: Passes over the training images.
         max_steps: Stop after so many steps; the learning rate then ends its decay there.
         learning_rate: At its peak; not scaled by the batch size.
@@ -88,6 +90,7 @@ class PretrainConfig:
     stem: Literal["small", "standard"] = "small"
     width: int = 16
     batch_size: int = 128
+    classes_per_batch: int | None = None
     epochs: int = 60
     max_steps: int | None = None
     learning_rate: float = 0.2
@@ -131,6 +134,20 @@ class PretrainConfig:
             (
                 self.stem == "small" or self.width == PretrainConfig.width,
                 "--width contradicts --stem standard: the model's own channels are used",
+            ),
+            (
+                self.classes_per_batch is None or self.method != "simclr",
+                "--classes_per_batch contradicts --method simclr, which trains without labels",
+            ),
+            (
+                self.classes_per_batch is None or self.classes_per_batch > 1,
+                f"--classes_per_batch {self.classes_per_batch}: must be at least 2, one class alone "
+                "has nothing to tell apart",
+            ),
+            (
+                not self.classes_per_batch or self.batch_size % self.classes_per_batch == 0,
+                f"--batch_size {self.batch_size} is no multiple of "
+                f"--classes_per_batch {self.classes_per_batch}",
             ),
             (
                 self.warmup_epochs < self.epochs,

@@ -57,7 +57,11 @@ def pretrain(config: PretrainConfig) -> Path:
     device = pick_device(config.device)
     data = load_data(config)
     order, batches = training_batches(
-        data.train, batch_size=config.batch_size, seed=config.seed, workers=config.workers
+        data.train,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=config.workers,
+        classes_per_batch=config.classes_per_batch,
     )
     steps_per_epoch = len(order)
     total_steps = config.epochs * steps_per_epoch
