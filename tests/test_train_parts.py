@@ -74,7 +74,7 @@ def views_and_images(**options):
     return build_views(config, data), images
 
 
-@pytest.mark.parametrize("augment", ["digits", "simclr", "simclr_blur", *COLOURFUL])
+@pytest.mark.parametrize("augment", ["digits", "crop_flip", "simclr", "simclr_blur", *COLOURFUL])
 def test_views_are_functions_of_seed_step_and_view(augment):
     views, images = views_and_images(augment=augment)
     view = views.random(images, step=3, view=0)
@@ -93,7 +93,7 @@ def test_views_leave_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("augment", ["digits", "simclr", "simclr_blur", *COLOURFUL])
+@pytest.mark.parametrize("augment", ["digits", "crop_flip", "simclr", "simclr_blur", *COLOURFUL])
 def test_views_differ_from_image_to_image(augment):
     views, images = views_and_images(augment=augment)
     view = views.random(images[:1].expand(8, -1, -1, -1), step=0, view=0)

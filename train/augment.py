@@ -124,7 +124,7 @@ def _pipeline(name: str, dataset: str, data: ImageData) -> nn.Module:
     elif name == "stacked_randaugment":
         jitter, grey = _colours(channels)
         parts += [jitter, *_randaugment(), grey]
-    else:
+    elif name != "crop_flip":
         parts += _colours(channels)
     if name == "simclr_blur":
         # A tenth of the side, as SimCLR has it, rounded to an odd number.

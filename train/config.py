@@ -35,9 +35,9 @@ class PretrainConfig:
             own (digits: 16); imagefolder: 64.
         val_fraction: imagefolder without val/: the share of every class to hold out.
         augment: The random views. auto: digits for the data set digits, otherwise simclr. digits:
-            slant, turn, shift and scale. All others crop and flip, then: simclr: colours;
-            simclr_blur: colours and blur; autoaugment, randaugment: that policy, drawn for each
-            image alone; stacked_randaugment: colours around RandAugment.
+            slant, turn, shift and scale. All others crop and flip. crop_flip: no more; simclr: and
+            change colours; simclr_blur: and blur; autoaugment, randaugment: and draw from that
+            policy, for each image alone; stacked_randaugment: from it and change colours.
         num_views: Random views of each image in a batch.
         method: supcon: images of one class attract each other; simclr: only the views of one
             image do (labels are not used in training).
@@ -80,7 +80,7 @@ class PretrainConfig:
     image_size: int | None = None
     val_fraction: float | None = None
     augment: Literal[
-        "auto", "digits", "simclr", "simclr_blur",
+        "auto", "digits", "crop_flip", "simclr", "simclr_blur",
         "autoaugment", "randaugment", "stacked_randaugment",
     ] = "auto"  # fmt: skip
     num_views: int = 2
