@@ -114,7 +114,8 @@ def _pipeline(name: str, dataset: str, data: ImageData) -> nn.Module:
     if name == "digits":
         return _digits(size)
     parts = [
-        K.RandomResizedCrop((size, size), scale=(0.2, 1.0), p=1.0),
+        # "resample" cuts the whole batch at once; "slice" would go from image to image.
+        K.RandomResizedCrop((size, size), scale=(0.2, 1.0), p=1.0, cropping_mode="resample"),
         K.RandomHorizontalFlip(p=0.5),
     ]
     if name == "autoaugment":
