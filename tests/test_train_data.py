@@ -13,7 +13,7 @@ from PIL import Image
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from config import PretrainConfig, UserError
-from data import FolderImages, TrainingOrder, training_batches
+from data import BalancedOrder, FolderImages, TrainingOrder, training_batches
 from sources import load_data, stratified_split, subset
 from train_fixtures import metrics, pretrain, write_images
 
@@ -148,6 +148,58 @@ def test_order_is_a_function_of_seed_and_epoch():
     order.begin(epoch=1)
     assert list(order) != epoch
     assert list(TrainingOrder(23, 5, seed=4)) != list(TrainingOrder(23, 5, seed=3))
+
+
+# Five classes, one of which has fewer images than a batch takes of it, in no order.
+LABELS = torch.tensor([0] * 40 + [1] * 25 + [2] * 3 + [4] * 17 + [7] * 15)[
+    torch.randperm(100, generator=torch.Generator().manual_seed(0))
+]
+
+
+def test_balanced_batches_hold_so_many_classes_with_as_many_images():
+    order = BalancedOrder(LABELS, 12, seed=0, classes_per_batch=3)
+    batches = list(order)
+    assert len(batches) == len(order) == 8
+    for batch in batches:
+        classes, counts = LABELS[batch].unique(return_counts=True)
+        assert len(classes) == 3 and counts.tolist() == [4, 4, 4]
+        repeated = [index for index in set(batch) if batch.count(index) > 1]
+        assert {LABELS[index].item() for index in repeated} <= {2}
+    # Each class comes 24 / 5 times, up to one; each image of a class as often as any other.
+    drawn = torch.bincount(torch.tensor(batches).flatten(), minlength=100)
+    for label in LABELS.unique():
+        times = drawn[label == LABELS]
+        assert times.sum() in (4 * 4, 5 * 4)
+        assert times.max() - times.min() <= 1
+
+
+def test_balanced_order_is_a_function_of_seed_and_epoch_from_any_step():
+    order = BalancedOrder(LABELS, 12, seed=3, classes_per_batch=3)
+    order.begin(epoch=2)
+    epoch = list(order)
+    for step in range(9):
+        order.begin(epoch=2, step=step)
+        assert list(order) == epoch[step:]
+    order.begin(epoch=1)
+    assert list(order) != epoch
+    other = BalancedOrder(LABELS, 12, seed=4, classes_per_batch=3)
+    other.begin(epoch=2)
+    assert list(other) != epoch
+
+
+def test_balanced_run_resumes_to_the_bit_with_workers(tmp_path):
+    options = ("--batch_size", 256, "--classes_per_batch", 8, "--max_steps", 7, "--save_every", 3)
+    options += ("--keep", 9, "--knn_bank", 100)
+    whole = pretrain(tmp_path / "whole", *options)
+    stopped = pretrain(tmp_path / "other", *options, "--workers", 2)
+    resumed = pretrain(tmp_path / "other", *options, "--resume", stopped / "step-3.pt")
+    assert metrics(whole) == metrics(stopped) == metrics(resumed)
+
+
+def test_more_classes_per_batch_than_there_are(tmp_path):
+    with pytest.raises(UserError, match="--classes_per_batch 16: the training set has 10 classes"):
+        pretrain(tmp_path, "--classes_per_batch", 16)
+    assert not list(tmp_path.iterdir())
 
 
 def test_loading_draws_on_no_global_random_state():

@@ -26,6 +26,7 @@ from config import PretrainConfig, UserError, run_script
 from knn import encode_stored, knn_accuracy
 from model import build_model
 from sources import load_data
+from step import Trainer
 from train_fixtures import metrics, pretrain, weights, write_images
 
 # Newer Pythons warn of any fork beside threads; these children take no lock of theirs.
@@ -45,13 +46,13 @@ def drawing_network():
     """
     import pretrain as script
 
-    original = script.contrastive_loss
+    original = Trainer.loss
 
     def loss(*arguments):
         return original(*arguments) + 0.01 * torch.rand(())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "contrastive_loss", loss)
+        patch.setattr(Trainer, "loss", loss)
         patch.setattr(script, "draw_embedding", lambda *arguments: None)
         yield
 
@@ -95,17 +96,15 @@ def at_step(number, act):
     """The change that calls `act` in the middle of the step after `number` finished ones."""
 
     def change():
-        import pretrain as script
+        original = Trainer.loss
 
-        original = script.contrastive_loss
-
-        def loss(model, views, images, labels, step, config):
-            value = original(model, views, images, labels, step, config)
+        def loss(trainer, images, labels, step):
+            value = original(trainer, images, labels, step)
             if step == number:
                 act()
             return value
 
-        script.contrastive_loss = loss
+        Trainer.loss = loss
 
     return change
 
@@ -334,16 +333,14 @@ def test_evaluating_less_often_trains_the_same(whole, tmp_path):
 
 
 def test_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    import pretrain as script
+    original = Trainer.loss
 
-    original = script.contrastive_loss
-
-    def loss(model, views, images, labels, step, config):
-        value = original(model, views, images, labels, step, config)
+    def loss(trainer, images, labels, step):
+        value = original(trainer, images, labels, step)
         # Adds nothing, with a gradient of 0 / 0.
         return value + (0 * value).sqrt() if step == 2 else value
 
-    monkeypatch.setattr(script, "contrastive_loss", loss)
+    monkeypatch.setattr(Trainer, "loss", loss)
     with pytest.raises(UserError, match=r"gradient is nan at step 3, learning rate 0\.191: try"):
         pretrain(tmp_path, *OPTIONS)
     run = tmp_path / NAME
@@ -352,15 +349,13 @@ def test_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 
 def test_collapse_is_named_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    import pretrain as script
-
-    original = script.contrastive_loss
+    original = Trainer.loss
 
     def loss(*arguments):
         # Two views of 256 images, all embedded alike: without a slope that leads out.
         return 0 * original(*arguments) + math.log(2 * 256 - 1)
 
-    monkeypatch.setattr(script, "contrastive_loss", loss)
+    monkeypatch.setattr(Trainer, "loss", loss)
     run = pretrain(tmp_path, *OPTIONS, "--epochs", 5)
     assert capsys.readouterr().out.count("warning: the loss has stayed at 6.2364 for 20 steps") == 1
     assert metrics(run)[-1]["step"] == "25"

@@ -7,7 +7,7 @@ import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from config import UserError
-from health import COLLAPSE_STEPS, Health
+from health import COLLAPSE_STEPS, MAX_SKIPPED_IN_A_ROW, Health
 from supcon_kernels import supcon_loss
 
 
@@ -38,3 +38,20 @@ def test_loss_that_leaves_the_plateau_is_no_collapse():
     for step in range(1, 3 * COLLAPSE_STEPS):
         loss = stuck - 0.1 if step % (COLLAPSE_STEPS - 1) == 0 else stuck
         assert health.check(step, 0.2, loss, 1.0) is None
+
+
+def test_skipped_steps_are_counted_until_they_are_too_many_in_a_row():
+    health = Health(num_rows=256, skips=True, num_skipped=3)
+    for step in range(1, MAX_SKIPPED_IN_A_ROW):
+        assert health.check(step, 0.2, 1.0, math.inf) is None
+    health.check(100, 0.2, 1.0, 1.0)
+    for step in range(1, MAX_SKIPPED_IN_A_ROW):
+        health.check(step, 0.2, 1.0, math.nan)
+    assert health.num_skipped == 3 + 2 * (MAX_SKIPPED_IN_A_ROW - 1)
+    with pytest.raises(UserError, match="norm of the gradient is nan at step 200"):
+        health.check(200, 0.2, 1.0, math.nan)
+
+
+def test_loss_that_is_not_finite_is_not_skipped():
+    with pytest.raises(UserError, match="loss is nan"):
+        Health(num_rows=256, skips=True).check(1, 0.2, math.nan, math.nan)

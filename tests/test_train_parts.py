@@ -1,6 +1,7 @@
 """The parts of a run by themselves: k-NN, views, learning rates, the networks, tables."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -58,13 +59,22 @@ def test_accuracy_is_not_rounded_to_float32():
     assert accuracy(torch.arange(50) // 31, torch.zeros(50, dtype=torch.long)) == 0.62
 
 
+COLOURFUL = ["autoaugment", "randaugment", "stacked_randaugment"]
+
+
 def views_and_images(**options):
+    """The views of a config, and 32 images: digits, in colours for those that need them."""
     config = PretrainConfig(**options)
     data = load_data(config)
-    return build_views(config, data), data.train.images[:32]
+    if config.augment not in COLOURFUL:
+        return build_views(config, data), data.train.images[:32]
+    images = (data.train.images[:32] * torch.tensor([1.0, 0.7, 0.3]).view(-1, 1, 1)).byte()
+    mean, std = data.mean * 3, data.std * 3
+    data = replace(data, train=replace(data.train, images=images), channels=3, mean=mean, std=std)
+    return build_views(config, data), images
 
 
-@pytest.mark.parametrize("augment", ["digits", "simclr"])
+@pytest.mark.parametrize("augment", ["digits", "crop_flip", "simclr", "simclr_blur", *COLOURFUL])
 def test_views_are_functions_of_seed_step_and_view(augment):
     views, images = views_and_images(augment=augment)
     view = views.random(images, step=3, view=0)
@@ -83,10 +93,41 @@ def test_views_leave_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_views_differ_from_image_to_image():
-    views, images = views_and_images()
+@pytest.mark.parametrize("augment", ["digits", "crop_flip", "simclr", "simclr_blur", *COLOURFUL])
+def test_views_differ_from_image_to_image(augment):
+    views, images = views_and_images(augment=augment)
     view = views.random(images[:1].expand(8, -1, -1, -1), step=0, view=0)
     assert len({tuple(image.flatten().tolist()) for image in view}) == 8
+
+
+@pytest.mark.parametrize("augment", ["autoaugment", "randaugment"])
+def test_policies_draw_their_changes_for_each_image_alone(augment):
+    # Without the crop: a change drawn for the batch would leave a few versions of one image.
+    views, images = views_and_images(augment=augment)
+    policy = views.pipeline[2:]
+    images = images[:1].expand(100, -1, -1, -1) / 255
+    torch.manual_seed(0)
+    changed = policy(images)
+    assert changed.shape == images.shape and changed.min() >= 0 and changed.max() <= 1
+    assert len({tuple(image.flatten().tolist()) for image in changed}) > 40
+
+
+@pytest.mark.parametrize("augment", COLOURFUL)
+def test_grey_images_are_refused_where_colours_change(augment):
+    config = PretrainConfig(augment=augment)
+    with pytest.raises(UserError, match=f"--augment {augment} .*digits are grey: --augment simclr"):
+        build_views(config, load_data(config))
+
+
+def test_blur_takes_detail_from_half_of_the_views():
+    def detail(augment):
+        views, images = views_and_images(augment=augment, seed=3)
+        views.pipeline = views.pipeline[-1:] if augment == "simclr_blur" else torch.nn.Identity()
+        view = views.random(images, step=0, view=0)
+        return (view[..., 1:] - view[..., :-1]).abs().mean((1, 2, 3))
+
+    blurred = detail("simclr_blur") < 0.9 * detail("simclr")
+    assert 8 <= blurred.sum() <= 24
 
 
 def test_plain_view_is_normalized_by_the_training_images():

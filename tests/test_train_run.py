@@ -1,5 +1,6 @@
 """A pretraining run as a whole: what it writes, that it repeats, resumes, and refuses."""
 
+import csv
 import json
 from functools import partial
 
@@ -11,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import train_fixtures  # noqa: F401  puts train/ on the path
+from clock import PHASES
 from train_fixtures import metrics, pretrain, weights
 
 ARTEFACTS = {
@@ -53,6 +56,17 @@ def test_metrics_hold_every_step_and_evaluation(run):
     assert rates[0] == pytest.approx(0.2) and rates == sorted(rates, reverse=True)
     losses = [float(row["loss"]) for row in rows if row["loss"]]
     assert losses[-1] < losses[0]
+
+
+def test_timings_say_where_each_epoch_went(run):
+    with open(run / "timings.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["epoch"]) for row in rows] == [("5", "1"), ("10", "2"), ("15", "3")]
+    for row in rows:
+        phases = [float(row[f"{phase}_seconds"]) for phase in PHASES]
+        assert all(seconds > 0 for seconds in phases)
+        # The rest is the last rows, written after the last step.
+        assert 0.5 < sum(phases) / float(row["training_seconds"]) <= 1
 
 
 def test_encoder_is_the_trained_one(run):
@@ -161,7 +175,7 @@ def test_run_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
 
 
 def test_simclr_ignores_labels(tmp_path, monkeypatch):
-    import pretrain as script
+    import step
 
     seen = []
 
@@ -169,8 +183,8 @@ def test_simclr_ignores_labels(tmp_path, monkeypatch):
         seen.append((features.shape, labels, options["temperature"]))
         return original(features, labels, **options)
 
-    original = script.supcon_loss
-    monkeypatch.setattr(script, "supcon_loss", spy)
+    original = step.supcon_loss
+    monkeypatch.setattr(step, "supcon_loss", spy)
     pretrain(tmp_path, "--method", "simclr", "--max_steps", 1, "--temperature", 0.5)
     pretrain(tmp_path, "--method", "supcon", "--max_steps", 1)
     assert seen[0] == ((128, 2, 128), None, 0.5)

@@ -8,12 +8,22 @@ from collections.abc import Sequence
 
 import kornia.augmentation as K
 import torch
+from kornia.augmentation.auto import AutoAugment, RandAugment
+from kornia.augmentation.auto.autoaugment.autoaugment import cifar10_policy, imagenet_policy
+from kornia.augmentation.auto.base import SUBPOLICY_CONFIG
+from kornia.augmentation.auto.rand_augment.rand_augment import default_policy
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
-from config import PretrainConfig
+from config import PretrainConfig, UserError
 from data import ImageData
 from seeds import seed_of
+
+# Each holds a change that needs three channels.
+POLICIES = ("autoaugment", "randaugment", "stacked_randaugment")
+CIFAR = ("cifar10", "cifar100")
+# Of RandAugment: changes in a row, and their strength of 30.
+NUM_CHANGES, MAGNITUDE = 2, 9
 
 
 class Views:
@@ -27,12 +37,14 @@ class Views:
         mean: Sequence[float],
         std: Sequence[float],
         seed: int,
+        memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
         self.pipeline = pipeline
         self.image_size = image_size
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
         self.seed = seed
+        self.memory_format = memory_format
 
     @torch.no_grad()
     def random(self, images: Tensor, *, step: int, view: int) -> Tensor:
@@ -50,18 +62,76 @@ class Views:
 
     def _normalize(self, images: Tensor) -> Tensor:
         images = (images - self.mean.to(images.device)) / self.std.to(images.device)
-        return images.contiguous(memory_format=torch.channels_last)
+        return images.contiguous(memory_format=self.memory_format)
 
 
 def build_views(config: PretrainConfig, data: ImageData) -> Views:
-    """The views that a config asks for."""
-    if config.augment == "digits" or (config.augment == "auto" and config.dataset == "digits"):
-        pipeline = _digits(data.image_size)
-    else:
-        pipeline = _simclr(data.image_size, data.channels)
+    """The views that a config asks for.
+
+    Raises:
+        UserError: the images are grey and the augmentation changes colours.
+    """
+    name = config.augment
+    if name == "auto":
+        name = "digits" if config.dataset == "digits" else "simclr"
+    if name in POLICIES and data.channels != 3:
+        raise UserError(
+            f"--augment {name} changes colours, and the images of {config.dataset} are grey: "
+            "--augment simclr takes both"
+        )
     return Views(
-        pipeline, image_size=data.image_size, mean=data.mean, std=data.std, seed=config.seed
+        _pipeline(name, config.dataset, data),
+        image_size=data.image_size,
+        mean=data.mean,
+        std=data.std,
+        seed=config.seed,
+        memory_format=config.memory_format,
     )
+
+
+class EachImage(nn.Module):
+    """Applies to every image of (B, C, s, s) one of some changes, drawn for it alone.
+
+    kornia's own policies draw one change for a whole batch.
+    """
+
+    def __init__(self, changes: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.changes = nn.ModuleList(changes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        drawn = torch.randint(len(self.changes), (len(images),))
+        changed = torch.empty_like(images)
+        for number, change in enumerate(self.changes):
+            chosen = (drawn == number).nonzero().flatten().to(images.device)
+            if len(chosen) > 0:
+                changed[chosen] = change(images[chosen])
+        return changed
+
+
+def _pipeline(name: str, dataset: str, data: ImageData) -> nn.Module:
+    size, channels = data.image_size, data.channels
+    if name == "digits":
+        return _digits(size)
+    parts = [
+        # "resample" cuts the whole batch at once; "slice" would go from image to image.
+        K.RandomResizedCrop((size, size), scale=(0.2, 1.0), p=1.0, cropping_mode="resample"),
+        K.RandomHorizontalFlip(p=0.5),
+    ]
+    if name == "autoaugment":
+        parts += [_autoaugment(cifar10_policy if dataset in CIFAR else imagenet_policy)]
+    elif name == "randaugment":
+        parts += _randaugment()
+    elif name == "stacked_randaugment":
+        jitter, grey = _colours(channels)
+        parts += [jitter, *_randaugment(), grey]
+    elif name != "crop_flip":
+        parts += _colours(channels)
+    if name == "simclr_blur":
+        # A tenth of the side, as SimCLR has it, rounded to an odd number.
+        kernel = max(3, size // 10 // 2 * 2 + 1)
+        parts += [K.RandomGaussianBlur((kernel, kernel), sigma=(0.1, 2.0), p=0.5)]
+    return nn.Sequential(*parts)
 
 
 def _digits(size: int) -> nn.Module:
@@ -78,17 +148,22 @@ def _digits(size: int) -> nn.Module:
     )
 
 
-def _simclr(size: int, channels: int) -> nn.Module:
-    """Crop, flip and change of colour with the strengths of the SupContrast repository.
+def _colours(channels: int) -> list[nn.Module]:
+    """The change of colour with the strengths of the SupContrast repository.
 
-    Grey images get the part of the colour change that grey can show.
+    Grey images get the part of it that grey can show.
     """
-    shape = [
-        K.RandomResizedCrop((size, size), scale=(0.2, 1.0), p=1.0),
-        K.RandomHorizontalFlip(p=0.5),
-    ]
     if channels == 3:
-        colour = [K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2)]
-    else:
-        colour = [K.RandomBrightness((0.6, 1.4), p=0.8), K.RandomContrast((0.6, 1.4), p=0.8)]
-    return nn.Sequential(*shape, *colour)
+        return [K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2)]
+    return [K.RandomBrightness((0.6, 1.4), p=0.8), K.RandomContrast((0.6, 1.4), p=0.8)]
+
+
+def _autoaugment(policy: list[SUBPOLICY_CONFIG]) -> nn.Module:
+    """AutoAugment (Cubuk et al., arXiv 1805.09501): one pair of changes for each image."""
+    return EachImage([AutoAugment([pair]) for pair in policy])
+
+
+def _randaugment() -> list[nn.Module]:
+    """RandAugment (Cubuk et al., arXiv 1909.13719): so many changes for each image in turn."""
+    changes = [RandAugment(n=1, m=MAGNITUDE, policy=[change]) for change in default_policy]
+    return [EachImage(changes) for _ in range(NUM_CHANGES)]

@@ -41,6 +41,7 @@ class RunState:
     best: float = -1.0  # of a trained network; none was evaluated yet
     epoch: int = 0
     step: int = 0
+    skipped: int = 0  # of those steps, for a gradient that overflowed fp16
 
 
 def save_checkpoint(folder: Path, state: RunState, *, keep: int, best: bool, **rest: Any) -> None:

@@ -39,8 +39,12 @@ class PretrainConfig:
         mean: Of each channel, subtracted from pixels in [0, 1], such as [0.5]. Default: the
             training images' own; imagefolder: ImageNet's.
         std: Of each channel, to divide by. Default: as for mean.
-        augment: The random views. auto: digits for the data set digits, otherwise simclr.
-        method: supcon: images of one class attract each other; simclr: only the two views of an
+        augment: The random views. auto: digits for the data set digits, otherwise simclr. digits:
+            slant, turn, shift and scale. All others crop and flip. crop_flip: no more; simclr: and
+            change colours; simclr_blur: and blur; autoaugment, randaugment: and draw from that
+            policy, for each image alone; stacked_randaugment: from it and change colours.
+        num_views: Random views of each image in a batch.
+        method: supcon: images of one class attract each other; simclr: only the views of one
             image do (labels are not used in training).
         temperature: Of the loss.
         model: With the small stem resnet10, 18, 34, 50, 101, 152 or 200; with the standard stem
@@ -52,7 +56,9 @@ class PretrainConfig:
         pretrained: Start from timm's weights for the model, downloaded (standard stem only).
         init_from: Start from the encoder of another run of the same model: PATH of its checkpoint,
             its encoder.safetensors, or its folder (its last.pt).
-        batch_size: Images per step; each is seen in two views.
+        batch_size: Images per step, each in num_views views.
+        classes_per_batch: Have every batch hold so many classes, with equally many images of each.
+            Default: batches are drawn from all images alike.
         epochs: Passes over the training images.
         max_steps: Stop after so many steps; the learning rate then ends its decay there.
         learning_rate: At its peak; not scaled by the batch size.
@@ -71,6 +77,11 @@ class PretrainConfig:
         decay_rate: A factor of the learning rate (step and exponential only).
         decay_epochs: step: the epochs, from the start of the run, after which the rate falls, such
             as [700,800,900]; exponential: [how many epochs it takes to fall once].
+        precision: Of the network in training: fp32, or by autocast bf16 or fp16, whose gradients are
+            scaled, and a step whose gradient overflows skipped. The loss is always in float32.
+        compile: Compile the network for training (torch.compile); checkpoints are the same.
+        channels_last: Keep images and filters with the channels innermost, which convolutions are
+            mostly faster with.
         workers: Processes that load (and for imagefolder decode) images; 0: the main process. The
             results do not depend on it.
         device: auto takes cuda, then mps, then cpu.
@@ -94,7 +105,11 @@ class PretrainConfig:
     in_chans: Literal[1, 3] | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
-    augment: Literal["auto", "digits", "simclr"] = "auto"
+    augment: Literal[
+        "auto", "digits", "crop_flip", "simclr", "simclr_blur",
+        "autoaugment", "randaugment", "stacked_randaugment",
+    ] = "auto"  # fmt: skip
+    num_views: int = 2
     method: Literal["supcon", "simclr"] = "supcon"
     temperature: float = 0.1
     model: str = "resnet18"
@@ -105,6 +120,7 @@ class PretrainConfig:
     pretrained: bool = False
     init_from: str | None = None
     batch_size: int = 128
+    classes_per_batch: int | None = None
     epochs: int = 60
     max_steps: int | None = None
     learning_rate: float = 0.2
@@ -117,6 +133,9 @@ class PretrainConfig:
     schedule: Literal["cosine", "step", "exponential"] = "cosine"
     decay_rate: float = 0.1
     decay_epochs: list[float] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = True
     workers: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     seed: int = 0
@@ -171,6 +190,20 @@ class PretrainConfig:
                 f"--std {self.std}: must be greater than 0",
             ),
             (
+                self.classes_per_batch is None or self.method != "simclr",
+                "--classes_per_batch contradicts --method simclr, which trains without labels",
+            ),
+            (
+                self.classes_per_batch is None or self.classes_per_batch > 1,
+                f"--classes_per_batch {self.classes_per_batch}: must be at least 2, one class alone "
+                "has nothing to tell apart",
+            ),
+            (
+                not self.classes_per_batch or self.batch_size % self.classes_per_batch == 0,
+                f"--batch_size {self.batch_size} is no multiple of "
+                f"--classes_per_batch {self.classes_per_batch}",
+            ),
+            (
                 self.warmup_epochs < self.epochs,
                 f"--warmup_epochs {self.warmup_epochs} contradicts --epochs {self.epochs}: "
                 "it must be smaller",
@@ -217,13 +250,18 @@ class PretrainConfig:
             ),
         ]
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """How images and filters lie in memory."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
     def _resumes_itself(self) -> bool:
         path = Path(self.resume).resolve()
         return self.name == (path if path.is_dir() else path.parent).name
 
     def _out_of_range(self) -> list[str]:
         least: dict[str, int] = {
-            "image_size": 8, "width": 4, "batch_size": 2, "epochs": 1, "max_steps": 1,
+            "image_size": 8, "num_views": 2, "width": 4, "batch_size": 2, "epochs": 1, "max_steps": 1,
             "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0,
             "knn_every": 0, "knn_bank": 0, "save_every": 0, "keep": 1,
         }  # fmt: skip

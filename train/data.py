@@ -6,6 +6,7 @@ The order of training is a pure function of (seed, epoch), whatever the number o
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -116,20 +117,77 @@ class TrainingOrder(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        order = torch.randperm(self.num_images, generator=generator)
-        for batch in order.split(self.batch_size)[self.step : len(self)]:
+        return islice(self._epoch(generator), self.step, len(self))
+
+    def _epoch(self, generator: torch.Generator) -> Iterator[list[int]]:
+        for batch in torch.randperm(self.num_images, generator=generator).split(self.batch_size):
             yield batch.tolist()
 
 
+class BalancedOrder(TrainingOrder):
+    """Batches of some classes with as many images of each, whatever the classes' sizes.
+
+    In an epoch a class comes again when every class came, and an image when every one of its class
+    did. A class of fewer images than a batch takes of it repeats them there, in other views.
+
+    Args:
+        labels: (N,), of which at least `classes_per_batch` differ.
+        batch_size: a multiple of classes_per_batch.
+    """
+
+    def __init__(self, labels: Tensor, batch_size: int, seed: int, *, classes_per_batch: int):
+        super().__init__(len(labels), batch_size, seed)
+        self.classes_per_batch = classes_per_batch
+        self.members = [(labels == label).nonzero().flatten() for label in labels.unique()]
+
+    def _epoch(self, generator: torch.Generator) -> Iterator[list[int]]:
+        classes = _Deck(torch.arange(len(self.members)), generator)
+        images = [_Deck(members, generator) for members in self.members]
+        num_each = self.batch_size // self.classes_per_batch
+        while True:
+            hand = classes.draw(self.classes_per_batch)
+            yield [index for label in hand for index in images[label].draw(num_each)]
+
+
+class _Deck:
+    """Numbers drawn in random order without end, each as often as any other up to one time."""
+
+    def __init__(self, cards: Tensor, generator: torch.Generator) -> None:
+        self.cards = cards
+        self.generator = generator
+        self.left: list[int] = []
+
+    def draw(self, count: int) -> list[int]:
+        hand, self.left = self.left[:count], self.left[count:]
+        while missing := count - len(hand):
+            order = torch.randperm(len(self.cards), generator=self.generator)
+            # What is in the hand already goes below: nothing comes twice that need not.
+            fresh = sorted(self.cards[order].tolist(), key=set(hand).__contains__)
+            hand, self.left = hand + fresh[:missing], fresh[missing:]
+        return hand
+
+
 def training_batches(
-    split: Split, *, batch_size: int, seed: int, workers: int
+    split: Split, *, batch_size: int, seed: int, workers: int, classes_per_batch: int | None = None
 ) -> tuple[TrainingOrder, DataLoader[tuple[Tensor, Tensor]]]:
-    """The order of a split's batches, and the loader that fetches them in that order."""
+    """The order of a split's batches, and the loader that fetches them in that order.
+
+    Raises:
+        UserError: there are too few images for a batch, or classes for `classes_per_batch`.
+    """
     if batch_size > len(split):
         raise UserError(
             f"--batch_size {batch_size} is larger than the training set of {len(split)} images"
         )
-    order = TrainingOrder(len(split), batch_size, seed)
+    if classes_per_batch is None:
+        order = TrainingOrder(len(split), batch_size, seed)
+        return order, _loader(split, order, workers)
+    num_classes = split.labels.unique().numel()
+    if classes_per_batch > num_classes:
+        raise UserError(
+            f"--classes_per_batch {classes_per_batch}: the training set has {num_classes} classes"
+        )
+    order = BalancedOrder(split.labels, batch_size, seed, classes_per_batch=classes_per_batch)
     return order, _loader(split, order, workers)
 
 

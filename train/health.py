@@ -14,21 +14,39 @@ REMEDY = "try a lower --learning_rate or a longer --warmup_epochs"
 # warning, and of more steps than that takes.
 COLLAPSE_TOLERANCE = 1e-3
 COLLAPSE_STEPS = 20
+# Each skipped step halves the scale of fp16's gradients, which begins at 2**16: overflow ends long
+# before, and what remains is no overflow.
+MAX_SKIPPED_IN_A_ROW = 40
 
 
 class Health:
-    """Watches the loss and the gradient of every step, for `num_rows` embeddings in a batch."""
+    """Watches the loss and the gradient of every step.
 
-    def __init__(self, num_rows: int) -> None:
+    Args:
+        num_rows: embeddings in a batch.
+        skips: whether a step whose gradient is not finite leaves the weights alone (fp16).
+        num_skipped: such steps of the run so far.
+    """
+
+    def __init__(self, num_rows: int, *, skips: bool = False, num_skipped: int = 0) -> None:
         self.collapsed_loss = math.log(num_rows - 1)
         self.collapsed_steps = 0
+        self.skips = skips
+        self.num_skipped = num_skipped
+        self.skipped_in_a_row = 0
 
     def check(self, step: int, learning_rate: float, loss: float, gradient: float) -> str | None:
         """A warning to show, once in a collapse, or None.
 
         Raises:
-            UserError: the loss or the norm of the gradient is not finite.
+            UserError: the loss or the norm of the gradient is not finite; if such steps are skipped,
+                the loss is not, or MAX_SKIPPED_IN_A_ROW were.
         """
+        skipped = self.skips and math.isfinite(loss) and not math.isfinite(gradient)
+        self.num_skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if skipped and self.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+            return None
         for name, value in (("loss", loss), ("norm of the gradient", gradient)):
             if not math.isfinite(value):
                 raise UserError(

@@ -49,7 +49,7 @@ def linear(config: LinearConfig) -> float:
 
     model = build_model(run, channels=data.channels)
     model.load_state_dict(evaluated_weights(saved))
-    model = model.to(device).to(memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=run.memory_format)
     encode = partial(encode_stored, model, build_views(run, data))
     train, test = (
         embed(encode, split, device=device, workers=config.workers)

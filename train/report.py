@@ -21,12 +21,21 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from checkpoint import RunState
+from clock import PHASES, PhaseClock, shares
 from config import PretrainConfig
 from durable import replace_text
 from health import Health, gradient_norm
 
 METRICS = ("step", "epoch", "learning_rate", "loss", "knn_accuracy")
-TIMINGS = ("step", "epoch", "images_per_second", "training_seconds", "evaluation_seconds")
+# Of the training: the phases of its steps, which fill it.
+TIMINGS = (
+    "step",
+    "epoch",
+    "images_per_second",
+    "training_seconds",
+    *(f"{phase}_seconds" for phase in PHASES),
+    "evaluation_seconds",
+)
 # Losses stay on the device between flushes: reading each one would make the device wait.
 STEPS_PER_FLUSH = 10
 SECONDS_PER_LINE = 5.0
@@ -117,8 +126,8 @@ class Report:
         folder: Path,
         resumed: RunState | None,
         total_steps: int,
-        num_views: int,
         config: PretrainConfig,
+        phases: PhaseClock,
     ) -> None:
         self.metrics = Table(folder / "metrics.csv", METRICS, resumed=resumed)
         self.timings = Table(folder / "timings.csv", TIMINGS, resumed=resumed)
@@ -127,10 +136,16 @@ class Report:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         self.progress = ProgressLine(step=step, total_steps=total_steps)
         self.images_per_step = config.batch_size
-        self.health = Health(num_views * config.batch_size)
+        self.health = Health(
+            config.num_views * config.batch_size,
+            skips=config.precision == "fp16",
+            num_skipped=0 if resumed is None else resumed.skipped,
+        )
+        self.skipped_said = self.health.num_skipped
         # Of each step: its number, its epoch, its learning rate; its loss and gradient norm.
         self.pending: list[tuple[int, int, float, Tensor]] = []
         self.flushed_at = 0.0
+        self.phases = phases
         self.seconds = {"training": 0.0, "evaluation": 0.0}
         self.epoch_steps = 0
 
@@ -152,6 +167,8 @@ class Report:
     def clock(self, part: str) -> Iterator[None]:
         """Count the time of a block as "training" or "evaluation"."""
         began = self.flushed_at = time.perf_counter()
+        if part == "training":
+            self.phases.begin()
         yield
         self._flush()
         self.seconds[part] += time.perf_counter() - began
@@ -159,7 +176,7 @@ class Report:
     def step(self, state: RunState, optimizer: Optimizer, loss: Tensor) -> None:
         """Record the step just made, of a scalar `loss`, in an epoch that is not over."""
         learning_rate = optimizer.param_groups[0]["lr"]
-        measured = torch.stack([loss.detach(), gradient_norm(optimizer)])
+        measured = torch.stack([loss, gradient_norm(optimizer)])
         self.pending.append((state.step, state.epoch + 1, learning_rate, measured))
         self.epoch_steps += 1
         if len(self.pending) == STEPS_PER_FLUSH:
@@ -174,22 +191,35 @@ class Report:
 
     def end_epoch(self, state: RunState, *, evaluated: bool) -> None:
         """Close an epoch with its times, and with the accuracy if it was evaluated."""
+        phases = self.phases.read()
+        if self.health.num_skipped > self.skipped_said:
+            self.skipped_said = self.health.num_skipped
+            self.progress.say(
+                f"epoch {state.epoch}  steps skipped so far for an overflow of fp16: "
+                f"{self.skipped_said}"
+            )
         if evaluated:
             self.accuracy(state)
+            self.progress.say(f"epoch {state.epoch}  time of its steps: {shares(phases)}")
         images = self.epoch_steps * self.images_per_step
         self.timings.add(
             step=state.step,
             epoch=state.epoch,
             images_per_second=images / self.seconds["training"],
             training_seconds=self.seconds["training"],
+            **{f"{phase}_seconds": seconds for phase, seconds in phases.items()},
             evaluation_seconds=self.seconds["evaluation"],
         )
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         self.epoch_steps = 0
 
-    def sync(self) -> None:
-        """Check every step made, and have every row on the disk: what a checkpoint relies on."""
+    def sync(self, state: RunState) -> None:
+        """Check every step made, count those skipped, and have every row on the disk.
+
+        A checkpoint of `state` relies on it.
+        """
         self._flush()
+        state.skipped = self.health.num_skipped
         self.metrics.sync()
         self.timings.sync()
         self.board.flush()

@@ -1,0 +1,344 @@
+"""What the driver adds to a training step, and what a plain loop does in the same time: images a second.
+
+python benchmarks/bench_train.py --data-root DIR writes benchmarks/results/train_cpu.csv; DIR holds
+Fashion-MNIST (Debian's package dataset-fashion-mnist, or torchvision's folders). Five loops train one
+network on it and take turns in one run:
+
+bare              forward, loss, backward and optimiser on batches that lie ready
+driver_crop_flip  train/pretrain.py's own loop, records included; its views are crops and flips
+driver_simclr     the same with SimCLR's change of colours
+plain_crop_flip   a loop in the manner of SupContrast's main_supcon.py: PIL images transformed one by
+                  one in DataLoader workers, channels first, the dense loss
+plain_simclr      the same with the change of colours
+
+A turn holds all the work of its steps: the plain loops' workers begin with it and idle after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import transforms
+
+from machine import REPOSITORY, describe_machine
+
+sys.path.insert(0, str(REPOSITORY / "train"))
+
+from augment import build_views
+from checkpoint import RunState
+from config import PretrainConfig
+from data import ImageData, Split, training_batches
+from model import build_model
+from optim import build_optimizer
+from report import Report
+from sources import load_data
+from step import Trainer
+from supcon_kernels import supcon_loss
+
+RESULTS = REPOSITORY / "benchmarks" / "results" / "train_cpu.csv"
+CPU = torch.device("cpu")
+NUM_READY = 8
+DRIVER_OVER_BARE, DRIVER_OVER_PLAIN, MAX_SHARE = 0.95, 1.3, 0.03
+"""The goals: least ratios of speed, and the most of a step that the loss and the data may take."""
+
+
+class Bare:
+    """The least that a step can be: nothing but the network, the loss and the optimiser."""
+
+    def __init__(self, config: PretrainConfig, data: ImageData) -> None:
+        torch.manual_seed(config.seed)
+        self.temperature = config.temperature
+        self.model = build_model(config, channels=data.channels)
+        self.model = self.model.to(memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(self.model, config)
+        _, loader = training_batches(
+            data.train, batch_size=config.batch_size, seed=config.seed, workers=0
+        )
+        views = build_views(config, data)
+        self.ready = cycle(
+            (torch.cat([views.random(images, step=step, view=view) for view in (0, 1)]), labels)
+            for step, (images, labels) in enumerate(islice(loader, NUM_READY))
+        )
+
+    def run(self, num_steps: int) -> None:
+        self.model.train()
+        for images, labels in islice(self.ready, num_steps):
+            features = self.model(images).unflatten(0, (2, -1)).transpose(0, 1)
+            loss = supcon_loss(features, labels, temperature=self.temperature)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+
+
+class Driver:
+    """The training loop of train/pretrain.py, between its checkpoints."""
+
+    def __init__(self, config: PretrainConfig, data: ImageData, stack: ExitStack) -> None:
+        self.order, self.loader = training_batches(
+            data.train, batch_size=config.batch_size, seed=config.seed, workers=config.workers
+        )
+        total_steps = config.epochs * len(self.order)
+        self.trainer = Trainer(
+            config, data, steps_per_epoch=len(self.order), total_steps=total_steps, device=CPU
+        )
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        # Its progress is written as in a run, where nobody reads it.
+        with redirect_stdout(io.StringIO()):
+            report = Report(folder, None, total_steps, config, self.trainer.clock)
+        self.report = stack.enter_context(report)
+        self.state = RunState(raw_pixels=0.0, untrained=0.0, accuracy=0.0)
+        self.batches = self._batches()
+        self.seconds: dict[str, float] = {}
+
+    def _batches(self) -> Iterator[Any]:
+        while True:
+            self.order.begin(self.state.epoch)
+            yield from self.loader
+            self.state.epoch += 1
+
+    def run(self, num_steps: int) -> None:
+        self.trainer.model.train()
+        with redirect_stdout(io.StringIO()), self.report.clock("training"):
+            for images, labels in islice(self.batches, num_steps):
+                loss = self.trainer.step(images, labels, self.state.step)
+                self.state.step += 1
+                self.report.step(self.state, self.trainer.optimizer, loss)
+                self.trainer.clock.mark("records")
+        for phase, seconds in self.trainer.clock.read().items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def share(self, phase: str) -> float:
+        """Of the time of all steps run."""
+        return self.seconds[phase] / sum(self.seconds.values())
+
+
+class PilViews(Dataset[tuple[Tensor, Tensor, int]]):
+    """Two random views of each image, transformed as PIL images."""
+
+    def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor]) -> None:
+        assert isinstance(split.images, Tensor)
+        self.images = [transforms.functional.to_pil_image(image) for image in split.images]
+        self.labels = split.labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        image = self.images[index]
+        return self.transform(image), self.transform(image), self.labels[index]
+
+
+class Plain:
+    """What one writes first, in the manner of SupContrast's main_supcon.py."""
+
+    def __init__(self, config: PretrainConfig, data: ImageData, *, colours: bool) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.model = build_model(config, channels=data.channels)
+        self.optimizer = build_optimizer(self.model, config)
+        jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
+        change = [transforms.RandomApply([jitter], p=0.8), transforms.RandomGrayscale(p=0.2)]
+        self.dataset = PilViews(
+            data.train,
+            transforms.Compose(
+                [
+                    transforms.RandomResizedCrop(data.image_size, scale=(0.2, 1.0)),
+                    transforms.RandomHorizontalFlip(),
+                    *(change if colours else []),
+                    transforms.ToTensor(),
+                    transforms.Normalize(data.mean, data.std),
+                ]
+            ),
+        )
+        self.loaders: dict[int, DataLoader[Any]] = {}
+
+    def run(self, num_steps: int) -> None:
+        self.model.train()
+        for first, second, labels in self._loader(num_steps):
+            images = torch.cat([first, second])
+            features = F.normalize(self.model(images), dim=1).unflatten(0, (2, -1)).transpose(0, 1)
+            loss = dense_loss(features, labels, self.config.temperature)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            loss.item()  # for its meter
+
+    def _loader(self, num_steps: int) -> DataLoader[Any]:
+        # So many batches that the workers, which stay, have nothing left to do after the turn.
+        if num_steps not in self.loaders:
+            num_images = num_steps * self.config.batch_size
+            workers = self.config.workers
+            self.loaders[num_steps] = DataLoader(
+                self.dataset,
+                batch_size=self.config.batch_size,
+                sampler=RandomSampler(self.dataset, num_samples=num_images),
+                num_workers=workers,
+                persistent_workers=workers > 0,
+            )
+        return self.loaders[num_steps]
+
+
+def dense_loss(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """The loss of unit (B, V, D) features and (B,) labels as SupContrast computes it: all scores."""
+    num_views = features.shape[1]
+    rows = torch.cat(features.unbind(1))
+    scores = rows @ rows.T / temperature
+    scores = scores - scores.max(1, keepdim=True).values.detach()
+    others = 1 - torch.eye(len(rows))
+    positive = (labels[:, None] == labels).float().repeat(num_views, num_views) * others
+    log_prob = scores - (scores.exp() * others).sum(1, keepdim=True).log()
+    return -((positive * log_prob).sum(1) / positive.sum(1)).mean()
+
+
+Loop = Bare | Driver | Plain
+
+
+def build_loops(config: PretrainConfig, data: ImageData, stack: ExitStack) -> dict[str, Loop]:
+    """The loops, each with a network of its own from one seed; the driver's load their own data."""
+    driver = {
+        name: replace(config, augment=name, workers=0) for name in ("crop_flip", "simclr")
+    }  # fmt: skip
+    return {
+        "bare": Bare(driver["crop_flip"], data),
+        "driver_crop_flip": Driver(driver["crop_flip"], data, stack),
+        "driver_simclr": Driver(driver["simclr"], data, stack),
+        "plain_crop_flip": Plain(config, data, colours=False),
+        "plain_simclr": Plain(config, data, colours=True),
+    }
+
+
+def time_loops(
+    loops: dict[str, Loop], *, num_steps: int, num_rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of every turn of `num_steps` steps, each loop first in its round in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    names = list(loops)
+    for loop in loops.values():
+        loop.run(num_steps)  # the workers start, memory is found
+        if isinstance(loop, Driver):
+            loop.seconds.clear()
+    for turn in range(num_rounds):
+        first = turn % len(names)
+        for name in (*names[first:], *names[:first]):
+            began = time.perf_counter()
+            loops[name].run(num_steps)
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def rows_of(
+    loops: dict[str, Loop], seconds: dict[str, list[float]], images_per_turn: int
+) -> list[dict[str, str]]:
+    """A row for each loop: its speed, and how it compares with others in the same rounds."""
+    rows = []
+    for name, loop in loops.items():
+        rates = [images_per_turn / each for each in seconds[name]]
+        row = {
+            "loop": name,
+            "images_per_second": f"{median(rates):.1f}",
+            "slowest": f"{min(rates):.1f}",
+            "fastest": f"{max(rates):.1f}",
+            "over_bare": _ratio(seconds, name, "bare"),
+            "over_plain": "",
+            "loss_share": "",
+            "data_share": "",
+        }
+        if isinstance(loop, Driver):
+            row["over_plain"] = _ratio(seconds, name, name.replace("driver", "plain"))
+            row["loss_share"] = f"{loop.share('loss'):.4f}"
+            row["data_share"] = f"{loop.share('data'):.4f}"
+        rows.append(row)
+    return rows
+
+
+def _ratio(seconds: dict[str, list[float]], name: str, other: str) -> str:
+    """The median of how many times as fast as `other` a loop was in the same round."""
+    return f"{median(theirs / ours for ours, theirs in zip(seconds[name], seconds[other])):.4f}"
+
+
+def goals(row: dict[str, str]) -> list[tuple[str, bool]]:
+    """What the driver with crops and flips is to reach, in words, and whether it does."""
+    over_bare, over_plain = float(row["over_bare"]), float(row["over_plain"])
+    shares = [(name, float(row[f"{name}_share"])) for name in ("loss", "data")]
+    return [
+        (f"{over_bare:.3f} of bare, at least {DRIVER_OVER_BARE}", over_bare >= DRIVER_OVER_BARE),
+        (f"{over_plain:.2f} of plain, at least {DRIVER_OVER_PLAIN}", over_plain >= DRIVER_OVER_PLAIN),
+        *((f"{name} {part:.2%} of a step, below {MAX_SHARE:.0%}", part < MAX_SHARE) for name, part in shares),
+    ]  # fmt: skip
+
+
+def check_dense_loss() -> None:
+    """The plain loop's loss is the driver's."""
+    features = F.normalize(
+        torch.randn(32, 2, 16, generator=torch.Generator().manual_seed(0)), dim=2
+    )
+    labels = torch.arange(32) % 5
+    expected = supcon_loss(features, labels, temperature=0.1)
+    torch.testing.assert_close(dense_loss(features, labels, 0.1), expected)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--data-root", required=True, help="the folder of Fashion-MNIST")
+    parser.add_argument("--image-sizes", type=int, nargs="+", default=[16])
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=2, help="of the plain loops")
+    parser.add_argument("--steps", type=int, default=20, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+    check_dense_loss()
+    machine = describe_machine("cpu")
+    measured = []
+    for size in options.image_sizes:
+        config = PretrainConfig(
+            dataset="fashion_mnist", data_root=options.data_root, image_size=size,
+            model=options.model, width=options.width, batch_size=options.batch_size,
+            workers=options.workers, epochs=1000, device="cpu",
+        )  # fmt: skip
+        about = {"image_size": size, "model": config.model, "width": config.width}
+        about |= {"batch_size": config.batch_size, "num_views": config.num_views}
+        about |= {"steps_per_turn": options.steps, "num_rounds": options.rounds}
+        about |= {"plain_workers": config.workers}
+        with ExitStack() as stack:
+            loops = build_loops(config, load_data(config), stack)
+            seconds = time_loops(loops, num_steps=options.steps, num_rounds=options.rounds)
+        rows = rows_of(loops, seconds, options.steps * config.batch_size)
+        measured += [row | about | machine for row in rows]
+        for row in rows:
+            print(
+                f"{size:3} px  {row['loop']:16}  {float(row['images_per_second']):8.0f} images/s  "
+                f"{row['over_bare']} of bare"
+            )
+        for words, reached in goals(rows[1]):
+            print(f"{size:3} px  driver_crop_flip: {words}: {'reached' if reached else 'MISSED'}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with open(options.output, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(measured[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(measured)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

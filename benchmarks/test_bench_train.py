@@ -1,0 +1,69 @@
+"""The benchmark of training on images of noise: that it runs, and that its rows say what happened."""
+
+from __future__ import annotations
+
+import csv
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import bench_train
+
+
+@pytest.fixture
+def data_root(tmp_path: Path) -> Path:
+    """Forty training and twenty test images of 28x28 in ten classes, as Fashion-MNIST's idx files."""
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 40), ("t10k", 20)):
+        arrays = {
+            "labels-idx1": np.arange(count, dtype=np.uint8) % 10,
+            "images-idx3": rng.integers(0, 256, (count, 28, 28), dtype=np.uint8),
+        }
+        for kind, array in arrays.items():
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            (tmp_path / f"{prefix}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_writes_a_row_for_every_loop(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    torch.set_num_threads(1)
+    small = ["--model", "resnet10", "--width", "4", "--image-sizes", "8", "--batch-size", "16"]
+    short = ["--steps", "3", "--rounds", "2", "--workers", str(workers)]
+    output = tmp_path / "results" / "train.csv"
+    place = ["--data-root", str(data_root), "--output", str(output)]
+    assert bench_train.main([*small, *short, *place]) == 0
+    with open(output, newline="") as file:
+        rows = {row["loop"]: row for row in csv.DictReader(file)}
+    assert list(rows) == [
+        "bare", "driver_crop_flip", "driver_simclr", "plain_crop_flip", "plain_simclr",
+    ]  # fmt: skip
+    assert rows["bare"]["over_bare"] == "1.0000"
+    for name, row in rows.items():
+        slowest, rate, fastest = (
+            float(row[key]) for key in ("slowest", "images_per_second", "fastest")
+        )
+        assert 0 < slowest <= rate <= fastest
+        assert (row["over_plain"] != "") == name.startswith("driver")
+        assert row["torch"] == torch.__version__
+    shares = [float(rows["driver_simclr"][f"{name}_share"]) for name in ("loss", "data")]
+    assert all(0 < share < 1 for share in shares)
+    assert capsys.readouterr().out.count("driver_crop_flip: ") == 4
+
+
+def test_ratios_are_of_the_same_rounds() -> None:
+    seconds = {"driver_crop_flip": [1.0, 2.0, 4.0], "plain_crop_flip": [2.0, 3.0, 16.0]}
+    assert bench_train._ratio(seconds, "driver_crop_flip", "plain_crop_flip") == "2.0000"
+
+
+def test_goals_are_told_apart() -> None:
+    row = {"over_bare": "0.96", "over_plain": "1.2", "loss_share": "0.01", "data_share": "0.03"}
+    assert [reached for _, reached in bench_train.goals(row)] == [True, False, True, False]

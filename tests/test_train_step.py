@@ -1,0 +1,148 @@
+"""A training step in other precisions, memory formats and compiled: what stays the same."""
+
+import json
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+
+import train_fixtures  # noqa: F401  puts train/ on the path
+from checkpoint import load_checkpoint
+from config import PretrainConfig
+from health import gradient_norm
+from sources import load_data
+from step import DTYPES, Trainer
+from supcon_kernels import supcon_loss
+from train_fixtures import metrics, pretrain, weights
+
+SHORT = ("--batch_size", 256, "--max_steps", 6, "--save_every", 4, "--keep", 9, "--knn_bank", 100)
+SCALE = 256.0
+
+
+@pytest.fixture(autouse=True)
+def small_start(monkeypatch):
+    """A scale that this network does not overflow at, and no pictures."""
+    scaler = partial(torch.amp.GradScaler, init_scale=SCALE)
+    monkeypatch.setattr("torch.amp.GradScaler", scaler)
+    monkeypatch.setattr("pretrain.draw", lambda *arguments: None)
+
+
+def trainer_and_batch(**options):
+    config = PretrainConfig(
+        model="resnet10", width=4, image_size=8, warmup_epochs=0, device="cpu", **options
+    )
+    data = load_data(config)
+    trainer = Trainer(config, data, steps_per_epoch=10, total_steps=100, device=torch.device("cpu"))
+    return trainer, data.train.images[:64], data.train.labels[:64]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_resumes_to_the_bit(tmp_path, precision):
+    whole = pretrain(tmp_path / "whole", *SHORT, "--precision", precision)
+    other = pretrain(tmp_path / "other", *SHORT, "--precision", precision)
+    resumed = pretrain(
+        tmp_path / "other", *SHORT, "--precision", precision, "--resume", other / "step-4.pt"
+    )
+    assert metrics(resumed) == metrics(whole)
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
+    scalers = [load_checkpoint(run / "last.pt")["scaler"] for run in (resumed, whole)]
+    assert scalers[0] == scalers[1]
+    assert bool(scalers[0]) == (precision == "fp16")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), sorted(DTYPES.items()))
+def test_network_computes_in_its_precision_and_the_loss_in_float32(monkeypatch, precision, dtype):
+    trainer, images, labels = trainer_and_batch(precision=precision)
+    seen = {}
+    trainer.model.encoder.layer1.register_forward_hook(
+        lambda module, inputs, output: seen.update(network=output.dtype)
+    )
+
+    def loss(features, labels, **options):
+        seen["loss"] = features.dtype
+        return original(features, labels, **options)
+
+    original = supcon_loss
+    monkeypatch.setattr("step.supcon_loss", loss)
+    trainer.step(images, labels, 0)
+    assert seen == {"network": dtype, "loss": torch.float32}
+    assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
+
+
+def test_overflow_of_fp16_skips_the_step_and_counts_it(tmp_path, monkeypatch, capsys):
+    original = Trainer.loss
+    scales, kept = [], []
+
+    def loss(trainer, images, labels, step):
+        value = original(trainer, images, labels, step)
+        scales.append(trainer.scaler.get_scale())
+        kept.append(trainer.model.head[0].weight.detach().clone())
+        return value + (0 * value).sqrt() if step in (1, 4) else value
+
+    monkeypatch.setattr(Trainer, "loss", loss)
+    run = pretrain(tmp_path, *SHORT, "--precision", "fp16")
+    assert scales == [SCALE, SCALE, SCALE / 2, SCALE / 2, SCALE / 2, SCALE / 4]
+    same = [torch.equal(before, after) for before, after in pairwise(kept)]
+    assert same == [False, True, False, False, True]
+    assert "epoch 1  steps skipped so far for an overflow of fp16: 2" in capsys.readouterr().out
+    assert json.loads((run / "results.json").read_text())["skipped_steps"] == 2
+    # The count goes on where the checkpoint has it.
+    assert load_checkpoint(run / "step-4.pt")["state"]["skipped"] == 1
+    pretrain(tmp_path, *SHORT, "--precision", "fp16", "--resume", run / "step-4.pt")
+    assert json.loads((run / "results.json").read_text())["skipped_steps"] == 2
+
+
+def test_recorded_gradients_are_not_scaled():
+    norms = []
+    for precision in ("fp32", "fp16"):
+        trainer, images, labels = trainer_and_batch(precision=precision)
+        trainer.step(images, labels, 0)
+        norms.append(gradient_norm(trainer.optimizer).item())
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_images_and_filters_lie_as_asked(channels_last):
+    trainer, images, _ = trainer_and_batch(channels_last=channels_last, dataset="digits")
+    view = trainer.views.random(images.expand(-1, 3, -1, -1), step=0, view=0)
+    filters = trainer.model.encoder.layer1[0].conv1.weight
+    for tensor in (view, filters):
+        assert tensor.is_contiguous(memory_format=trainer.config.memory_format)
+        assert tensor.is_contiguous() != channels_last
+
+
+def test_compiled_trains_the_same_under_plain_names(monkeypatch):
+    # Traced and differentiated as for real, without the minutes of a C++ compiler.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    plain, images, labels = trainer_and_batch()
+    compiled, _, _ = trainer_and_batch(compile=True)
+    assert compiled.network is not compiled.model
+    losses = [[t.step(images, labels, n).item() for n in range(3)] for t in (plain, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    saved = compiled.state_dict()["model"]
+    assert list(saved) == list(plain.state_dict()["model"])
+    moved = saved["encoder.conv1.weight"] - plain.state_dict()["model"]["encoder.conv1.weight"]
+    assert moved.abs().max() < 1e-3
+    plain.load_state_dict(compiled.state_dict())
+
+
+@pytest.mark.parametrize("method", ["supcon", "simclr"])
+def test_every_view_of_an_image_is_in_the_loss(monkeypatch, method):
+    trainer, images, labels = trainer_and_batch(num_views=3, method=method)
+    seen = []
+
+    def spy(features, given, **options):
+        seen.append((features, given))
+        return supcon_loss(features, given, **options)
+
+    monkeypatch.setattr("step.supcon_loss", spy)
+    trainer.model.eval()
+    trainer.loss(images, labels, 5)
+    ((features, given),) = seen
+    assert features.shape == (64, 3, 128)
+    assert given is (labels if method == "supcon" else None)
+    for view in range(3):
+        expected = trainer.model(trainer.views.random(images, step=5, view=view))
+        assert torch.allclose(features[:, view], expected, atol=1e-5)

@@ -1,0 +1,130 @@
+"""One step of training: random views of a batch, their loss, and the weights that follow."""
+
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from augment import build_views
+from clock import PhaseClock
+from config import PretrainConfig
+from data import ImageData
+from model import Embedder, build_model
+from optim import build_optimizer, build_schedule
+from supcon_kernels import supcon_loss
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """A network, the random views that it sees, and how its weights move.
+
+    Args:
+        config: what to build, and how to train it.
+        data: what the images are like.
+        steps_per_epoch: of the learning rate's schedule, as total_steps.
+        device: where everything is.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        data: ImageData,
+        *,
+        steps_per_epoch: int,
+        total_steps: int,
+        device: torch.device,
+    ) -> None:
+        torch.manual_seed(config.seed)
+        model = build_model(config, channels=data.channels)
+        self.model = model.to(device).to(memory_format=config.memory_format)
+        # For training alone, whose batches have one size: evaluation stays as exact as without, and
+        # what it sees cannot lead to another program for training. The names of the weights are the
+        # model's own.
+        self.network = torch.compile(self.model, dynamic=False) if config.compile else self.model
+        self.views = build_views(config, data)
+        self.optimizer = build_optimizer(self.model, config)
+        self.schedule = build_schedule(self.optimizer, config, steps_per_epoch, total_steps)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.average: ModelEmaV3 | None = None
+        if config.ema_decay is not None:
+            self.average = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True)
+        self.clock = PhaseClock(device)
+        self.device = device
+        self.config = config
+
+    @property
+    def measured(self) -> Embedder:
+        """What is evaluated and exported: the average of the weights where there is one."""
+        if self.average is None:
+            return self.model
+        average: Embedder = self.average.module
+        return average
+
+    def restart_average(self) -> None:
+        """Begin the average with the weights as they are."""
+        if self.average is not None:
+            self.average.set(self.model)
+
+    def step(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        """Train on one batch, the next after `step` others.
+
+        Args:
+            images: (B, C, S, S) uint8, on any device.
+            labels: (B,), on any device.
+            step: chooses the views and the learning rate.
+
+        Returns:
+            The loss, a scalar on the device of the network, from before the weights moved. Under
+            fp16 they stay where a gradient is not finite; the gradients are left unscaled.
+        """
+        self.schedule.step_update(step)
+        images, labels = images.to(self.device), labels.to(self.device)
+        self.clock.mark("data")
+        loss = self.loss(images, labels, step)
+        self.clock.mark("loss")
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.clock.mark("backward")
+        self.scaler.unscale_(self.optimizer)
+        if self.config.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.model, step=step + 1)
+        self.clock.mark("optimizer")
+        return loss.detach()
+
+    def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        """The loss of a batch on the device: (B, C, S, S) uint8 images in random views."""
+        num_views = self.config.num_views
+        seen = [self.views.random(images, step=step, view=view) for view in range(num_views)]
+        precision = self.config.precision
+        with torch.autocast(self.device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
+            rows = self.network(torch.cat(seen))
+        features = rows.float().unflatten(0, (num_views, -1)).transpose(0, 1)
+        self.clock.mark("forward")
+        return supcon_loss(
+            features,
+            labels if self.config.method == "supcon" else None,
+            temperature=self.config.temperature,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.average is None else self.average.module.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved.get("scaler", {}))
+        if self.average is not None:
+            self.average.module.load_state_dict(saved["ema"])
