@@ -315,6 +315,8 @@ def main(argv: list[str] | None = None) -> int:
             dataset="fashion_mnist", data_root=options.data_root, image_size=size,
             model=options.model, width=options.width, batch_size=options.batch_size,
             workers=options.workers, epochs=1000, device="cpu",
+            # Every loop at one rate, and a low one: weights that diverge compute in denormals.
+            learning_rate=0.01, warmup_epochs=0,
         )  # fmt: skip
         about = {"image_size": size, "model": config.model, "width": config.width}
         about |= {"batch_size": config.batch_size, "num_views": config.num_views}

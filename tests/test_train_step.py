@@ -12,7 +12,7 @@ from checkpoint import load_checkpoint
 from config import PretrainConfig
 from health import gradient_norm
 from sources import load_data
-from step import DTYPES, Trainer
+from step import AUTOCAST, Trainer
 from supcon_kernels import supcon_loss
 from train_fixtures import metrics, pretrain, weights
 
@@ -52,7 +52,7 @@ def test_resumes_to_the_bit(tmp_path, precision):
     assert bool(scalers[0]) == (precision == "fp16")
 
 
-@pytest.mark.parametrize(("precision", "dtype"), sorted(DTYPES.items()))
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), *AUTOCAST.items()])
 def test_network_computes_in_its_precision_and_the_loss_in_float32(monkeypatch, precision, dtype):
     trainer, images, labels = trainer_and_batch(precision=precision)
     seen = {}

@@ -14,7 +14,7 @@ from model import Embedder, build_model
 from optim import build_optimizer, build_schedule
 from supcon_kernels import supcon_loss
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -101,8 +101,8 @@ class Trainer:
         """The loss of a batch on the device: (B, C, S, S) uint8 images in random views."""
         num_views = self.config.num_views
         seen = [self.views.random(images, step=step, view=view) for view in range(num_views)]
-        precision = self.config.precision
-        with torch.autocast(self.device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
+        dtype = AUTOCAST.get(self.config.precision)
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             rows = self.network(torch.cat(seen))
         features = rows.float().unflatten(0, (num_views, -1)).transpose(0, 1)
         self.clock.mark("forward")
