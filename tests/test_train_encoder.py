@@ -42,6 +42,7 @@ def test_linear_head_sees_embeddings_of_length_one():
 @pytest.mark.parametrize("source", ["last.pt", "encoder.safetensors", "."])
 def test_init_from_starts_with_the_encoder_of_another_run(run, tmp_path, monkeypatch, source):
     import pretrain as script
+    import step
 
     started = []
 
@@ -52,7 +53,7 @@ def test_init_from_starts_with_the_encoder_of_another_run(run, tmp_path, monkeyp
 
     built = []
     monkeypatch.setattr(
-        script, "build_model", lambda *a, **k: built.append(build_model(*a, **k)) or built[0]
+        step, "build_model", lambda *a, **k: built.append(build_model(*a, **k)) or built[0]
     )
     original = script.describe
     monkeypatch.setattr(script, "describe", describe)
