@@ -159,6 +159,7 @@ _FORWARD = (
     _Row(_SHORT, MAX_DIM, (86,), Tile(128, 128, 32, 64, 8, 2), "as below, in 99 KiB"),
     _Row(_SHORT, MAX_DIM, _ALL, Tile(128, 128, 32, 64, 8, 3), "square tiles load least"),
     _Row(_TF32X3, MAX_DIM, _ALL, Tile(64, 64, 16, 16, 4, 2), "TF32's parts are in registers"),
+    _Row(_TF32, 64, (100,), Tile(128, 128, 16, 32, 8, 2), "as below; 32 narrow columns spill"),
     _Row(_TF32, MAX_DIM, _ALL, Tile(128, 128, 32, 32, 8, 2), "square tiles load least"),
 )
 _BACKWARD = (
@@ -172,6 +173,7 @@ _BACKWARD = (
     _Row(_SHORT, MAX_DIM, _WGMMA, Tile(128, 64, 16, 64, 8, 3), "with 256 features rows spill"),
     _Row(_SHORT, MAX_DIM, (80,), Tile(64, 64, 32, 64, 4, 3), "as on sm_90", lean=True),
     _Row(_SHORT, MAX_DIM, _MMA, Tile(64, 32, 16, 64, 4, 3), "with 256 features 64 columns spill"),
+    _Row(_TF32X3, 64, (80,), Tile(64, 16, 16, 16, 4, 2), "one stage spills"),
     _Row(_TF32X3, MAX_DIM, (100,), Tile(64, 16, 16, 16, 4, 2), "one stage spills"),
     _Row(_TF32X3, MAX_DIM, _ALL, Tile(64, 16, 16, 16, 4, 1), "TF32's parts are in registers"),
     _Row(_TF32, MAX_DIM, _ALL, Tile(64, 64, 16, 32, 4, 2), "gradient: half a thread"),
@@ -356,6 +358,8 @@ class Plan:
             "padded_rows",
             {"NORMALIZE": self.normalize, **self._row_block},
             (_cdiv(num_rows, self._row_block["BLOCK_ROWS"]),),
+            # Its rows three times over, and in float64; in one row there is less for each warp.
+            num_warps=8 if self._row_block["BLOCK_ROWS"] > 1 else 4,
         )
 
     @_remembered
