@@ -352,14 +352,15 @@ class Plan:
     @_remembered
     def finish_gradient(self, num_rows: int) -> Launch:
         """Adds up slices and goes back through normalisation and sorting."""
+        # Found by compiling; a single row leaves too little for so many warps.
+        spills = self.target.capability == 100 and self._row_block["BLOCK_ROWS"] > 1
         return self._launch(
             "_finish_gradient_kernel",
             "slices features rows order num_valid factor gradient dots num_rows dim num_slices "
             "padded_rows",
             {"NORMALIZE": self.normalize, **self._row_block},
             (_cdiv(num_rows, self._row_block["BLOCK_ROWS"]),),
-            # Its rows three times over, and in float64; in one row there is less for each warp.
-            num_warps=8 if self._row_block["BLOCK_ROWS"] > 1 else 4,
+            num_warps=8 if spills else 4,
         )
 
     @_remembered
