@@ -11,7 +11,7 @@ plain_crop_flip   a loop in the manner of SupContrast's main_supcon.py: PIL imag
                   one in DataLoader workers, channels first, the dense loss
 plain_simclr      the same with the change of colours
 
-A turn holds all the work of its steps: the plain loops' workers begin with it and idle after it.
+A round of a plain loop holds all the work of its steps: its workers begin with it and idle after it.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from supcon_kernels import supcon_loss
 RESULTS = REPOSITORY / "benchmarks" / "results" / "train_cpu.csv"
 CPU = torch.device("cpu")
 NUM_READY = 8
+TURN_STEPS = 4
 DRIVER_OVER_BARE, DRIVER_OVER_PLAIN, MAX_SHARE = 0.95, 1.3, 0.03
 """The goals: least ratios of speed, and the most of a step that the loss and the data may take."""
 
@@ -182,7 +183,7 @@ class Plain:
             loss.item()  # for its meter
 
     def _loader(self, num_steps: int) -> DataLoader[Any]:
-        # So many batches that the workers, which stay, have nothing left to do after the turn.
+        # So many batches that the workers, which stay, have nothing left to do after the round.
         if num_steps not in self.loaders:
             num_images = num_steps * self.config.batch_size
             workers = self.config.workers
@@ -228,29 +229,39 @@ def build_loops(config: PretrainConfig, data: ImageData, stack: ExitStack) -> di
 def time_loops(
     loops: dict[str, Loop], *, num_steps: int, num_rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of every turn of `num_steps` steps, each loop first in its round in turn."""
+    """Seconds of every round's `num_steps` steps of each loop, each first in its round in turn.
+
+    Loops without workers take turns of TURN_STEPS: a machine's speed drifts within a round.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     names = list(loops)
     for loop in loops.values():
         loop.run(num_steps)  # the workers start, memory is found
         if isinstance(loop, Driver):
             loop.seconds.clear()
-    for turn in range(num_rounds):
-        first = turn % len(names)
-        for name in (*names[first:], *names[:first]):
-            began = time.perf_counter()
-            loops[name].run(num_steps)
-            seconds[name].append(time.perf_counter() - began)
+    for round_ in range(num_rounds):
+        first = round_ % len(names)
+        spent = dict.fromkeys((*names[first:], *names[:first]), 0.0)
+        for done in range(0, num_steps, TURN_STEPS):
+            for name in spent:
+                is_plain = isinstance(loops[name], Plain)
+                if is_plain and done > 0:
+                    continue
+                began = time.perf_counter()
+                loops[name].run(num_steps if is_plain else min(TURN_STEPS, num_steps - done))
+                spent[name] += time.perf_counter() - began
+        for name, each in spent.items():
+            seconds[name].append(each)
     return seconds
 
 
 def rows_of(
-    loops: dict[str, Loop], seconds: dict[str, list[float]], images_per_turn: int
+    loops: dict[str, Loop], seconds: dict[str, list[float]], images_per_round: int
 ) -> list[dict[str, str]]:
     """A row for each loop: its speed, and how it compares with others in the same rounds."""
     rows = []
     for name, loop in loops.items():
-        rates = [images_per_turn / each for each in seconds[name]]
+        rates = [images_per_round / each for each in seconds[name]]
         row = {
             "loop": name,
             "images_per_second": f"{median(rates):.1f}",
@@ -303,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=2, help="of the plain loops")
-    parser.add_argument("--steps", type=int, default=20, help="of a turn")
+    parser.add_argument("--steps", type=int, default=20, help="of a round")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
@@ -320,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         about = {"image_size": size, "model": config.model, "width": config.width}
         about |= {"batch_size": config.batch_size, "num_views": config.num_views}
-        about |= {"steps_per_turn": options.steps, "num_rounds": options.rounds}
+        about |= {"steps_per_round": options.steps, "num_rounds": options.rounds}
         about |= {"plain_workers": config.workers}
         with ExitStack() as stack:
             loops = build_loops(config, load_data(config), stack)

@@ -49,6 +49,10 @@ WORKLOADS = (
     Workload(8192, dtype="bfloat16", device="cuda"),
     Workload(32768, dtype="bfloat16", device="cuda"),
     Workload(8192, dtype="float32", device="cuda"),
+    # A batch before a memory. With few contrasts a class its positives are told apart one by one,
+    # in columns far apart; with many they come from sums over classes.
+    Workload(256, num_cols=65536, num_classes=16384, dtype="bfloat16", device="cuda"),
+    Workload(256, num_cols=65536, dtype="bfloat16", device="cuda"),
 )
 CONTENDERS = ("dense", "dense-compiled", "matmuls", *GPU_PEERS, f"{OURS}{BACKEND}]")
 SCHEME_OF = {f"{OURS}{BACKEND}]": "supcon_kernels", "memeff": "memeff", "inf-cl": "Inf-CL"}
@@ -296,9 +300,15 @@ def measure(
     """Time and peak memory beside the others; a provider that is wrong gets no speed."""
     for workload in workloads:
         if place.is_late:
-            _say(f"N={workload.num_rows}, {workload.dtype}: not reached")
+            _say(f"N={shape_of(workload)}, {workload.dtype}: not reached")
             continue
         yield from bench_size(workload, names, budget_s, with_memory=True)
+
+
+def shape_of(call: Workload) -> str:
+    """How many anchors, and how many contrasts of how many classes where they are others."""
+    memory = f"×{call.num_cols}, {call.num_classes} classes" if call.num_cols else ""
+    return f"{call.num_rows}{memory}"
 
 
 def time_table(results: Sequence[Result], device_name: str) -> str:
@@ -315,7 +325,7 @@ def time_table(results: Sequence[Result], device_name: str) -> str:
             next((r.time_ms for r in same if r.phase == p), None) for p in ("forward", "backward")
         ]
         least_ms = None
-        if card and both.provider in SCHEME_OF:
+        if card and both.provider in SCHEME_OF and not both.num_cols:
             scheme = schemes[SCHEME_OF[both.provider]]
             call = (scheme, card, both.num_rows, both.dim, both.dtype)
             least_ms = 1e-3 * sum(
@@ -326,15 +336,15 @@ def time_table(results: Sequence[Result], device_name: str) -> str:
         error = f"{max(both.errors):.1e}" if both.errors else "not compared"
         cells.append(
             [
-                *(both.provider, str(both.num_rows), both.dtype, *map(_three, halves), time_ms),
+                *(both.provider, shape_of(both), both.dtype, *map(_three, halves), time_ms),
                 *(_three(both.peak_mib), error, _three(least_ms), _three(ratio)),
             ]
         )
     return render_table(cells, markdown=False)
 
 
-def _identity(result: Result) -> tuple[int, str, str]:
-    return result.num_rows, result.dtype, result.provider
+def _identity(result: Result) -> tuple[str, str, str]:
+    return shape_of(result), result.dtype, result.provider
 
 
 def _three(value: float | None) -> str:
@@ -365,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  - {title}")
         print(f"      ({len(all_checks())} comparisons)")
         for w in WORKLOADS:
-            print(f"  - time and peak memory at N={w.num_rows}, D={w.dim}, {w.dtype}: ", end="")
+            print(f"  - time and peak memory at N={shape_of(w)}, D={w.dim}, {w.dtype}: ", end="")
             print(", ".join(CONTENDERS))
         print(f"and write {RESULTS.relative_to(REPOSITORY)}/gpu_check_<card>.csv.")
         return 0

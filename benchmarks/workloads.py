@@ -82,12 +82,16 @@ class Problem:
 
 
 def make_problem(workload: Workload) -> Problem:
-    """Draw balanced, shuffled classes and features scattered around their class's centre."""
+    """Draw balanced, shuffled classes and features scattered around their class's centre.
+
+    Fewer rows than classes are of classes far apart, as a batch before a memory is.
+    """
     generator = torch.Generator().manual_seed(SEED)
     centres = torch.randn(workload.num_classes, workload.dim, generator=generator)
 
     def draw(num: int) -> tuple[Tensor, Tensor]:
-        labels = torch.randperm(num, generator=generator) % workload.num_classes
+        stride = max(workload.num_classes // num, 1)
+        labels = torch.randperm(num, generator=generator) * stride % workload.num_classes
         features = centres[labels] + torch.randn(num, workload.dim, generator=generator)
         leaf = features.to(workload.device, workload.torch_dtype).requires_grad_()
         return leaf, labels.to(workload.device)

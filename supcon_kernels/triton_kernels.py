@@ -34,6 +34,14 @@ def _rounded(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def _rounded_to_tf32(x):
+    """``x`` to the nearest number that a product of TF32 sees as it is: of 10 bits of mantissa."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
 # --- rows
 
 
@@ -48,6 +56,7 @@ def _prepare_kernel(
     dim,
     fold,  # what every row is multiplied by
     NORMALIZE: tl.constexpr,
+    TF32: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -61,6 +70,8 @@ def _prepare_kernel(
         unit, _, _ = _normalized(x)
         x = unit
     x = x * fold
+    if TF32:  # what goes by class has to be of the very rows that the tensor cores multiply
+        x = _rounded_to_tf32(x)
     at = i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
     tl.store(rows_ptr + at, _rounded(x, rows_ptr.dtype.element_ty), mask=d[None, :] < PADDED_DIM)
     tl.store(poison_ptr + i, poison)

@@ -137,7 +137,8 @@ class _Row:
         capabilities: architectures.
         tile: the tile; a chunk wider than the rows is all of a row.
         why: what decided.
-        lean: only where no pair is told apart and sums need no maximum, which takes fewer registers.
+        lean: only where positives come from sums over classes, but for the few of a small class, and
+            where sums need no maximum, which takes fewer registers.
     """
 
     products: str
@@ -313,7 +314,7 @@ class Plan:
 
     @property
     def by_class(self) -> bool:
-        """Whether the positives come from sums over classes, and no pair is looked at."""
+        """Whether positives come from sums over classes, all in the loss, and most in the gradient."""
         return self.summation == "out" and self.denominator == "all"
 
     @property
@@ -345,7 +346,7 @@ class Plan:
         return self._launch(
             "_prepare_kernel",
             "features order num_valid rows poison num_rows dim fold",
-            {"NORMALIZE": self.normalize, **self._row_block},
+            {"NORMALIZE": self.normalize, "TF32": self.tf32, **self._row_block},
             (padded_rows(num_rows) // self._row_block["BLOCK_ROWS"],),
         )
 
@@ -571,7 +572,7 @@ class Plan:
 
 
 # Calls of one shape share their plan.
-plan_of = functools.lru_cache(maxsize=256)(Plan)
+plan_of = cast(type[Plan], functools.lru_cache(maxsize=256)(Plan))
 
 
 def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, Launch]]:

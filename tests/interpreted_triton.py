@@ -7,10 +7,13 @@ cores) benchmarks/gpu_codegen.py does.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cases import CASES, NOWHERE, VARIANTS, by_id
 from compare import assert_close, dense_on_rounded_rows, reference
@@ -183,6 +186,26 @@ def test_a_tile_that_cannot_be_launched_is_no_choice():
     assert 0 < backend._seconds(call, lambda call: None) < 1
 
 
+@pytest.mark.parametrize("failing", ["_forward", "_backward"])
+def test_what_fails_in_the_table_s_own_tiles_is_no_matter_of_tiles(failing, monkeypatch):
+    def run(*_):
+        raise RuntimeError("no fault of the tile")
+
+    call = backend._Call(problem_of(torch.randn(4, 3), torch.arange(4)))
+    monkeypatch.setattr(backend, failing, run)
+    with pytest.raises(RuntimeError, match="no fault of the tile"):
+        backend._measure(call)
+
+
+def test_a_full_memory_ends_the_search_for_tiles():
+    def run(call):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    call = backend._Call(problem_of(torch.randn(4, 3), torch.arange(4)))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        backend._seconds(call, run)
+
+
 @pytest.mark.parametrize("precision, products", [("highest", "tf32x3"), ("high", "tf32")])
 def test_torch_is_asked_whether_tf32_will_do(precision, products):
     before = torch.get_float32_matmul_precision()
@@ -193,6 +216,27 @@ def test_torch_is_asked_whether_tf32_will_do(precision, products):
             assert backend._Call(problem).plan.products == expected
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_with_tf32_the_loss_is_of_the_rows_that_are_multiplied(monkeypatch):
+    # Pairs that have nearly converged: what the positives have of the rows' other bits is no loss.
+    monkeypatch.setattr(backend, "_wants_tf32", lambda: True)
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 48, generator=g)
+    features = torch.cat([features, features + 0.1 * torch.randn(60, 48, generator=g)])
+    labels = torch.arange(60).repeat(2)
+    problem = dataclasses.replace(problem_of(features, labels), temperature=0.05)
+    call = backend._Call(problem)
+    loss, *_ = backend._forward(call)
+    rows = call.rows.prepared
+    seen = (rows.view(torch.int32) & ~0x1FFF).view(torch.float32)  # by the tensor cores
+    assert torch.equal(rows, seen)
+    logits = (seen.double() @ seen.double().T)[:120, :120] * math.log(2)
+    logits.fill_diagonal_(-math.inf)
+    exact = torch.empty(120, dtype=torch.float64)
+    exact[call.rows.order] = F.cross_entropy(logits, torch.arange(120) ^ 1, reduction="none")
+    assert exact.max() < 1e-3
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 # --- float16 at many rows

@@ -101,7 +101,7 @@ def test_the_gradient_of_the_columns_streams_the_rows():
     assert square["ROWS_ANCHOR"] and square["COLS_ANCHOR"]
 
 
-def test_the_default_loss_never_looks_at_positives_in_pairs():
+def test_the_forward_of_the_default_loss_never_looks_at_positives_in_pairs():
     assert not plan().forward().constexprs["BANDED"]
     assert plan(summation="in").forward().constexprs["BANDED"]
 

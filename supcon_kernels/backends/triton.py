@@ -302,15 +302,16 @@ def _gradient(
 
 def _measure(call: _Call) -> Plan:
     """The plan of the call with the tiles that were fastest in it."""
-    plan = call.plan
+    plan, wanted = call.plan, (True, call.cols is not call.rows, True)
+    # In the table's own tiles first: what fails there is no matter of tiles.
     loss, _, _, stats = _forward(call)
     ones = torch.ones_like(loss)
+    _backward(call, ones, stats, *wanted)
 
     def forward_seconds(tile: Tile) -> float:
         return _seconds(call.with_tiles(tile, plan.backward_tile), _forward)
 
     def backward_seconds(tile: Tile) -> float:
-        wanted = (True, not plan.square, True)
         return _seconds(
             call.with_tiles(plan.forward_tile, tile), lambda c: _backward(c, ones, stats, *wanted)
         )
@@ -324,21 +325,25 @@ def _measure(call: _Call) -> Plan:
 
 def _seconds(call: _Call, run: Callable[[_Call], object]) -> float:
     """The median time of a few runs; infinity where the tile cannot be compiled or launched."""
-    times = []
     try:
-        for _ in range(6):
-            start = time.perf_counter()
-            run(call)
-            if call.device.type == "cuda":
-                torch.cuda.synchronize(call.device)
-            times.append(time.perf_counter() - start)
+        run(call)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception:  # whatever the compiler or the launcher raises: the tile is out
         return math.inf
-    return statistics.median(times[1:])  # the first may have compiled
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run(call)
+        if call.device.type == "cuda":
+            torch.cuda.synchronize(call.device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def _is_capturing(call: _Call) -> bool:
-    return call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    with call.on_device():
+        return call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _run(launch: Launch, **arguments: Any) -> None:
