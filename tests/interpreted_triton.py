@@ -168,7 +168,7 @@ def test_tiles_that_were_measured(monkeypatch):
     monkeypatch.setattr(backend, "autotune", True)
     monkeypatch.setattr(backend, "_measured", {})
     monkeypatch.setattr(backend, "_seconds", seconds)
-    arguments = arguments_of("ragged", ("out", "all"))
+    arguments = arguments_of("memory", ("out", "all"))
     assert_close(triton_loss, arguments, torch.float32)
     (plan,) = {p.measured for p in backend._measured.values()}
     assert plan is not None and [tile.cols for tile in plan] == [16, 16]
