@@ -2,7 +2,15 @@
 
 from supcon_kernels._version import __version__
 from supcon_kernels.backends import available_backends
+from supcon_kernels.gradcache import grad_cache_backward
 from supcon_kernels.loss import SupConLoss, supcon_loss
 from supcon_kernels.queue import LabelQueue
 
-__all__ = ["LabelQueue", "SupConLoss", "__version__", "available_backends", "supcon_loss"]
+__all__ = [
+    "LabelQueue",
+    "SupConLoss",
+    "__version__",
+    "available_backends",
+    "grad_cache_backward",
+    "supcon_loss",
+]
