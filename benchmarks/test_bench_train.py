@@ -1,4 +1,4 @@
-"""The benchmark of training on images of noise: that it runs, and that its rows say what happened."""
+"""The benchmarks of training on images of noise: that they run, and what their rows say."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import bench_grad_cache
 import bench_train
 
 
@@ -67,3 +68,16 @@ def test_ratios_are_of_the_same_rounds() -> None:
 def test_goals_are_told_apart() -> None:
     row = {"over_bare": "0.96", "over_plain": "1.2", "loss_share": "0.01", "data_share": "0.03"}
     assert [reached for _, reached in bench_train.goals(row)] == [True, False, True, False]
+
+
+def test_grad_cache_writes_a_row_for_both_forms(data_root: Path, tmp_path: Path) -> None:
+    output = tmp_path / "grad_cache.csv"
+    small = ["--batch-sizes", "32", "--chunk-rows", "16", "--rounds", "1"]
+    arguments = ["--data-root", str(data_root), *small, "--output", str(output)]
+    assert bench_grad_cache.main(arguments) == 0
+    with open(output, newline="") as file:
+        whole, chunks = csv.DictReader(file)
+    assert [whole["form"], chunks["form"]] == ["whole", "chunks"]
+    assert [whole["chunk_rows"], chunks["chunk_rows"]] == ["64", "16"]
+    assert 0 < float(chunks["peak_mib"]) < float(whole["peak_mib"])
+    assert float(chunks["over_whole"]) == float(chunks["seconds"]) / float(whole["seconds"])

@@ -1,0 +1,151 @@
+"""What GradCache saves and costs: peak memory and time of a step against the batch size.
+
+python benchmarks/bench_grad_cache.py --data-root DIR writes benchmarks/results/grad_cache_cpu.csv; DIR
+holds Fashion-MNIST (Debian's package dataset-fashion-mnist, or torchvision's folders). A step is forward,
+loss and backward of a small ResNet on two views of each image, all rows at once or in chunks by
+grad_cache_backward. Peaks are above weights, inputs and gradients, each in a process of its own; times
+are of both forms in turn in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from machine import REPOSITORY, describe_machine
+from peak_memory import HighWaterMark
+
+sys.path.insert(0, str(REPOSITORY / "train"))
+
+from augment import build_views
+from config import PretrainConfig
+from model import build_model
+from sources import load_data
+from supcon_kernels import grad_cache_backward, supcon_loss
+
+RESULTS = REPOSITORY / "benchmarks" / "results" / "grad_cache_cpu.csv"
+IMAGE_SIZE, TEMPERATURE = 16, 0.1
+
+
+class Step:
+    """Forward, loss and backward of one batch: the same gradient from all rows at once or in chunks."""
+
+    def __init__(self, data_root: str, batch_size: int) -> None:
+        config = PretrainConfig(
+            dataset="fashion_mnist", data_root=data_root, image_size=IMAGE_SIZE, augment="crop_flip"
+        )
+        data = load_data(config)
+        views = build_views(config, data)
+        images, self.labels = data.train[list(range(batch_size))]
+        self.rows = torch.cat([views.random(images, step=0, view=view) for view in (0, 1)])
+        self.model = build_model(config, channels=data.channels)
+        self.model.to(memory_format=torch.channels_last)
+
+    def loss(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of the embeddings of both views, (2·B, D)."""
+        features = rows.unflatten(0, (2, -1)).transpose(0, 1)
+        return supcon_loss(features, self.labels, temperature=TEMPERATURE)
+
+    def run(self, chunk_rows: int) -> float:
+        """Seconds of a step in chunks of so many rows; 0: all at once."""
+        began = time.perf_counter()
+        if chunk_rows:
+            grad_cache_backward(self.model, self.rows.split(chunk_rows), self.loss)
+        else:
+            self.loss(self.model(self.rows)).backward()
+        return time.perf_counter() - began
+
+
+def measure_in_child(options: argparse.Namespace, batch_size: int, chunk_rows: int | None) -> dict:
+    """Peak MiB of a step of `chunk_rows`; None: the seconds of both forms."""
+    arguments = {"batch_size": batch_size, "chunk_rows": chunk_rows, "data_root": options.data_root}
+    arguments |= {"chunk": options.chunk_rows, "rounds": options.rounds}
+    # As in peak_memory: what is freed goes back to the system, so that the mark shows what is in use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
+    child = subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(arguments)],
+        env=environment if chunk_rows is not None else None,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: dict = json.loads(child.stdout.splitlines()[-1])
+    return found
+
+
+def child(arguments: dict) -> dict:
+    step = Step(arguments["data_root"], arguments["batch_size"])
+    chunk_rows = arguments["chunk_rows"]
+    if chunk_rows is None:
+        forms = {"whole": 0, "chunks": arguments["chunk"]}
+        seconds: dict[str, list[float]] = {name: [] for name in forms}
+        for _ in range(arguments["rounds"] + 1):
+            for name, rows in forms.items():
+                seconds[name].append(step.run(rows))
+        return {name: each[1:] for name, each in seconds.items()}  # the first finds its memory
+    step.run(chunk_rows)
+    mark = HighWaterMark("cpu")
+    mark.reset()
+    before = mark.read_mib()
+    step.run(chunk_rows)
+    return {"peak_mib": mark.read_mib() - before}
+
+
+def rows_of(options: argparse.Namespace, batch_size: int) -> list[dict[str, object]]:
+    """A row for the whole batch at once, and one for chunks."""
+    seconds = measure_in_child(options, batch_size, None)
+    overhead = [ours / whole for whole, ours in zip(seconds["whole"], seconds["chunks"])]
+    rows = []
+    for form, chunk_rows in (("whole", 0), ("chunks", options.chunk_rows)):
+        row = {"batch_size": batch_size, "num_rows": 2 * batch_size, "form": form}
+        row |= {"chunk_rows": chunk_rows or 2 * batch_size}
+        row |= measure_in_child(options, batch_size, chunk_rows)
+        row |= {"seconds": median(seconds[form]), "num_samples": len(overhead)}
+        row |= {"over_whole": median(overhead) if chunk_rows else 1.0}
+        rows.append(row)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--data-root", help="the folder of Fashion-MNIST")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 768, 1536, 3072, 6144])
+    parser.add_argument("--chunk-rows", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        print(json.dumps(child(options.child)))
+        return 0
+    if options.data_root is None:
+        parser.error("--data-root is needed")
+    machine = describe_machine("cpu")
+    measured = []
+    for batch_size in options.batch_sizes:
+        for row in rows_of(options, batch_size):
+            print(
+                f"batch {row['batch_size']:5}  {row['form']:6}  {row['chunk_rows']:6} rows at a time  "
+                f"{row['peak_mib']:8.1f} MiB  {row['seconds']:7.3f} s  {row['over_whole']:.2f} of whole",
+                flush=True,
+            )
+            measured.append(row | machine)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with open(options.output, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(measured[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(measured)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
