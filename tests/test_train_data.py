@@ -13,7 +13,7 @@ from PIL import Image
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from config import PretrainConfig, UserError
-from data import BalancedOrder, FolderImages, TrainingOrder, training_batches
+from data import BalancedOrder, ImageFiles, TrainingOrder, training_batches
 from sources import load_data, stratified_split, subset
 from train_fixtures import metrics, pretrain, write_images
 
@@ -318,7 +318,7 @@ def test_16_bit_grey_is_scaled_to_8(tmp_path, mode, dtype, name):
     grey = (np.arange(64) * 1040).reshape(8, 8)
     path = str(tmp_path / name)
     Image.frombytes(mode, (8, 8), grey.astype(dtype).tobytes()).save(path)
-    (image,) = FolderImages([path], 8)[[0]]
+    (image,) = ImageFiles([path], 8)[[0]]
     assert image.tolist() == 3 * [(grey // 256).tolist()]
 
 
@@ -327,7 +327,7 @@ def test_grey_without_a_fixed_white_is_refused(tmp_path, mode):
     path = str(tmp_path / "grey.tiff")
     Image.new(mode, (8, 8)).save(path)
     with pytest.raises(UserError, match=rf"cannot read the image {path}: mode {mode} "):
-        FolderImages([path], 8)[[0]]
+        ImageFiles([path], 8)[[0]]
 
 
 def test_class_with_one_image_is_named(tmp_path, capsys):

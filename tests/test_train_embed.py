@@ -57,7 +57,7 @@ def test_class_folders_give_embeddings_paths_and_labels(folder, tmp_path, capsys
 
     dataset = f"imagefolder:{images}"
     data = load_data(PretrainConfig(dataset=dataset, val_fraction=0.2, image_size=8, in_chans=1))
-    every = [*data.train.images.paths, *data.test.images.paths]
+    every = [*data.train.images.files, *data.test.images.files]
     stored = torch.cat([split[[*range(len(split))]][0] for split in (data.train, data.test)])
     for path, row in zip(every, expected(run, dataset, 1, stored).numpy()):
         index = written["paths"].tolist().index(path.removeprefix(f"{images}/"))

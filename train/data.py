@@ -19,19 +19,19 @@ from config import UserError
 from seeds import seed_of
 
 
-class FolderImages:
+class ImageFiles:
     """Image files decoded when asked for: shorter side to `size`, centre square, RGB or grey."""
 
-    def __init__(self, paths: list[str], size: int, channels: int = 3) -> None:
-        self.paths = paths
+    def __init__(self, files: list[str], size: int, channels: int = 3) -> None:
+        self.files = files
         self.size = size
         self.channels = channels
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def __getitem__(self, indices: list[int]) -> Tensor:
-        return torch.stack([self._decode(self.paths[index]) for index in indices])
+        return torch.stack([self._decode(self.files[index]) for index in indices])
 
     def _decode(self, path: str) -> Tensor:
         try:
@@ -60,7 +60,7 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
     Indexed by a list of B indices it gives ((B, C, S, S) uint8, (B,)).
     """
 
-    images: Tensor | FolderImages
+    images: Tensor | ImageFiles
     labels: Tensor
 
     def __len__(self) -> int:
@@ -78,9 +78,9 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
         """The split of these images alone."""
         if isinstance(self.images, Tensor):
             return Split(self.images[indices], self.labels[indices])
-        paths = [self.images.paths[index] for index in indices]
+        files = [self.images.files[index] for index in indices]
         return Split(
-            FolderImages(paths, self.images.size, self.images.channels), self.labels[indices]
+            ImageFiles(files, self.images.size, self.images.channels), self.labels[indices]
         )
 
 

@@ -18,7 +18,7 @@ from torchvision.datasets.folder import is_image_file
 from augment import Views
 from checkpoint import LAST, evaluated_weights, load_checkpoint
 from config import EmbedConfig, PretrainConfig, UserError, parse, pick_device, run_script
-from data import FolderImages, Split
+from data import ImageFiles, Split
 from durable import replace_file
 from knn import embed, encode_stored
 from model import build_model
@@ -44,7 +44,7 @@ def embed_folder(config: EmbedConfig) -> Path:
         about |= {"stored_size": data.train.stored_size, "mean": data.mean, "std": data.std}
     found, classes = find_images(Path(config.images))
     split = Split(
-        FolderImages(list(found), about["stored_size"], about["channels"]),
+        ImageFiles(list(found), about["stored_size"], about["channels"]),
         torch.tensor(list(found.values())),
     )
 

@@ -17,7 +17,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from config import PretrainConfig, UserError
-from data import FolderImages, ImageData, Split
+from data import ImageData, ImageFiles, Split
 from seeds import seed_of
 
 # Held-out images belong to the data set, not to the run: every seed is measured on the same ones.
@@ -242,7 +242,7 @@ def _read_folder(folder: Path, size: int, channels: int) -> tuple[Split, list[st
         found = ImageFolder(folder)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"imagefolder {folder}: {error}") from error
-    images = FolderImages([path for path, _ in found.samples], size, channels)
+    images = ImageFiles([path for path, _ in found.samples], size, channels)
     return Split(images, torch.tensor(found.targets)), found.classes
 
 
