@@ -3,6 +3,7 @@
 import gzip
 import pickle
 import struct
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from config import PretrainConfig, UserError
+from config import PretrainConfig, UserError, run_script
 from data import BalancedOrder, ImageFiles, TrainingOrder, training_batches
 from sources import load_data, stratified_split, subset
 from train_fixtures import metrics, pretrain, write_images
@@ -185,6 +186,42 @@ def test_balanced_order_is_a_function_of_seed_and_epoch_from_any_step():
     other = BalancedOrder(LABELS, 12, seed=4, classes_per_batch=3)
     other.begin(epoch=2)
     assert list(other) != epoch
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+@pytest.mark.parametrize(
+    "make_order",
+    [
+        partial(TrainingOrder, 100, 12, 3),
+        partial(BalancedOrder, LABELS, 12, 3, classes_per_batch=2),
+    ],
+    ids=["all alike", "balanced"],
+)
+def test_processes_share_out_what_one_would_see(make_order, world_size):
+    alone = make_order()
+    ranks = [make_order(rank=rank, world_size=world_size) for rank in range(world_size)]
+    for epoch, step in ((0, 0), (4, 0), (4, 5)):
+        for order in (alone, *ranks):
+            order.begin(epoch, step)
+        whole, *parts = (list(order) for order in (alone, *ranks))
+        assert [len(part) for part in parts] == [len(whole)] * world_size == [8 - step] * world_size
+        for batch, *shares in zip(whole, *parts):
+            assert [len(share) for share in shares] == [12 // world_size] * world_size
+            assert sorted(index for share in shares for index in share) == sorted(batch)
+            if isinstance(alone, BalancedOrder):
+                # As balanced as the batch: no process has but one of its classes.
+                counts = [torch.bincount(LABELS[share], minlength=8) for share in shares]
+                assert all(torch.equal(count, counts[0]) for count in counts)
+
+
+def test_batch_that_cannot_be_shared_out():
+    train = load_data(PretrainConfig()).train
+    make = partial(training_batches, train, seed=0, workers=0)
+    with pytest.raises(UserError, match="--batch_size 100 is no multiple of the 8 processes"):
+        make(batch_size=100, world_size=8)
+    order, batches = make(batch_size=96, rank=7, world_size=8)
+    assert {len(labels) for _, labels in batches} == {12}
+    assert len(batches) == len(order) == len(train) // 96
 
 
 def test_balanced_run_resumes_to_the_bit_with_workers(tmp_path):

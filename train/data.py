@@ -1,6 +1,7 @@
 """Images in memory or in files, and the batches of them that training and evaluation see.
 
-The order of training is a pure function of (seed, epoch), whatever the number of workers.
+The order of training is a pure function of (seed, epoch), whatever the number of workers; several
+processes share out the batches that one would see.
 """
 
 import os
@@ -98,12 +99,23 @@ class ImageData:
 
 
 class TrainingOrder(Sampler[list[int]]):
-    """The batches of indices of one epoch, shuffled by (seed, epoch), from any step on."""
+    """The batches of indices of one epoch, shuffled by (seed, epoch), from any step on.
 
-    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+    Args:
+        batch_size: of all processes together, a multiple of `world_size`.
+        rank, world_size: take every world_size-th index of a batch, from the rank-th on: what the
+            processes see in a step is together what one process alone would see.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        assert batch_size % world_size == 0
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
         self.begin(epoch=0)
 
     def begin(self, epoch: int, step: int = 0) -> None:
@@ -117,7 +129,8 @@ class TrainingOrder(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        return islice(self._epoch(generator), self.step, len(self))
+        for batch in islice(self._epoch(generator), self.step, len(self)):
+            yield batch[self.rank :: self.world_size]
 
     def _epoch(self, generator: torch.Generator) -> Iterator[list[int]]:
         for batch in torch.randperm(self.num_images, generator=generator).split(self.batch_size):
@@ -135,8 +148,17 @@ class BalancedOrder(TrainingOrder):
         batch_size: a multiple of classes_per_batch.
     """
 
-    def __init__(self, labels: Tensor, batch_size: int, seed: int, *, classes_per_batch: int):
-        super().__init__(len(labels), batch_size, seed)
+    def __init__(
+        self,
+        labels: Tensor,
+        batch_size: int,
+        seed: int,
+        *,
+        classes_per_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(len(labels), batch_size, seed, rank=rank, world_size=world_size)
         self.classes_per_batch = classes_per_batch
         self.members = [(labels == label).nonzero().flatten() for label in labels.unique()]
 
@@ -168,26 +190,41 @@ class _Deck:
 
 
 def training_batches(
-    split: Split, *, batch_size: int, seed: int, workers: int, classes_per_batch: int | None = None
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    classes_per_batch: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> tuple[TrainingOrder, DataLoader[tuple[Tensor, Tensor]]]:
     """The order of a split's batches, and the loader that fetches them in that order.
 
     Raises:
-        UserError: there are too few images for a batch, or classes for `classes_per_batch`.
+        UserError: there are too few images for a batch, or classes for `classes_per_batch`, or a
+            batch cannot be shared out among `world_size` processes.
     """
     if batch_size > len(split):
         raise UserError(
             f"--batch_size {batch_size} is larger than the training set of {len(split)} images"
         )
+    if batch_size % world_size != 0:
+        raise UserError(
+            f"--batch_size {batch_size} is no multiple of the {world_size} processes that share it"
+        )
+    place = {"rank": rank, "world_size": world_size}
     if classes_per_batch is None:
-        order = TrainingOrder(len(split), batch_size, seed)
+        order = TrainingOrder(len(split), batch_size, seed, **place)
         return order, _loader(split, order, workers)
     num_classes = split.labels.unique().numel()
     if classes_per_batch > num_classes:
         raise UserError(
             f"--classes_per_batch {classes_per_batch}: the training set has {num_classes} classes"
         )
-    order = BalancedOrder(split.labels, batch_size, seed, classes_per_batch=classes_per_batch)
+    order = BalancedOrder(
+        split.labels, batch_size, seed, classes_per_batch=classes_per_batch, **place
+    )
     return order, _loader(split, order, workers)
 
 
