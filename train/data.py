@@ -5,6 +5,7 @@ processes share out the batches that one would see.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,12 +19,17 @@ from torchvision.transforms.v2 import functional as transforms
 
 from config import UserError
 from seeds import seed_of
+from shards import ShardFile
 
 
 class ImageFiles:
-    """Image files decoded when asked for: shorter side to `size`, centre square, RGB or grey."""
+    """Images decoded when asked for: shorter side to `size`, centre square, RGB or grey.
 
-    def __init__(self, files: list[str], size: int, channels: int = 3) -> None:
+    Args:
+        files: paths, or files within a shard.
+    """
+
+    def __init__(self, files: list[str] | list[ShardFile], size: int, channels: int = 3) -> None:
         self.files = files
         self.size = size
         self.channels = channels
@@ -34,13 +40,15 @@ class ImageFiles:
     def __getitem__(self, indices: list[int]) -> Tensor:
         return torch.stack([self._decode(self.files[index]) for index in indices])
 
-    def _decode(self, path: str) -> Tensor:
+    def _decode(self, file: str | ShardFile) -> Tensor:
         try:
-            with Image.open(path) as file:
-                image = _to_rgb(file)
+            with Image.open(file if isinstance(file, str) else file.open()) as stored:
+                image = _to_rgb(stored)
                 image = image if self.channels == 3 else image.convert("L")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read the image {path}: {error}") from error
+            # Pillow calls a file in memory by its address.
+            reason = re.sub(r" <_io.BytesIO .*>", "", str(error))
+            raise UserError(f"cannot read the image {file}: {reason}") from error
         image = transforms.resize(image, [self.size], antialias=True)
         return transforms.pil_to_tensor(transforms.center_crop(image, [self.size]))
 
