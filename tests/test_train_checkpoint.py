@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from checkpoint import (
@@ -17,6 +18,7 @@ from checkpoint import (
     checkpoints_in,
     load_checkpoint,
     load_newest,
+    load_weights,
     save_checkpoint,
 )
 from config import PretrainConfig, UserError
@@ -161,6 +163,15 @@ def test_foreign_checkpoint_is_an_error_not_a_reason_to_take_an_older_one(tmp_pa
     torch.save({"weight": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=f"{path} was not written by pretrain"):
         load_newest(checkpoints_in(tmp_path))
+
+
+def test_weights_of_another_model_are_refused_in_a_line(tmp_path):
+    path = tmp_path / "last.pt"
+    load_weights(nn.Linear(3, 2), nn.Linear(3, 2).state_dict(), path)
+    for other in (nn.Linear(3, 4), nn.Sequential(*(nn.Linear(3, 2) for _ in range(99)))):
+        with pytest.raises(UserError, match=f"{path} holds the weights of another") as raised:
+            load_weights(nn.Linear(3, 2), other.state_dict(), path)
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
 
 
 def test_checkpoint_with_unknown_options_is_named_with_them(tmp_path):

@@ -63,6 +63,13 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--device", "tpu"], "device"),
         (["--dataset", "mnist"], "accepted are digits, fashion_mnist, cifar10, cifar100"),
         (["--dataset", "imagefolder:"], "--dataset imagefolder:: accepted are"),
+        (["--dataset", "cifar10:x"], "stl10, imagefolder:PATH, webdataset:URL"),
+        (["--dataset", "webdataset:a.tar"], "needs --val_shards URL, or --val_fraction"),
+        (
+            ["--dataset", "webdataset:a", "--val_shards", "b", "--val_fraction", "0.1"],
+            "and not both",
+        ),
+        (["--dataset", "imagefolder:x", "--val_shards", "b"], "--val_shards contradicts"),
         (["--data_root", "data"], "--data_root contradicts --dataset digits"),
         (["--dataset", "imagefolder:x", "--data_root", "y"], "--data_root contradicts"),
         (["--val_fraction", "0.1"], "--val_fraction contradicts --dataset digits"),

@@ -3,6 +3,7 @@
 import gzip
 import pickle
 import struct
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -12,8 +13,8 @@ import torch
 from PIL import Image
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from config import PretrainConfig, UserError
-from data import BalancedOrder, FolderImages, TrainingOrder, training_batches
+from config import PretrainConfig, UserError, run_script
+from data import BalancedOrder, ImageFiles, TrainingOrder, training_batches
 from sources import load_data, stratified_split, subset
 from train_fixtures import metrics, pretrain, write_images
 
@@ -30,12 +31,12 @@ def write_idx(path, array, *, packed):
         path.write_bytes(content)
 
 
-def write_fashion_mnist(folder, *, packed):
-    """Write 40 training and 20 test images of 28x28 in the ten classes; returns them."""
+def write_fashion_mnist(folder, *, packed, num_classes=10):
+    """Write 40 training and 20 test images of 28x28; returns them."""
     rng = np.random.default_rng(0)
     splits = []
     for prefix, count in (("train", 40), ("t10k", 20)):
-        labels = np.arange(count, dtype=np.uint8) % 10
+        labels = np.arange(count, dtype=np.uint8) % num_classes
         images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         write_idx(folder / f"{prefix}-images-idx3-ubyte", images, packed=packed)
         write_idx(folder / f"{prefix}-labels-idx1-ubyte", labels, packed=packed)
@@ -85,7 +86,7 @@ def test_damaged_fashion_mnist_names_the_file(tmp_path):
         load_data(PretrainConfig(dataset="fashion_mnist", data_root=str(tmp_path)))
 
 
-@pytest.mark.parametrize("dataset", ["fashion_mnist", "cifar10", "cifar100"])
+@pytest.mark.parametrize("dataset", ["fashion_mnist", "cifar10", "cifar100", "stl10"])
 def test_missing_data_set_names_folder_and_remedy(tmp_path, monkeypatch, dataset):
     def no_network(*args, **kwargs):
         raise URLError("no network")
@@ -118,6 +119,35 @@ def test_cifar10_through_torchvision(tmp_path, monkeypatch):
     luma = (data.test.images * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, True)
     assert torch.equal(grey.test.images, luma.round().to(torch.uint8))
     assert (grey.channels, len(grey.mean)) == (1, 1)
+
+
+def test_stl10_through_torchvision(tmp_path, monkeypatch):
+    from torchvision.datasets import STL10
+
+    folder = tmp_path / STL10.base_folder
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    images, labels = {}, {"train": np.arange(20) % 10, "test": np.arange(10)[::-1]}
+    for split, numbers in labels.items():
+        images[split] = rng.integers(0, 256, (len(numbers), 3, 96, 96), dtype=np.uint8)
+        # In the files columns come before rows, and the first class is 1.
+        images[split].transpose(0, 1, 3, 2).tofile(folder / f"{split}_X.bin")
+        (numbers + 1).astype(np.uint8).tofile(folder / f"{split}_y.bin")
+        files = [[f"{split}_{part}.bin", None] for part in ("X", "y")]
+        monkeypatch.setattr(STL10, f"{split}_list", files)
+    names = [f"class{label}" for label in range(10)]
+    (folder / "class_names.txt").write_text("\n".join(names) + "\n")
+
+    data = load_data(PretrainConfig(dataset="stl10", data_root=str(tmp_path)))
+    for split, expected in ((data.train, "train"), (data.test, "test")):
+        assert torch.equal(split.images, torch.from_numpy(images[expected]))
+        assert split.labels.tolist() == labels[expected].tolist()
+    assert data.classes == names and data.image_size == 96
+    assert data.mean == pytest.approx((images["train"] / 255).mean((0, 2, 3)))
+
+    options = ("--dataset", "stl10", "--data_root", tmp_path, "--image_size", 32)
+    run = pretrain(tmp_path / "runs", *options, "--batch_size", 8, "--max_steps", 1)
+    assert len(metrics(run)) == 3
 
 
 def test_digits_split_is_stratified_and_fixed():
@@ -185,6 +215,42 @@ def test_balanced_order_is_a_function_of_seed_and_epoch_from_any_step():
     other = BalancedOrder(LABELS, 12, seed=4, classes_per_batch=3)
     other.begin(epoch=2)
     assert list(other) != epoch
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+@pytest.mark.parametrize(
+    "make_order",
+    [
+        partial(TrainingOrder, 100, 12, 3),
+        partial(BalancedOrder, LABELS, 12, 3, classes_per_batch=2),
+    ],
+    ids=["all alike", "balanced"],
+)
+def test_processes_share_out_what_one_would_see(make_order, world_size):
+    alone = make_order()
+    ranks = [make_order(rank=rank, world_size=world_size) for rank in range(world_size)]
+    for epoch, step in ((0, 0), (4, 0), (4, 5)):
+        for order in (alone, *ranks):
+            order.begin(epoch, step)
+        whole, *parts = (list(order) for order in (alone, *ranks))
+        assert [len(part) for part in parts] == [len(whole)] * world_size == [8 - step] * world_size
+        for batch, *shares in zip(whole, *parts):
+            assert [len(share) for share in shares] == [12 // world_size] * world_size
+            assert sorted(index for share in shares for index in share) == sorted(batch)
+            if isinstance(alone, BalancedOrder):
+                # As balanced as the batch: no process has but one of its classes.
+                counts = [torch.bincount(LABELS[share], minlength=8) for share in shares]
+                assert all(torch.equal(count, counts[0]) for count in counts)
+
+
+def test_batch_that_cannot_be_shared_out():
+    train = load_data(PretrainConfig()).train
+    make = partial(training_batches, train, seed=0, workers=0)
+    with pytest.raises(UserError, match="--batch_size 100 is no multiple of the 8 processes"):
+        make(batch_size=100, world_size=8)
+    order, batches = make(batch_size=96, rank=7, world_size=8)
+    assert {len(labels) for _, labels in batches} == {12}
+    assert len(batches) == len(order) == len(train) // 96
 
 
 def test_balanced_run_resumes_to_the_bit_with_workers(tmp_path):
@@ -297,8 +363,6 @@ def test_imagefolder_without_images(tmp_path, missing):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_image_is_named_in_one_line(tmp_path, capsys, workers):
-    from config import run_script
-
     write_images(tmp_path / "images", {"cat": 9, "dog": 9})
     damaged = tmp_path / "images/dog/3.png"
     damaged.write_bytes(damaged.read_bytes()[:60])
@@ -318,7 +382,7 @@ def test_16_bit_grey_is_scaled_to_8(tmp_path, mode, dtype, name):
     grey = (np.arange(64) * 1040).reshape(8, 8)
     path = str(tmp_path / name)
     Image.frombytes(mode, (8, 8), grey.astype(dtype).tobytes()).save(path)
-    (image,) = FolderImages([path], 8)[[0]]
+    (image,) = ImageFiles([path], 8)[[0]]
     assert image.tolist() == 3 * [(grey // 256).tolist()]
 
 
@@ -327,7 +391,7 @@ def test_grey_without_a_fixed_white_is_refused(tmp_path, mode):
     path = str(tmp_path / "grey.tiff")
     Image.new(mode, (8, 8)).save(path)
     with pytest.raises(UserError, match=rf"cannot read the image {path}: mode {mode} "):
-        FolderImages([path], 8)[[0]]
+        ImageFiles([path], 8)[[0]]
 
 
 def test_class_with_one_image_is_named(tmp_path, capsys):
@@ -336,6 +400,22 @@ def test_class_with_one_image_is_named(tmp_path, capsys):
     warning = capsys.readouterr().err
     assert "warning: class 'unicorn' has one training image" in warning
     assert "'cat'" not in warning and "'dog'" not in warning
+
+
+@pytest.mark.parametrize("dataset", ["fashion_mnist", "imagefolder"])
+def test_one_class_ends_with_one_line(tmp_path, capsys, dataset):
+    if dataset == "imagefolder":
+        write_images(tmp_path / "images", {"cat": 8})
+        options = ("--dataset", f"imagefolder:{tmp_path / 'images'}", "--val_fraction", 0.25)
+    else:
+        write_fashion_mnist(tmp_path, packed=False, num_classes=1)
+        options = ("--dataset", dataset, "--data_root", tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: pretrain(tmp_path / "runs", *options))
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "has one class alone" in error
+    assert error.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
 def test_one_class_is_refused_unless_labels_are_not_used(tmp_path):

@@ -1,13 +1,16 @@
 """embed.py: the embeddings of a folder of images are those that the evaluation of a run has."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import linear
 import train_fixtures  # noqa: F401  puts train/ on the path
 from augment import build_views
-from config import PretrainConfig, UserError
+from config import PretrainConfig, UserError, run_script
 from embed import find_images, main
 from knn import encode_stored
 from model import build_model
@@ -57,7 +60,7 @@ def test_class_folders_give_embeddings_paths_and_labels(folder, tmp_path, capsys
 
     dataset = f"imagefolder:{images}"
     data = load_data(PretrainConfig(dataset=dataset, val_fraction=0.2, image_size=8, in_chans=1))
-    every = [*data.train.images.paths, *data.test.images.paths]
+    every = [*data.train.images.files, *data.test.images.files]
     stored = torch.cat([split[[*range(len(split))]][0] for split in (data.train, data.test)])
     for path, row in zip(every, expected(run, dataset, 1, stored).numpy()):
         index = written["paths"].tolist().index(path.removeprefix(f"{images}/"))
@@ -104,6 +107,29 @@ def test_older_checkpoint_leaves_the_input_to_the_data_set_of_its_run(folder, tm
         np.load(embed(path, images, tmp_path / "e.npz")) for path in (tmp_path / "old.pt", run)
     )
     assert np.array_equal(old["embeddings"], new["embeddings"])
+
+
+@pytest.mark.parametrize("script", ["embed", "linear"])
+def test_checkpoint_that_does_not_fit_is_named_in_one_line(folder, tmp_path, capsys, script):
+    images, run = folder
+    saved = torch.load(run / "last.pt", weights_only=True)
+    torch.save(saved | {"config": saved["config"] | {"width": 8}}, tmp_path / "other.pt")
+    torch.save({"model": saved["model"]}, tmp_path / "foreign.pt")
+    checkpoints = {
+        tmp_path / "other.pt": "holds the weights of another model",
+        tmp_path / "foreign.pt": "was not written by pretrain.py",
+        run / "encoder.safetensors": "is not a readable checkpoint",
+        tmp_path / "nowhere": "there is no checkpoint",
+    }
+    for path, message in checkpoints.items():
+        with pytest.raises(SystemExit) as ended:
+            if script == "embed":
+                run_script(partial(embed, path, images, tmp_path / "e.npz"))
+            else:
+                run_script(partial(linear.main, ["--checkpoint", str(path), "--device=cpu"]))
+        error = capsys.readouterr().err
+        assert ended.value.code == 1 and error.count("\n") == 1
+        assert error.startswith("error: ") and str(path) in error and message in error
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from knn import encode_stored, knn_accuracy
 from model import build_model
 from sources import load_data
 from step import Trainer
-from train_fixtures import metrics, pretrain, weights, write_images
+from train_fixtures import metrics, pretrain, weights, write_images, write_shards
 
 # Newer Pythons warn of any fork beside threads; these children take no lock of theirs.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -187,6 +187,21 @@ def test_killed_with_an_average_of_the_weights_ends_like_one_never_killed(tmp_pa
     assert all(torch.equal(exported[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_on_shards_ends_like_one_never_killed(tmp_path, workers):
+    # Two epochs of five steps; killed in the second epoch, two steps after a checkpoint.
+    urls = write_shards(tmp_path / "shards", [17, 5, 12])
+    options = ("--dataset", f"webdataset:{urls}", "--val_fraction", 0.1, "--batch_size", 6)
+    options += ("--epochs", 2, "--name", NAME)
+    whole = pretrain(tmp_path / "whole", *OPTIONS, *options)
+    assert metrics(whole)[-1]["step"] == "10"
+    (folder := tmp_path / "killed").mkdir()
+    options += ("--workers", workers, "--resume", "auto")
+    assert run_in_fork(folder, at_step(8, kill), options=options) == -signal.SIGKILL
+    assert load_checkpoint(folder / NAME / "last.pt")["state"]["step"] == 6
+    assert_same(pretrain(folder, *OPTIONS, *options), whole)
+
+
 @pytest.mark.parametrize("evaluation", [1, 2])
 def test_signal_in_an_evaluation_does_not_wait_for_its_end(whole, tmp_path, evaluation):
     def stop_in_evaluation():
@@ -292,6 +307,16 @@ def test_resume_from_an_older_checkpoint_drops_what_followed(killed, whole, tmp_
 def test_resume_with_other_options_names_them(whole):
     with pytest.raises(UserError, match=r"--temperature is 0\.5, was 0\.1.*config\.yaml"):
         pretrain(whole.parent, *OPTIONS, "--resume", whole / "last.pt", "--temperature", 0.5)
+
+
+def test_resume_with_another_model_names_it(whole, capsys):
+    options = ("--resume", whole, "--model", "resnet18")
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: pretrain(whole.parent, *OPTIONS, *options))
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and error.count("\n") == 1
+    assert f"error: cannot resume {whole / 'last.pt'} with other options: " in error
+    assert "--model is resnet18, was resnet10" in error
 
 
 def test_resume_with_other_threads_is_refused_with_the_reason(whole):

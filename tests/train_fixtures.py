@@ -1,12 +1,14 @@
 """What the tests of train/ share: its modules on the path, short runs, and small image files."""
 
 import csv
+import io
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from webdataset import TarWriter
 
 TRAIN = Path(__file__).resolve().parent.parent / "train"
 if str(TRAIN) not in sys.path:
@@ -40,7 +42,30 @@ def write_images(folder: Path, counts: dict[str, int], *, size: tuple[int, int] 
     for number, (name, count) in enumerate(counts.items()):
         (folder / name).mkdir(parents=True)
         for index in range(count):
-            pixels = rng.integers(0, 120, (*size, 3)) + np.array([60 * number, 0, 90])
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
-                folder / name / f"{index}.png"
-            )
+            (folder / name / f"{index}.png").write_bytes(_png(number, size, rng))
+
+
+def write_shards(
+    folder: Path, sizes: list[int], *, labels: tuple[int, ...] = (0, 1), name: str = "train"
+) -> str:
+    """Write shards of so many images each, whose labels take turns; returns their path in braces.
+
+    The colour of an image depends on its label's place among `labels`.
+    """
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard, size in enumerate(sizes):
+        with TarWriter(str(folder / f"{name}-{shard}.tar")) as tar:
+            for index in range(size):
+                number = index % len(labels)
+                image = _png(number, (20, 16), rng)
+                key = f"{shard}/{index:03}"
+                tar.write({"__key__": key, "png": image, "cls": labels[number]})
+    return f"{folder}/{name}-{{0..{len(sizes) - 1}}}.tar"
+
+
+def _png(number: int, size: tuple[int, int], rng: np.random.Generator) -> bytes:
+    pixels = rng.integers(0, 120, (*size, 3)) + np.array([60 * number, 0, 90])
+    packed = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(packed, "png")
+    return packed.getvalue()

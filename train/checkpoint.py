@@ -10,10 +10,11 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import PretrainConfig, UserError
 from durable import TEMPORARY, link_file, replace_file
@@ -119,6 +120,22 @@ def evaluated_weights(saved: dict[str, Any]) -> dict[str, Tensor]:
     average: dict[str, Tensor] | None = saved.get("ema")
     weights: dict[str, Tensor] = saved["model"]
     return weights if average is None else average
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Give a model the weights that `path` holds.
+
+    Raises:
+        UserError: they are those of another model.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        # After a first line come the names of all weights that are missing, left over, or unlike.
+        difference = shorten(str(error).partition("\n")[2], 200)
+        raise UserError(
+            f"{path} holds the weights of another model than its options build here: {difference}"
+        ) from error
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

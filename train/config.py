@@ -15,7 +15,7 @@ import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-DATASETS = ("digits", "fashion_mnist", "cifar10", "cifar100")
+DATASETS = ("digits", "fashion_mnist", "cifar10", "cifar100", "stl10")
 
 
 class UserError(Exception):
@@ -27,17 +27,23 @@ class PretrainConfig:
     """The options of pretrain.py.
 
     Args:
-        dataset: digits | fashion_mnist | cifar10 | cifar100 | imagefolder:PATH. PATH holds train/
-            and val/ with a folder per class, or the class folders alone (see val_fraction).
-        data_root: Where fashion_mnist and cifar are looked for, and downloaded to if not there.
-            Default: data.
+        dataset: digits | fashion_mnist | cifar10 | cifar100 | stl10 | imagefolder:PATH |
+            webdataset:URL. stl10: its labelled images. PATH holds train/ and val/ with a folder per
+            class, or the class folders alone (see val_fraction). URL names tar shards, as in
+            DATA/train-{000..127}.tar, by a path or anything that webdataset opens (https:, gs:,
+            pipe:COMMAND); of each sample a jpg, jpeg, png or webp is the image and an integer as
+            text in cls the label.
+        data_root: Where fashion_mnist, cifar and stl10 are looked for, and downloaded to if not
+            there; shards that are no local files are copied to it, once. Default: data.
         image_size: Side of the images that the encoder sees, in pixels. Default: the data set's
-            own (digits: 16); imagefolder: 64.
-        val_fraction: imagefolder without val/: the share of every class to hold out.
+            own (digits: 16); imagefolder, webdataset: 64.
+        val_fraction: imagefolder without val/, webdataset without val_shards: the share of every
+            class to hold out.
+        val_shards: webdataset: URL of the shards to evaluate on.
         in_chans: Channels that the network sees: 1 makes colour images grey, 3 repeats grey ones.
-            Default: the data set's own; imagefolder: 3.
+            Default: the data set's own; imagefolder, webdataset: 3.
         mean: Of each channel, subtracted from pixels in [0, 1], such as [0.5]. Default: the
-            training images' own; imagefolder: ImageNet's.
+            training images' own; imagefolder, webdataset: ImageNet's.
         std: Of each channel, to divide by. Default: as for mean.
         augment: The random views. auto: digits for the data set digits, otherwise simclr. digits:
             slant, turn, shift and scale. All others crop and flip. crop_flip: no more; simclr: and
@@ -82,8 +88,8 @@ class PretrainConfig:
         compile: Compile the network for training (torch.compile); checkpoints are the same.
         channels_last: Keep images and filters with the channels innermost, which convolutions are
             mostly faster with.
-        workers: Processes that load (and for imagefolder decode) images; 0: the main process. The
-            results do not depend on it.
+        workers: Processes that load (and for imagefolder and webdataset decode) images; 0: the main
+            process. The results do not depend on it.
         device: auto takes cuda, then mps, then cpu.
         seed: Of weights, order and augmentation.
         knn_every: Epochs between k-NN evaluations; 0: only before the first and after the last.
@@ -102,6 +108,7 @@ class PretrainConfig:
     data_root: str | None = None
     image_size: int | None = None
     val_fraction: float | None = None
+    val_shards: str | None = None
     in_chans: Literal[1, 3] | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -150,23 +157,33 @@ class PretrainConfig:
     def mistakes(self) -> list[str]:
         """What is out of range or contradicts itself, one sentence each."""
         kind, _, path = self.dataset.partition(":")
-        is_folder = kind == "imagefolder" and path != ""
+        in_files = kind in ("imagefolder", "webdataset") and path != ""
         rules = [
             (
-                self.dataset in DATASETS or is_folder,
-                f"--dataset {self.dataset}: accepted are {', '.join(DATASETS)}, imagefolder:PATH",
+                self.dataset in DATASETS or in_files,
+                f"--dataset {self.dataset}: accepted are {', '.join(DATASETS)}, imagefolder:PATH, "
+                "webdataset:URL",
             ),
             (
                 self.data_root is None or kind not in ("digits", "imagefolder"),
                 f"--data_root contradicts --dataset {self.dataset}, which is not looked for there",
             ),
             (
-                self.val_fraction is None or kind == "imagefolder",
+                self.val_fraction is None or in_files,
                 f"--val_fraction contradicts --dataset {self.dataset}, which has a test split",
             ),
             (
                 self.val_fraction is None or 0 < self.val_fraction < 1,
                 f"--val_fraction {self.val_fraction}: must lie between 0 and 1",
+            ),
+            (
+                self.val_shards is None or kind == "webdataset",
+                f"--val_shards contradicts --dataset {self.dataset}, which has none",
+            ),
+            (
+                kind != "webdataset" or (self.val_fraction is None) != (self.val_shards is None),
+                f"--dataset {self.dataset} needs --val_shards URL, or --val_fraction to hold images "
+                "out, and not both",
             ),
             (
                 self.stem == "small" or self.width == PretrainConfig.width,

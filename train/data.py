@@ -1,9 +1,11 @@
 """Images in memory or in files, and the batches of them that training and evaluation see.
 
-The order of training is a pure function of (seed, epoch), whatever the number of workers.
+The order of training is a pure function of (seed, epoch), whatever the number of workers; several
+processes share out the batches that one would see.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,29 +19,36 @@ from torchvision.transforms.v2 import functional as transforms
 
 from config import UserError
 from seeds import seed_of
+from shards import ShardFile
 
 
-class FolderImages:
-    """Image files decoded when asked for: shorter side to `size`, centre square, RGB or grey."""
+class ImageFiles:
+    """Images decoded when asked for: shorter side to `size`, centre square, RGB or grey.
 
-    def __init__(self, paths: list[str], size: int, channels: int = 3) -> None:
-        self.paths = paths
+    Args:
+        files: paths, or files within a shard.
+    """
+
+    def __init__(self, files: list[str] | list[ShardFile], size: int, channels: int = 3) -> None:
+        self.files = files
         self.size = size
         self.channels = channels
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def __getitem__(self, indices: list[int]) -> Tensor:
-        return torch.stack([self._decode(self.paths[index]) for index in indices])
+        return torch.stack([self._decode(self.files[index]) for index in indices])
 
-    def _decode(self, path: str) -> Tensor:
+    def _decode(self, file: str | ShardFile) -> Tensor:
         try:
-            with Image.open(path) as file:
-                image = _to_rgb(file)
+            with Image.open(file if isinstance(file, str) else file.open()) as stored:
+                image = _to_rgb(stored)
                 image = image if self.channels == 3 else image.convert("L")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read the image {path}: {error}") from error
+            # Pillow calls a file in memory by its address.
+            reason = re.sub(r" <_io.BytesIO .*>", "", str(error))
+            raise UserError(f"cannot read the image {file}: {reason}") from error
         image = transforms.resize(image, [self.size], antialias=True)
         return transforms.pil_to_tensor(transforms.center_crop(image, [self.size]))
 
@@ -60,7 +69,7 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
     Indexed by a list of B indices it gives ((B, C, S, S) uint8, (B,)).
     """
 
-    images: Tensor | FolderImages
+    images: Tensor | ImageFiles
     labels: Tensor
 
     def __len__(self) -> int:
@@ -78,9 +87,9 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
         """The split of these images alone."""
         if isinstance(self.images, Tensor):
             return Split(self.images[indices], self.labels[indices])
-        paths = [self.images.paths[index] for index in indices]
+        files = [self.images.files[index] for index in indices]
         return Split(
-            FolderImages(paths, self.images.size, self.images.channels), self.labels[indices]
+            ImageFiles(files, self.images.size, self.images.channels), self.labels[indices]
         )
 
 
@@ -98,12 +107,23 @@ class ImageData:
 
 
 class TrainingOrder(Sampler[list[int]]):
-    """The batches of indices of one epoch, shuffled by (seed, epoch), from any step on."""
+    """The batches of indices of one epoch, shuffled by (seed, epoch), from any step on.
 
-    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+    Args:
+        batch_size: of all processes together, a multiple of `world_size`.
+        rank, world_size: take every world_size-th index of a batch, from the rank-th on: what the
+            processes see in a step is together what one process alone would see.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        assert batch_size % world_size == 0
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
         self.begin(epoch=0)
 
     def begin(self, epoch: int, step: int = 0) -> None:
@@ -117,7 +137,8 @@ class TrainingOrder(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        return islice(self._epoch(generator), self.step, len(self))
+        for batch in islice(self._epoch(generator), self.step, len(self)):
+            yield batch[self.rank :: self.world_size]
 
     def _epoch(self, generator: torch.Generator) -> Iterator[list[int]]:
         for batch in torch.randperm(self.num_images, generator=generator).split(self.batch_size):
@@ -135,8 +156,17 @@ class BalancedOrder(TrainingOrder):
         batch_size: a multiple of classes_per_batch.
     """
 
-    def __init__(self, labels: Tensor, batch_size: int, seed: int, *, classes_per_batch: int):
-        super().__init__(len(labels), batch_size, seed)
+    def __init__(
+        self,
+        labels: Tensor,
+        batch_size: int,
+        seed: int,
+        *,
+        classes_per_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(len(labels), batch_size, seed, rank=rank, world_size=world_size)
         self.classes_per_batch = classes_per_batch
         self.members = [(labels == label).nonzero().flatten() for label in labels.unique()]
 
@@ -168,26 +198,41 @@ class _Deck:
 
 
 def training_batches(
-    split: Split, *, batch_size: int, seed: int, workers: int, classes_per_batch: int | None = None
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    classes_per_batch: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> tuple[TrainingOrder, DataLoader[tuple[Tensor, Tensor]]]:
     """The order of a split's batches, and the loader that fetches them in that order.
 
     Raises:
-        UserError: there are too few images for a batch, or classes for `classes_per_batch`.
+        UserError: there are too few images for a batch, or classes for `classes_per_batch`, or a
+            batch cannot be shared out among `world_size` processes.
     """
     if batch_size > len(split):
         raise UserError(
             f"--batch_size {batch_size} is larger than the training set of {len(split)} images"
         )
+    if batch_size % world_size != 0:
+        raise UserError(
+            f"--batch_size {batch_size} is no multiple of the {world_size} processes that share it"
+        )
+    place = {"rank": rank, "world_size": world_size}
     if classes_per_batch is None:
-        order = TrainingOrder(len(split), batch_size, seed)
+        order = TrainingOrder(len(split), batch_size, seed, **place)
         return order, _loader(split, order, workers)
     num_classes = split.labels.unique().numel()
     if classes_per_batch > num_classes:
         raise UserError(
             f"--classes_per_batch {classes_per_batch}: the training set has {num_classes} classes"
         )
-    order = BalancedOrder(split.labels, batch_size, seed, classes_per_batch=classes_per_batch)
+    order = BalancedOrder(
+        split.labels, batch_size, seed, classes_per_batch=classes_per_batch, **place
+    )
     return order, _loader(split, order, workers)
 
 

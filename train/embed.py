@@ -16,9 +16,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
 from augment import Views
-from checkpoint import LAST, evaluated_weights, load_checkpoint
+from checkpoint import LAST, evaluated_weights, load_checkpoint, load_weights
 from config import EmbedConfig, PretrainConfig, UserError, parse, pick_device, run_script
-from data import FolderImages, Split
+from data import ImageFiles, Split
 from durable import replace_file
 from knn import embed, encode_stored
 from model import build_model
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> Path:
 
 def embed_folder(config: EmbedConfig) -> Path:
     """Embed every image of a folder as the evaluation of the run would, and write the file."""
-    saved = load_checkpoint(_file(Path(config.checkpoint)))
+    path = _file(Path(config.checkpoint))
+    saved = load_checkpoint(path)
     device = pick_device(config.device)
     run, about = PretrainConfig(**saved["config"]), saved["data"]
     if "stored_size" not in about:
@@ -44,12 +45,12 @@ def embed_folder(config: EmbedConfig) -> Path:
         about |= {"stored_size": data.train.stored_size, "mean": data.mean, "std": data.std}
     found, classes = find_images(Path(config.images))
     split = Split(
-        FolderImages(list(found), about["stored_size"], about["channels"]),
+        ImageFiles(list(found), about["stored_size"], about["channels"]),
         torch.tensor(list(found.values())),
     )
 
     model = build_model(run, channels=about["channels"])
-    model.load_state_dict(evaluated_weights(saved))
+    load_weights(model, evaluated_weights(saved), path)
     model = model.to(device).to(memory_format=torch.channels_last)
     assert run.image_size is not None
     views = Views(

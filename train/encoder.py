@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from checkpoint import LAST, evaluated_weights, load_checkpoint
+from checkpoint import LAST, evaluated_weights, load_checkpoint, load_weights
 from config import PretrainConfig, UserError
 from data import ImageData
 from durable import link_file, replace_file, replace_text
@@ -48,7 +48,7 @@ def load_first_weights(encoder: nn.Module, config: PretrainConfig, *, channels: 
             raise UserError(
                 f"--init_from {config.init_from} holds another model: {', '.join(differences)}"
             )
-        encoder.load_state_dict(weights)
+        load_weights(encoder, weights, Path(config.init_from))
 
 
 def read_encoder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

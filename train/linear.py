@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from augment import build_views
-from checkpoint import LAST, evaluated_weights, load_checkpoint
+from checkpoint import LAST, evaluated_weights, load_checkpoint, load_weights
 from config import LinearConfig, PretrainConfig, UserError, parse, pick_device, run_script
 from durable import replace_text
 from knn import accuracy, embed, encode_stored
@@ -48,7 +48,7 @@ def linear(config: LinearConfig) -> float:
         raise UserError(f"{run.dataset} has other classes now than when {path} was trained")
 
     model = build_model(run, channels=data.channels)
-    model.load_state_dict(evaluated_weights(saved))
+    load_weights(model, evaluated_weights(saved), path)
     model = model.to(device).to(memory_format=run.memory_format)
     encode = partial(encode_stored, model, build_views(run, data))
     train, test = (

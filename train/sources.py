@@ -7,27 +7,31 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100, STL10, FashionMNIST, ImageFolder, VisionDataset
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from config import PretrainConfig, UserError
-from data import FolderImages, ImageData, Split
+from data import ImageData, ImageFiles, Split
 from seeds import seed_of
+from shards import read_index
 
 # Held-out images belong to the data set, not to the run: every seed is measured on the same ones.
 SPLIT_SEED = 0
 DIGITS_SIZE = 16
 DIGITS_TEST_FRACTION = 0.25
-FOLDER_SIZE = 64
+FILES_SIZE = 64
 DATA_ROOT = "data"
 # What each of red, green and blue adds to grey (ITU-R 601-2, as Pillow has it).
 LUMA = (0.299, 0.587, 0.114)
+
+DataSet = TypeVar("DataSet", bound=VisionDataset)
 
 
 def load_data(config: PretrainConfig) -> ImageData:
@@ -36,17 +40,17 @@ def load_data(config: PretrainConfig) -> ImageData:
     Raises:
         UserError: it is missing, unreadable or unfit; says what, where and the remedy.
     """
-    name, _, path = config.dataset.partition(":")
-    if name == "imagefolder":
-        data = _image_folder(Path(path), config)
+    if ":" in config.dataset:
+        data = _in_files(config)
     else:
         readers: dict[str, Callable[[Path], tuple[Split, Split, list[str]]]] = {
             "digits": lambda root: _digits(),
             "fashion_mnist": _fashion_mnist,
             "cifar10": lambda root: _cifar(CIFAR10, root),
             "cifar100": lambda root: _cifar(CIFAR100, root),
+            "stl10": _stl10,
         }
-        train, test, classes = readers[name](Path(config.data_root or DATA_ROOT))
+        train, test, classes = readers[config.dataset](Path(config.data_root or DATA_ROOT))
         data = _in_memory(train, test, classes, config)
     data = replace(data, mean=config.mean or data.mean, std=config.std or data.std)
     for option, values in (("mean", data.mean), ("std", data.std)):
@@ -95,10 +99,13 @@ def _fashion_mnist(root: Path) -> tuple[Split, Split, list[str]]:
     if all(flat):
         train, test = (Split(*_read_idx(*files)) for files in flat if files)
         return train, test, list(FashionMNIST.classes)
-    _fetch(FashionMNIST, root, "four idx files (Debian: package dataset-fashion-mnist)")
+    wanted = "four idx files (Debian: package dataset-fashion-mnist)"
     train, test = (
-        Split(split.data[:, None], split.targets.long())
-        for split in (FashionMNIST(root, train=True), FashionMNIST(root, train=False))
+        Split(half.data[:, None], half.targets.long())
+        for half in (
+            _fetch(FashionMNIST, root, wanted, train=True),
+            FashionMNIST(root, train=False),
+        )
     )
     return train, test, list(FashionMNIST.classes)
 
@@ -135,19 +142,28 @@ def _unpacked(path: Path, read: Callable[[str], Tensor]) -> Tensor:
 
 
 def _cifar(kind: type[CIFAR10], root: Path) -> tuple[Split, Split, list[str]]:
-    _fetch(kind, root, f"folder {kind.base_folder}")
-    train, test = (kind(root, train=True), kind(root, train=False))
+    train = _fetch(kind, root, f"folder {kind.base_folder}", train=True)
     splits = [
         Split(torch.from_numpy(half.data).permute(0, 3, 1, 2), torch.tensor(half.targets))
-        for half in (train, test)
+        for half in (train, kind(root, train=False))
     ]
     return splits[0], splits[1], list(train.classes)
 
 
-def _fetch(kind: type[CIFAR10] | type[FashionMNIST], root: Path, wanted: str) -> None:
-    """Let torchvision download a data set where it is not there yet."""
+def _stl10(root: Path) -> tuple[Split, Split, list[str]]:
+    """The labelled images alone: the 100,000 others have no class to be evaluated by."""
+    train = _fetch(STL10, root, f"folder {STL10.base_folder}", split="train")
+    splits = [
+        Split(torch.from_numpy(half.data).contiguous(), torch.from_numpy(half.labels).long())
+        for half in (train, STL10(root, split="test"))
+    ]
+    return splits[0], splits[1], list(train.classes)
+
+
+def _fetch(kind: type[DataSet], root: Path, wanted: str, **split: Any) -> DataSet:
+    """A split of a data set, which torchvision downloads where it is not there yet."""
     try:
-        kind(root, train=True, download=True)
+        return kind(root, download=True, **split)
     except Exception as error:
         raise UserError(
             f"{kind.__name__} was not found in {root.resolve()} and could not be downloaded "
@@ -205,31 +221,14 @@ def _mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
     return means, stds
 
 
-def _image_folder(root: Path, config: PretrainConfig) -> ImageData:
-    size = config.image_size or FOLDER_SIZE
+def _in_files(config: PretrainConfig) -> ImageData:
+    kind, _, place = config.dataset.partition(":")
+    size = config.image_size or FILES_SIZE
     channels = config.in_chans or 3
-    val_fraction = config.val_fraction
     # Decoded an eighth larger than the network sees, so that crops need not be scaled up.
     stored = size * 8 // 7
-    if not root.is_dir():
-        raise UserError(f"imagefolder: there is no folder {root.resolve()}")
-    if (root / "val").is_dir():
-        if val_fraction is not None:
-            raise UserError(f"--val_fraction contradicts {root / 'val'}, which is there")
-        train, classes = _read_folder(root / "train", stored, channels)
-        test, test_classes = _read_folder(root / "val", stored, channels)
-        if classes != test_classes:
-            odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
-            raise UserError(f"{root}: train/ and val/ differ in the classes {odd}")
-    elif val_fraction is None:
-        raise UserError(f"{root} has no val/ folder: hold images out by --val_fraction 0.1")
-    else:
-        folder = root / "train" if (root / "train").is_dir() else root
-        whole, classes = _read_folder(folder, stored, channels)
-        stay, held_out = stratified_split(whole.labels, val_fraction)
-        if not held_out:
-            raise UserError(f"{root}: no class has an image to spare for --val_fraction")
-        train, test = whole.take(stay), whole.take(held_out)
+    read = _image_folder if kind == "imagefolder" else _web_dataset
+    train, test, classes = read(place, config, stored, channels)
     mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
     if channels == 1:
         # Of ImageNet in grey, as if its channels moved together.
@@ -237,12 +236,60 @@ def _image_folder(root: Path, config: PretrainConfig) -> ImageData:
     return ImageData(train, test, classes, size, channels, mean, std)
 
 
+def _image_folder(
+    place: str, config: PretrainConfig, size: int, channels: int
+) -> tuple[Split, Split, list[str]]:
+    root = Path(place)
+    if not root.is_dir():
+        raise UserError(f"imagefolder: there is no folder {root.resolve()}")
+    if (root / "val").is_dir():
+        if config.val_fraction is not None:
+            raise UserError(f"--val_fraction contradicts {root / 'val'}, which is there")
+        train, classes = _read_folder(root / "train", size, channels)
+        test, test_classes = _read_folder(root / "val", size, channels)
+        if classes != test_classes:
+            odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
+            raise UserError(f"{root}: train/ and val/ differ in the classes {odd}")
+        return train, test, classes
+    if config.val_fraction is None:
+        raise UserError(f"{root} has no val/ folder: hold images out by --val_fraction 0.1")
+    folder = root / "train" if (root / "train").is_dir() else root
+    whole, classes = _read_folder(folder, size, channels)
+    return *_hold_out(whole, config), classes
+
+
+def _web_dataset(
+    urls: str, config: PretrainConfig, size: int, channels: int
+) -> tuple[Split, Split, list[str]]:
+    root = Path(config.data_root or DATA_ROOT)
+    parts = [read_index(part, root=root) for part in (urls, config.val_shards) if part is not None]
+    # Any integers are labels; a class is the place of its label among those to train on.
+    names = sorted(set(parts[0][1]))
+    if unknown := sorted(set(parts[-1][1]) - set(names)):
+        raise UserError(f"--val_shards {config.val_shards}: labels {unknown} are not in {urls}")
+    classes = {name: number for number, name in enumerate(names)}
+    splits = [
+        Split(ImageFiles(files, size, channels), torch.tensor([classes[name] for name in labels]))
+        for files, labels in parts
+    ]
+    train, test = splits if config.val_shards is not None else _hold_out(splits[0], config)
+    return train, test, [str(name) for name in names]
+
+
+def _hold_out(whole: Split, config: PretrainConfig) -> tuple[Split, Split]:
+    assert config.val_fraction is not None
+    stay, held_out = stratified_split(whole.labels, config.val_fraction)
+    if not held_out:
+        raise UserError(f"{config.dataset}: no class has an image to spare for --val_fraction")
+    return whole.take(stay), whole.take(held_out)
+
+
 def _read_folder(folder: Path, size: int, channels: int) -> tuple[Split, list[str]]:
     try:
         found = ImageFolder(folder)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"imagefolder {folder}: {error}") from error
-    images = FolderImages([path for path, _ in found.samples], size, channels)
+    images = ImageFiles([path for path, _ in found.samples], size, channels)
     return Split(images, torch.tensor(found.targets)), found.classes
 
 
