@@ -104,6 +104,20 @@ def test_unfit_files_to_start_from_are_named(tmp_path):
         assert str(path) in str(raised.value)
 
 
+@pytest.mark.parametrize("resume", ["none", "auto"])
+def test_run_that_finds_no_first_weights_leaves_no_folder(tmp_path, resume):
+    start = ("--init_from", tmp_path / "nowhere.safetensors", "--resume", resume)
+    with pytest.raises(UserError, match="there is no encoder"):
+        pretrain(tmp_path, *start, "--name", "a")
+    assert not list(tmp_path.iterdir())
+    # What another run wrote there stays.
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.yaml").touch()
+    with pytest.raises(UserError):
+        pretrain(tmp_path, *start, "--name", "a")
+    assert (tmp_path / "a/config.yaml").exists()
+
+
 def test_pretrained_takes_the_weights_that_timm_loads(monkeypatch):
     def fill(model, **options):
         for parameter in model.parameters():

@@ -37,7 +37,7 @@ from model import Embedder
 from pictures import MAX_POINTS, draw_curves, draw_embedding
 from report import Report
 from requeue import Requests
-from rundir import open_run
+from rundir import open_run, removed_if_empty
 from seeds import random_state, set_random_state
 from sources import load_data, subset
 from step import Trainer
@@ -81,11 +81,12 @@ def pretrain(config: PretrainConfig) -> Path:
     folder, checkpoints = open_run(config)
     config = replace(config, name=folder.name, resume="none", image_size=data.image_size)
     state: RunState | None = None
-    if checkpoints:
-        state = go_on(trainer, checkpoints, config)
-    else:
-        load_first_weights(trainer.model.encoder, config, channels=data.channels)
-        trainer.restart_average()
+    with removed_if_empty(folder):
+        if checkpoints:
+            state = go_on(trainer, checkpoints, config)
+        else:
+            load_first_weights(trainer.model.encoder, config, channels=data.channels)
+            trainer.restart_average()
 
     with (
         room_needed(folder),
