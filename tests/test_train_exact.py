@@ -23,7 +23,7 @@ import train_fixtures  # noqa: F401  puts train/ on the path
 from augment import build_views
 from checkpoint import checkpoints_in, load_checkpoint
 from config import PretrainConfig, UserError, run_script
-from knn import encode_stored, knn_accuracy
+from knn import encode_stored, knn_predictions
 from model import build_model
 from sources import load_data
 from step import Trainer
@@ -42,7 +42,7 @@ NAME = "digits-supcon-seed0"
 def drawing_network():
     """Have every step draw a random number, as dropout would.
 
-    t-SNE, the slowest part of so short a run, is left out.
+    The pictures, the slowest part of so short a run, are left out.
     """
     import pretrain as script
 
@@ -53,7 +53,7 @@ def drawing_network():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "loss", loss)
-        patch.setattr(script, "draw_embedding", lambda *arguments: None)
+        patch.setattr(script, "draw", lambda *arguments: None)
         yield
 
 
@@ -190,7 +190,7 @@ def test_killed_with_an_average_of_the_weights_ends_like_one_never_killed(tmp_pa
 @pytest.mark.parametrize("evaluation", [1, 2])
 def test_signal_in_an_evaluation_does_not_wait_for_its_end(whole, tmp_path, evaluation):
     def stop_in_evaluation():
-        import pretrain as script
+        import evaluation as script
 
         calls = []
         original = script.encode_stored
@@ -321,7 +321,7 @@ def test_evaluation_draws_no_random_number(tmp_path, workers):
 
     before = states()
     cpu = torch.device("cpu")
-    knn_accuracy(encode, data.test, data.train, num_classes=2, device=cpu, workers=workers)
+    knn_predictions(encode, data.test, data.train, num_classes=2, device=cpu, workers=workers)
     assert states() == before
 
 
