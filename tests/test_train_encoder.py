@@ -36,7 +36,9 @@ def test_linear_head_sees_embeddings_of_length_one():
     embedded = model.encoder(images)
     expected = (embedded / embedded.norm(dim=1, keepdim=True)) @ model.head.weight.T
     assert (embedded.norm(dim=1) - 1).abs().min() > 0.01
-    torch.testing.assert_close(model(images), expected + model.head.bias)
+    seen, projected = model(images)
+    assert torch.equal(seen, embedded)
+    torch.testing.assert_close(projected, expected + model.head.bias)
 
 
 @pytest.mark.parametrize("source", ["last.pt", "encoder.safetensors", "."])

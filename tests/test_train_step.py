@@ -144,5 +144,5 @@ def test_every_view_of_an_image_is_in_the_loss(monkeypatch, method):
     assert features.shape == (64, 3, 128)
     assert given is (labels if method == "supcon" else None)
     for view in range(3):
-        expected = trainer.model(trainer.views.random(images, step=5, view=view))
+        _, expected = trainer.model(trainer.views.random(images, step=5, view=view))
         assert torch.allclose(features[:, view], expected, atol=1e-5)

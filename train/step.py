@@ -103,7 +103,7 @@ class Trainer:
         seen = [self.views.random(images, step=step, view=view) for view in range(num_views)]
         dtype = AUTOCAST.get(self.config.precision)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            rows = self.network(torch.cat(seen))
+            _, rows = self.network(torch.cat(seen))
         features = rows.float().unflatten(0, (num_views, -1)).transpose(0, 1)
         self.clock.mark("forward")
         return supcon_loss(
