@@ -82,6 +82,13 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
             ["--pretrained", "true", "--stem", "standard", "--init_from", "x"],
             "contradicts --init_from",
         ),
+        (["--queue_size", "127"], "--queue_size 127: must hold at least the 128 keys of a step"),
+        (["--queue_size", "255", "--num_views", "3"], "at least the 256 keys of a step"),
+        (["--queue_momentum", "0.99"], "contradicts the absence of a queue: give --queue_size"),
+        (
+            ["--queue_size", "256", "--queue_momentum", "1"],
+            "--queue_momentum 1.0: must be at least 0 and less than 1",
+        ),
         (["--ema_decay", "1"], "--ema_decay 1.0: must lie between 0 and 1"),
         (["--std", "[0.5,0,1]"], "--std [0.5, 0.0, 1.0]: must be greater than 0"),
         (["--in_chans", "2"], "in_chans"),

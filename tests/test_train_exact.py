@@ -173,17 +173,30 @@ def test_signal_finishes_the_step_and_saves(whole, tmp_path, name, workers, step
     assert_same(run, whole)
 
 
-def test_killed_with_an_average_of_the_weights_ends_like_one_never_killed(tmp_path):
-    options = ("--ema_decay", 0.9)
-    whole = pretrain(tmp_path / "whole", *OPTIONS, *options)
-    (folder := tmp_path / "killed").mkdir()
-    assert run_in_fork(folder, at_step(7, kill), options=options) == -signal.SIGKILL
-    run = pretrain(folder, *OPTIONS, *options, "--resume", "auto")
-    assert_same(run, whole)
+# All that a run can carry from step to step; the queue is full after three, and turns over.
+CARRYING = ("--ema_decay", 0.9, "--queue_size", 640, "--queue_momentum", 0.9)
+
+
+@pytest.fixture(scope="module")
+def carrying(tmp_path_factory):
+    """The run with averages and a queue that nothing happens to."""
+    return pretrain(tmp_path_factory.mktemp("carrying"), *OPTIONS, *CARRYING)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_with_averages_and_queue_ends_like_one_never_killed(carrying, tmp_path, workers):
+    step = random.SystemRandom().randrange(3, NUM_STEPS)
+    print("killed in the step after", step)
+    resume = ("--workers", workers, "--resume", "auto")
+    killed = run_in_fork(tmp_path, at_step(step, kill), options=(*CARRYING, *resume))
+    assert killed == -signal.SIGKILL
+    run = pretrain(tmp_path, *OPTIONS, *CARRYING, *resume)
+    assert_same(run, carrying)
     for name in ("last.pt", "best.pt"):
-        average, expected = (load_checkpoint(path / name)["ema"] for path in (run, whole))
-        assert all(torch.equal(average[key], expected[key]) for key in expected)
-    exported, expected = (load_file(path / "export/model.safetensors") for path in (run, whole))
+        saved, expected = (load_checkpoint(folder / name) for folder in (run, carrying))
+        for part in ("ema", "memory", "optimizer"):
+            torch.testing.assert_close(saved[part], expected[part], rtol=0, atol=0)
+    exported, expected = (load_file(path / "export/model.safetensors") for path in (run, carrying))
     assert all(torch.equal(exported[key], expected[key]) for key in expected)
 
 

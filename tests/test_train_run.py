@@ -189,8 +189,9 @@ def test_simclr_ignores_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "supcon_loss", spy)
     pretrain(tmp_path, "--method", "simclr", "--max_steps", 1, "--temperature", 0.5)
     pretrain(tmp_path, "--method", "supcon", "--max_steps", 1)
-    assert seen[0] == ((128, 2, 128), None, 0.5)
-    assert seen[1][1].shape == (128,) and seen[1][2] == 0.1
+    assert seen[0][0] == (128, 2, 128) and seen[0][2] == 0.5
+    assert seen[0][1].tolist() == list(range(128))
+    assert seen[1][1].unique().tolist() == list(range(10)) and seen[1][2] == 0.1
 
 
 def test_clip_grad_bounds_the_gradient_of_a_step(tmp_path, monkeypatch):

@@ -113,11 +113,12 @@ def test_images_and_filters_lie_as_asked(channels_last):
         assert tensor.is_contiguous() != channels_last
 
 
-def test_compiled_trains_the_same_under_plain_names(monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"queue_size": 128}], ids=["plain", "queue"])
+def test_compiled_trains_the_same_under_plain_names(monkeypatch, options):
     # Traced and differentiated as for real, without the minutes of a C++ compiler.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    plain, images, labels = trainer_and_batch()
-    compiled, _, _ = trainer_and_batch(compile=True)
+    plain, images, labels = trainer_and_batch(**options)
+    compiled, _, _ = trainer_and_batch(compile=True, **options)
     assert compiled.network is not compiled.model
     losses = [[t.step(images, labels, n).item() for n in range(3)] for t in (plain, compiled)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -142,7 +143,7 @@ def test_every_view_of_an_image_is_in_the_loss(monkeypatch, method):
     trainer.loss(images, labels, 5)
     ((features, given),) = seen
     assert features.shape == (64, 3, 128)
-    assert given is (labels if method == "supcon" else None)
+    assert torch.equal(given, labels if method == "supcon" else 5 * 64 + torch.arange(64))
     for view in range(3):
         _, expected = trainer.model(trainer.views.random(images, step=5, view=view))
         assert torch.allclose(features[:, view], expected, atol=1e-5)

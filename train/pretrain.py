@@ -80,7 +80,7 @@ def pretrain(config: PretrainConfig) -> Path:
             state = go_on(trainer, checkpoints, config)
         else:
             load_first_weights(trainer.model.encoder, config, channels=data.channels)
-            trainer.restart_average()
+            trainer.restart_averages()
 
     with (
         room_needed(folder),

@@ -137,7 +137,7 @@ class Report:
         self.progress = ProgressLine(step=step, total_steps=total_steps)
         self.images_per_step = config.batch_size
         self.health = Health(
-            config.num_views * config.batch_size,
+            config.queue_size or config.num_views * config.batch_size - 1,
             skips=config.precision == "fp16",
             num_skipped=0 if resumed is None else resumed.skipped,
         )
