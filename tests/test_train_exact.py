@@ -174,17 +174,19 @@ def test_signal_finishes_the_step_and_saves(whole, tmp_path, name, workers, step
 
 
 # All that a run can carry from step to step; the queue is full after three, and turns over.
-CARRYING = ("--ema_decay", 0.9, "--queue_size", 640, "--queue_momentum", 0.9)
+CARRYING = ("--ema_decay", 0.9, "--queue_size", 640, "--queue_momentum", 0.9, "--probe", "true")
 
 
 @pytest.fixture(scope="module")
 def carrying(tmp_path_factory):
-    """The run with averages and a queue that nothing happens to."""
+    """The run with averages, a queue and a probe that nothing happens to."""
     return pretrain(tmp_path_factory.mktemp("carrying"), *OPTIONS, *CARRYING)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_killed_with_averages_and_queue_ends_like_one_never_killed(carrying, tmp_path, workers):
+def test_killed_with_averages_queue_and_probe_ends_like_one_never_killed(
+    carrying, tmp_path, workers
+):
     step = random.SystemRandom().randrange(3, NUM_STEPS)
     print("killed in the step after", step)
     resume = ("--workers", workers, "--resume", "auto")
@@ -194,10 +196,18 @@ def test_killed_with_averages_and_queue_ends_like_one_never_killed(carrying, tmp
     assert_same(run, carrying)
     for name in ("last.pt", "best.pt"):
         saved, expected = (load_checkpoint(folder / name) for folder in (run, carrying))
-        for part in ("ema", "memory", "optimizer"):
+        for part in ("ema", "memory", "probe", "optimizer"):
             torch.testing.assert_close(saved[part], expected[part], rtol=0, atol=0)
     exported, expected = (load_file(path / "export/model.safetensors") for path in (run, carrying))
     assert all(torch.equal(exported[key], expected[key]) for key in expected)
+
+
+def test_probe_leaves_the_training_alone(whole, tmp_path):
+    probed = pretrain(tmp_path, *OPTIONS, "--probe", "true")
+    trained = weights(whole)
+    assert all(torch.equal(value, trained[name]) for name, value in weights(probed).items())
+    rows = [[dict(row, probe_accuracy="") for row in metrics(run)] for run in (probed, whole)]
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("evaluation", [1, 2])

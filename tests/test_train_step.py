@@ -113,7 +113,7 @@ def test_images_and_filters_lie_as_asked(channels_last):
         assert tensor.is_contiguous() != channels_last
 
 
-@pytest.mark.parametrize("options", [{}, {"queue_size": 128}], ids=["plain", "queue"])
+@pytest.mark.parametrize("options", [{}, {"queue_size": 128, "probe": True}], ids=["plain", "all"])
 def test_compiled_trains_the_same_under_plain_names(monkeypatch, options):
     # Traced and differentiated as for real, without the minutes of a C++ compiler.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

@@ -90,6 +90,8 @@ class PretrainConfig:
             results do not depend on it.
         device: auto takes cuda, then mps, then cpu.
         seed: Of weights, order and augmentation.
+        probe: Train a linear classifier on the embeddings, too, without gradient to the encoder, and
+            evaluate it with k-NN.
         knn_every: Epochs between k-NN evaluations; 0: only before the first and after the last.
         knn_bank: Use only so many training images as neighbours; 0: all.
         save_every: Steps between checkpoints within an epoch; 0: only at each epoch's end.
@@ -145,6 +147,7 @@ class PretrainConfig:
     workers: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     seed: int = 0
+    probe: bool = False
     knn_every: int = 10
     knn_bank: int = 0
     save_every: int = 0

@@ -40,6 +40,10 @@ class Evaluation:
     def measure(self, state: RunState) -> None:
         """Bring the accuracies in a run's state up to date."""
         state.accuracy = accuracy(self.predictions(), self.test.labels)
+        if self.trainer.probe is not None:
+            # Of the very encoder that it is trained on, beside which there may be an average.
+            encode = partial(self._encode, self.trainer.model)
+            state.probe = self.trainer.probe.accuracy(encode, self.test, **self.places)
 
     def predictions(self) -> Tensor:
         """The (N,) classes of the test images by k-NN."""

@@ -30,7 +30,7 @@ def draw_curves(metrics: Path, picture: Path, title: str, baselines: RunState) -
     def column(name: str, scale: float = 1.0) -> list[tuple[int, float]]:
         return [(int(row["step"]), scale * float(row[name])) for row in rows if row[name]]
 
-    loss, knn = column("loss"), column("knn_accuracy", 100)
+    loss, knn, probe = column("loss"), column("knn_accuracy", 100), column("probe_accuracy", 100)
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(*zip(*loss), linewidth=1)
@@ -41,6 +41,10 @@ def draw_curves(metrics: Path, picture: Path, title: str, baselines: RunState) -
         markersize=4,
         label=f"k-NN, {knn[-1][1]:.2f} at the end",
     )
+    if probe:
+        right.plot(
+            *zip(*probe), marker="s", markersize=3, label=f"linear probe, {probe[-1][1]:.2f}"
+        )
     for share, style, name in (
         (baselines.raw_pixels, "--", "k-NN of raw pixels"),
         (baselines.untrained, ":", "k-NN of the untrained encoder"),

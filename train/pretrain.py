@@ -216,6 +216,8 @@ def write_results(
         "steps": state.step,
         "skipped_steps": state.skipped,
     }
+    if state.probe is not None:
+        numbers["probe_accuracy"] = state.probe
     replace_text(folder / "results.json", json.dumps(numbers, indent=2) + "\n")
     print(
         f"\nk-NN {state.accuracy:.2%} on {len(data.test)} test images "

@@ -13,6 +13,7 @@ from data import ImageData
 from memory import Memory
 from model import Embedder, build_model
 from optim import build_optimizer, build_schedule
+from probe import Probe
 from supcon_kernels import supcon_loss
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,6 +53,9 @@ class Trainer:
         if config.ema_decay is not None:
             self.average = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True)
         self.memory = None if config.queue_size is None else Memory(self.model, config)
+        self.probe: Probe | None = None
+        if config.probe:
+            self.probe = Probe(self.model.encoder.num_features, len(data.classes), device)
         self.clock = PhaseClock(device)
         self.device = device
         self.config = config
@@ -106,7 +110,7 @@ class Trainer:
     def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """The loss of a batch on the device: (B, C, S, S) uint8 images in random views.
 
-        A memory takes the keys of the batch in.
+        A memory takes the keys of the batch in, and a probe learns from its embeddings.
         """
         num_views = self.config.num_views
         seen = [self.views.random(images, step=step, view=view) for view in range(num_views)]
@@ -118,11 +122,13 @@ class Trainer:
         contrast: dict[str, Tensor] = {}
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             if self.memory is None:
-                _, rows = self.network(torch.cat(seen))
+                embedded, rows = self.network(torch.cat(seen))
             else:
-                _, rows = self.network(seen[0])
+                embedded, rows = self.network(seen[0])
                 self.memory.remember(torch.cat(seen[1:]), classes)
                 contrast = self.memory.contrast()
+        if self.probe is not None:
+            self.probe.step(embedded, labels)
         features = rows.float().unflatten(0, (-1, len(images))).transpose(0, 1)
         self.clock.mark("forward")
         return supcon_loss(features, classes, temperature=self.config.temperature, **contrast)
@@ -135,6 +141,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "ema": None if self.average is None else self.average.module.state_dict(),
             "memory": None if self.memory is None else self.memory.state_dict(),
+            "probe": None if self.probe is None else self.probe.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -146,3 +153,5 @@ class Trainer:
             self.average.module.load_state_dict(saved["ema"])
         if self.memory is not None:
             self.memory.load_state_dict(saved["memory"])
+        if self.probe is not None:
+            self.probe.load_state_dict(saved["probe"])
