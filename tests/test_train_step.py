@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from checkpoint import load_checkpoint
@@ -127,6 +128,36 @@ def test_compiled_trains_the_same_under_plain_names(monkeypatch, options):
     moved = saved["encoder.conv1.weight"] - plain.state_dict()["model"]["encoder.conv1.weight"]
     assert moved.abs().max() < 1e-3
     plain.load_state_dict(compiled.state_dict())
+
+
+class OneConvolution(nn.Module):
+    """An encoder that a C++ compiler takes seconds for, in the place of timm's ResNet."""
+
+    num_features = 8
+
+    def __init__(self, block, layers, *, channels, in_chans, num_classes):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, self.num_features, 3)
+        self.norm = nn.BatchNorm2d(self.num_features)
+
+    def init_weights(self):
+        pass
+
+    def forward(self, images):
+        return self.norm(self.conv1(images)).relu().mean((2, 3))
+
+
+def test_compiled_run_resumes_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr("supcon_kernels.small_stem.ResNet", OneConvolution)
+    options = (*SHORT, "--compile", "true", "--queue_size", 512)
+    whole = pretrain(tmp_path / "whole", *options)
+    other = pretrain(tmp_path / "other", *options)
+    # A process that resumes compiles anew.
+    torch.compiler.reset()
+    resumed = pretrain(tmp_path / "other", *options, "--resume", other / "step-4.pt")
+    assert metrics(resumed) == metrics(whole)
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
 
 
 @pytest.mark.parametrize("method", ["supcon", "simclr"])
