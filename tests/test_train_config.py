@@ -1,15 +1,13 @@
-"""The command line and YAML: who wins, what is refused, what the recipes hold."""
+"""The command line and YAML: who wins, and what is refused."""
 
 import os
 import sys
 from dataclasses import asdict
 
 import pytest
-import yaml
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from config import LinearConfig, PretrainConfig, UserError, parse, pick_device, run_script
-from train_fixtures import TRAIN
 
 
 def read(*argv):
@@ -132,18 +130,6 @@ def test_linear_needs_a_checkpoint(capsys):
     with pytest.raises(SystemExit) as ended:
         parse(LinearConfig, [], prog="linear", description="")
     assert ended.value.code == 2 and "checkpoint" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("path", sorted((TRAIN / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
-def test_recipes_are_read(path):
-    config = read("--config", path)
-    for option, value in yaml.safe_load(path.read_text()).items():
-        assert getattr(config, option) == value
-    assert config.dataset == path.stem
-
-
-def test_digits_recipe_is_the_default():
-    assert read("--config", TRAIN / "recipes/digits.yaml") == PretrainConfig(augment="digits")
 
 
 def test_device_that_is_not_there(monkeypatch):
