@@ -31,13 +31,14 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from machine import REPOSITORY, describe_machine
+from providers import dense_loss
+from workloads import Problem, Workload
 
 sys.path.insert(0, str(REPOSITORY / "train"))
 
@@ -81,7 +82,8 @@ class Bare:
     def run(self, num_steps: int) -> None:
         self.model.train()
         for images, labels in islice(self.ready, num_steps):
-            features = self.model(images).unflatten(0, (2, -1)).transpose(0, 1)
+            _, rows = self.model(images)
+            features = rows.unflatten(0, (2, -1)).transpose(0, 1)
             loss = supcon_loss(features, labels, temperature=self.temperature)
             self.optimizer.zero_grad()
             loss.backward()
@@ -153,6 +155,7 @@ class Plain:
     def __init__(self, config: PretrainConfig, data: ImageData, *, colours: bool) -> None:
         torch.manual_seed(config.seed)
         self.config = config
+        self.workload = Workload(2 * config.batch_size, temperature=config.temperature)
         self.model = build_model(config, channels=data.channels)
         self.optimizer = build_optimizer(self.model, config)
         jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
@@ -175,8 +178,8 @@ class Plain:
         self.model.train()
         for first, second, labels in self._loader(num_steps):
             images = torch.cat([first, second])
-            features = F.normalize(self.model(images), dim=1).unflatten(0, (2, -1)).transpose(0, 1)
-            loss = dense_loss(features, labels, self.config.temperature)
+            _, rows = self.model(images)
+            loss = dense_loss(Problem(self.workload, rows, labels.repeat(2)))
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -195,18 +198,6 @@ class Plain:
                 persistent_workers=workers > 0,
             )
         return self.loaders[num_steps]
-
-
-def dense_loss(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """The loss of unit (B, V, D) features and (B,) labels as SupContrast computes it: all scores."""
-    num_views = features.shape[1]
-    rows = torch.cat(features.unbind(1))
-    scores = rows @ rows.T / temperature
-    scores = scores - scores.max(1, keepdim=True).values.detach()
-    others = 1 - torch.eye(len(rows))
-    positive = (labels[:, None] == labels).float().repeat(num_views, num_views) * others
-    log_prob = scores - (scores.exp() * others).sum(1, keepdim=True).log()
-    return -((positive * log_prob).sum(1) / positive.sum(1)).mean()
 
 
 Loop = Bare | Driver | Plain
@@ -296,16 +287,6 @@ def goals(row: dict[str, str]) -> list[tuple[str, bool]]:
     ]  # fmt: skip
 
 
-def check_dense_loss() -> None:
-    """The plain loop's loss is the driver's."""
-    features = F.normalize(
-        torch.randn(32, 2, 16, generator=torch.Generator().manual_seed(0)), dim=2
-    )
-    labels = torch.arange(32) % 5
-    expected = supcon_loss(features, labels, temperature=0.1)
-    torch.testing.assert_close(dense_loss(features, labels, 0.1), expected)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--data-root", required=True, help="the folder of Fashion-MNIST")
@@ -318,7 +299,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
-    check_dense_loss()
     machine = describe_machine("cpu")
     measured = []
     for size in options.image_sizes:

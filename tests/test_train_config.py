@@ -1,15 +1,13 @@
-"""The command line and YAML: who wins, what is refused, what the recipes hold."""
+"""The command line and YAML: who wins, and what is refused."""
 
 import os
 import sys
 from dataclasses import asdict
 
 import pytest
-import yaml
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from config import LinearConfig, PretrainConfig, UserError, parse, pick_device, run_script
-from train_fixtures import TRAIN
 
 
 def read(*argv):
@@ -89,6 +87,13 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
             ["--pretrained", "true", "--stem", "standard", "--init_from", "x"],
             "contradicts --init_from",
         ),
+        (["--queue_size", "127"], "--queue_size 127: must hold at least the 128 keys of a step"),
+        (["--queue_size", "255", "--num_views", "3"], "at least the 256 keys of a step"),
+        (["--queue_momentum", "0.99"], "contradicts the absence of a queue: give --queue_size"),
+        (
+            ["--queue_size", "256", "--queue_momentum", "1"],
+            "--queue_momentum 1.0: must be at least 0 and less than 1",
+        ),
         (["--ema_decay", "1"], "--ema_decay 1.0: must lie between 0 and 1"),
         (["--std", "[0.5,0,1]"], "--std [0.5, 0.0, 1.0]: must be greater than 0"),
         (["--in_chans", "2"], "in_chans"),
@@ -132,18 +137,6 @@ def test_linear_needs_a_checkpoint(capsys):
     with pytest.raises(SystemExit) as ended:
         parse(LinearConfig, [], prog="linear", description="")
     assert ended.value.code == 2 and "checkpoint" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("path", sorted((TRAIN / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
-def test_recipes_are_read(path):
-    config = read("--config", path)
-    for option, value in yaml.safe_load(path.read_text()).items():
-        assert getattr(config, option) == value
-    assert config.dataset == path.stem
-
-
-def test_digits_recipe_is_the_default():
-    assert read("--config", TRAIN / "recipes/digits.yaml") == PretrainConfig(augment="digits")
 
 
 def test_device_that_is_not_there(monkeypatch):

@@ -142,3 +142,23 @@ def test_unfit_output_exits_with_code_2(tmp_path, monkeypatch, capsys, output, m
     assert ended.value.code == 2
     assert f"--output {tmp_path / output}: " in (error := capsys.readouterr().err)
     assert message in error
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_filters_and_images_lie_as_in_the_run(tmp_path, monkeypatch, channels_last):
+    write_images(tmp_path / "images", {"cat": 3, "dog": 3})
+    dataset = ("--dataset", f"imagefolder:{tmp_path / 'images'}", "--val_fraction", 0.4)
+    run = pretrain(
+        tmp_path, *dataset, "--batch_size", 4, "--max_steps", 1, "--channels_last", channels_last
+    )
+    seen = []
+
+    def encode(model, views, images):
+        seen.extend((model.encoder.layer1[0].conv1.weight, views.plain(images)))
+        return encode_stored(model, views, images)
+
+    monkeypatch.setattr("embed.encode_stored", encode)
+    embed(run, tmp_path / "images", tmp_path / "e.npz")
+    assert len(seen) == 2
+    for tensor in seen:
+        assert tensor.is_contiguous(memory_format=torch.channels_last) == channels_last

@@ -36,7 +36,9 @@ def test_linear_head_sees_embeddings_of_length_one():
     embedded = model.encoder(images)
     expected = (embedded / embedded.norm(dim=1, keepdim=True)) @ model.head.weight.T
     assert (embedded.norm(dim=1) - 1).abs().min() > 0.01
-    torch.testing.assert_close(model(images), expected + model.head.bias)
+    seen, projected = model(images)
+    assert torch.equal(seen, embedded)
+    torch.testing.assert_close(projected, expected + model.head.bias)
 
 
 @pytest.mark.parametrize("source", ["last.pt", "encoder.safetensors", "."])
@@ -102,6 +104,20 @@ def test_unfit_files_to_start_from_are_named(tmp_path):
         with pytest.raises(UserError, match=message) as raised:
             read_encoder(path)
         assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("resume", ["none", "auto"])
+def test_run_that_finds_no_first_weights_leaves_no_folder(tmp_path, resume):
+    start = ("--init_from", tmp_path / "nowhere.safetensors", "--resume", resume)
+    with pytest.raises(UserError, match="there is no encoder"):
+        pretrain(tmp_path, *start, "--name", "a")
+    assert not list(tmp_path.iterdir())
+    # What another run wrote there stays.
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.yaml").touch()
+    with pytest.raises(UserError):
+        pretrain(tmp_path, *start, "--name", "a")
+    assert (tmp_path / "a/config.yaml").exists()
 
 
 def test_pretrained_takes_the_weights_that_timm_loads(monkeypatch):

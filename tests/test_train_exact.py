@@ -23,7 +23,7 @@ import train_fixtures  # noqa: F401  puts train/ on the path
 from augment import build_views
 from checkpoint import checkpoints_in, load_checkpoint
 from config import PretrainConfig, UserError, run_script
-from knn import encode_stored, knn_accuracy
+from knn import encode_stored, knn_predictions
 from model import build_model
 from sources import load_data
 from step import Trainer
@@ -42,7 +42,7 @@ NAME = "digits-supcon-seed0"
 def drawing_network():
     """Have every step draw a random number, as dropout would.
 
-    t-SNE, the slowest part of so short a run, is left out.
+    The pictures, the slowest part of so short a run, are left out.
     """
     import pretrain as script
 
@@ -53,7 +53,7 @@ def drawing_network():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "loss", loss)
-        patch.setattr(script, "draw_embedding", lambda *arguments: None)
+        patch.setattr(script, "draw", lambda *arguments: None)
         yield
 
 
@@ -173,17 +173,32 @@ def test_signal_finishes_the_step_and_saves(whole, tmp_path, name, workers, step
     assert_same(run, whole)
 
 
-def test_killed_with_an_average_of_the_weights_ends_like_one_never_killed(tmp_path):
-    options = ("--ema_decay", 0.9)
-    whole = pretrain(tmp_path / "whole", *OPTIONS, *options)
-    (folder := tmp_path / "killed").mkdir()
-    assert run_in_fork(folder, at_step(7, kill), options=options) == -signal.SIGKILL
-    run = pretrain(folder, *OPTIONS, *options, "--resume", "auto")
-    assert_same(run, whole)
+# All that a run can carry from step to step; the queue is full after three, and turns over.
+CARRYING = ("--ema_decay", 0.9, "--queue_size", 640, "--queue_momentum", 0.9, "--probe", "true")
+
+
+@pytest.fixture(scope="module")
+def carrying(tmp_path_factory):
+    """The run with averages, a queue and a probe that nothing happens to."""
+    return pretrain(tmp_path_factory.mktemp("carrying"), *OPTIONS, *CARRYING)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_with_averages_queue_and_probe_ends_like_one_never_killed(
+    carrying, tmp_path, workers
+):
+    step = random.SystemRandom().randrange(3, NUM_STEPS)
+    print("killed in the step after", step)
+    resume = ("--workers", workers, "--resume", "auto")
+    killed = run_in_fork(tmp_path, at_step(step, kill), options=(*CARRYING, *resume))
+    assert killed == -signal.SIGKILL
+    run = pretrain(tmp_path, *OPTIONS, *CARRYING, *resume)
+    assert_same(run, carrying)
     for name in ("last.pt", "best.pt"):
-        average, expected = (load_checkpoint(path / name)["ema"] for path in (run, whole))
-        assert all(torch.equal(average[key], expected[key]) for key in expected)
-    exported, expected = (load_file(path / "export/model.safetensors") for path in (run, whole))
+        saved, expected = (load_checkpoint(folder / name) for folder in (run, carrying))
+        for part in ("ema", "memory", "probe", "optimizer"):
+            torch.testing.assert_close(saved[part], expected[part], rtol=0, atol=0)
+    exported, expected = (load_file(path / "export/model.safetensors") for path in (run, carrying))
     assert all(torch.equal(exported[key], expected[key]) for key in expected)
 
 
@@ -202,10 +217,18 @@ def test_killed_on_shards_ends_like_one_never_killed(tmp_path, workers):
     assert_same(pretrain(folder, *OPTIONS, *options), whole)
 
 
+def test_probe_leaves_the_training_alone(whole, tmp_path):
+    probed = pretrain(tmp_path, *OPTIONS, "--probe", "true")
+    trained = weights(whole)
+    assert all(torch.equal(value, trained[name]) for name, value in weights(probed).items())
+    rows = [[dict(row, probe_accuracy="") for row in metrics(run)] for run in (probed, whole)]
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.parametrize("evaluation", [1, 2])
 def test_signal_in_an_evaluation_does_not_wait_for_its_end(whole, tmp_path, evaluation):
     def stop_in_evaluation():
-        import pretrain as script
+        import evaluation as script
 
         calls = []
         original = script.encode_stored
@@ -346,7 +369,7 @@ def test_evaluation_draws_no_random_number(tmp_path, workers):
 
     before = states()
     cpu = torch.device("cpu")
-    knn_accuracy(encode, data.test, data.train, num_classes=2, device=cpu, workers=workers)
+    knn_predictions(encode, data.test, data.train, num_classes=2, device=cpu, workers=workers)
     assert states() == before
 
 

@@ -259,12 +259,14 @@ def test_small_stem_keeps_the_resolution():
     images = torch.zeros(2, 1, 16, 16)
     assert encoder.layer1(encoder.maxpool(encoder.conv1(images))).shape == (2, 4, 16, 16)
     assert encoder(images).shape == (2, 32)
-    assert build_model(config, channels=1)(images).shape == (2, 128)
+    embedded, projected = build_model(config, channels=1)(images)
+    assert embedded.shape == (2, 32) and projected.shape == (2, 128)
 
 
 def test_standard_stem_takes_any_model_of_timm():
     config = PretrainConfig(model="resnet10t", stem="standard")
-    assert build_model(config, channels=3)(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
+    embedded, projected = build_model(config, channels=3)(torch.zeros(2, 3, 32, 32))
+    assert embedded.shape == (2, 512) and projected.shape == (2, 128)
 
 
 @pytest.mark.parametrize(("stem", "model"), [("small", "vit"), ("standard", "resnet1000")])

@@ -14,6 +14,7 @@ from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from clock import PHASES
+from pictures import PICTURES
 from train_fixtures import metrics, pretrain, weights
 
 ARTEFACTS = {
@@ -29,6 +30,7 @@ ARTEFACTS = {
     "export",
     "curves.png",
     "embedding.png",
+    "confusion.png",
     "tensorboard",
 }
 SHORT = ("--batch_size", 256, "--epochs", 3, "--knn_every", 2)
@@ -43,7 +45,7 @@ def run(tmp_path_factory):
 def test_writes_every_artefact(run, capsys):
     assert {path.name for path in run.iterdir()} == ARTEFACTS
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
-    for picture in ("curves.png", "embedding.png"):
+    for picture in PICTURES:
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
 
 
@@ -187,8 +189,9 @@ def test_simclr_ignores_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "supcon_loss", spy)
     pretrain(tmp_path, "--method", "simclr", "--max_steps", 1, "--temperature", 0.5)
     pretrain(tmp_path, "--method", "supcon", "--max_steps", 1)
-    assert seen[0] == ((128, 2, 128), None, 0.5)
-    assert seen[1][1].shape == (128,) and seen[1][2] == 0.1
+    assert seen[0][0] == (128, 2, 128) and seen[0][2] == 0.5
+    assert seen[0][1].tolist() == list(range(128))
+    assert seen[1][1].unique().tolist() == list(range(10)) and seen[1][2] == 0.1
 
 
 def test_clip_grad_bounds_the_gradient_of_a_step(tmp_path, monkeypatch):
@@ -241,7 +244,7 @@ def knn_of(state):
     """The k-NN accuracy on digits of the tiny network with these weights."""
     from augment import build_views
     from config import PretrainConfig
-    from knn import encode_stored, knn_accuracy
+    from knn import accuracy, encode_stored, knn_predictions
     from model import build_model
     from sources import load_data
 
@@ -252,7 +255,10 @@ def knn_of(state):
     network = network.to(memory_format=torch.channels_last)
     encode = partial(encode_stored, network, build_views(config, data))
     cpu = torch.device("cpu")
-    return knn_accuracy(encode, data.test, data.train, num_classes=10, device=cpu, workers=0)
+    predictions = knn_predictions(
+        encode, data.test, data.train, num_classes=10, device=cpu, workers=0
+    )
+    return accuracy(predictions, data.test.labels)
 
 
 def test_ends_with_the_command_of_the_linear_stage_which_works(run, tmp_path, capsys):

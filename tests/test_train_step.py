@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from checkpoint import load_checkpoint
@@ -113,11 +114,12 @@ def test_images_and_filters_lie_as_asked(channels_last):
         assert tensor.is_contiguous() != channels_last
 
 
-def test_compiled_trains_the_same_under_plain_names(monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"queue_size": 128, "probe": True}], ids=["plain", "all"])
+def test_compiled_trains_the_same_under_plain_names(monkeypatch, options):
     # Traced and differentiated as for real, without the minutes of a C++ compiler.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    plain, images, labels = trainer_and_batch()
-    compiled, _, _ = trainer_and_batch(compile=True)
+    plain, images, labels = trainer_and_batch(**options)
+    compiled, _, _ = trainer_and_batch(compile=True, **options)
     assert compiled.network is not compiled.model
     losses = [[t.step(images, labels, n).item() for n in range(3)] for t in (plain, compiled)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -126,6 +128,36 @@ def test_compiled_trains_the_same_under_plain_names(monkeypatch):
     moved = saved["encoder.conv1.weight"] - plain.state_dict()["model"]["encoder.conv1.weight"]
     assert moved.abs().max() < 1e-3
     plain.load_state_dict(compiled.state_dict())
+
+
+class OneConvolution(nn.Module):
+    """An encoder that a C++ compiler takes seconds for, in the place of timm's ResNet."""
+
+    num_features = 8
+
+    def __init__(self, block, layers, *, channels, in_chans, num_classes):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, self.num_features, 3)
+        self.norm = nn.BatchNorm2d(self.num_features)
+
+    def init_weights(self):
+        pass
+
+    def forward(self, images):
+        return self.norm(self.conv1(images)).relu().mean((2, 3))
+
+
+def test_compiled_run_resumes_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr("supcon_kernels.small_stem.ResNet", OneConvolution)
+    options = (*SHORT, "--compile", "true", "--queue_size", 512)
+    whole = pretrain(tmp_path / "whole", *options)
+    other = pretrain(tmp_path / "other", *options)
+    # A process that resumes compiles anew.
+    torch.compiler.reset()
+    resumed = pretrain(tmp_path / "other", *options, "--resume", other / "step-4.pt")
+    assert metrics(resumed) == metrics(whole)
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
 
 
 @pytest.mark.parametrize("method", ["supcon", "simclr"])
@@ -142,7 +174,7 @@ def test_every_view_of_an_image_is_in_the_loss(monkeypatch, method):
     trainer.loss(images, labels, 5)
     ((features, given),) = seen
     assert features.shape == (64, 3, 128)
-    assert given is (labels if method == "supcon" else None)
+    assert torch.equal(given, labels if method == "supcon" else 5 * 64 + torch.arange(64))
     for view in range(3):
-        expected = trainer.model(trainer.views.random(images, step=5, view=view))
+        _, expected = trainer.model(trainer.views.random(images, step=5, view=view))
         assert torch.allclose(features[:, view], expected, atol=1e-5)

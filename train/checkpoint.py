@@ -34,7 +34,7 @@ class DamagedCheckpoint(UserError):
 
 @dataclass
 class RunState:
-    """How far a run has come: whole epochs, steps, and k-NN accuracies (shares of 1)."""
+    """How far a run has come: whole epochs, steps, and accuracies (shares of 1), k-NN's but one."""
 
     raw_pixels: float
     untrained: float
@@ -43,6 +43,7 @@ class RunState:
     epoch: int = 0
     step: int = 0
     skipped: int = 0  # of those steps, for a gradient that overflowed fp16
+    probe: float | None = None  # where there is one, once it is trained
 
 
 def save_checkpoint(folder: Path, state: RunState, *, keep: int, best: bool, **rest: Any) -> None:

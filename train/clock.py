@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-# Of a step, in order: until its batch is on the device; views and network; the loss; their
+# Of a step, in order: until its batch is on the device; views, networks and probe; the loss; their
 # gradients; the new weights; what is written of it, checkpoints included.
 PHASES = ("data", "forward", "loss", "backward", "optimizer", "records")
 

@@ -53,6 +53,10 @@ class PretrainConfig:
         method: supcon: images of one class attract each other; simclr: only the views of one
             image do (labels are not used in training).
         temperature: Of the loss.
+        queue_size: Contrast the first view of each image with a queue of so many keys, such as 8192:
+            the other views of this step's and of earlier images, embedded without gradient by an
+            average of the weights (MoCo). Default: the views of a step with each other.
+        queue_momentum: The share of that average which a step keeps.
         model: With the small stem resnet10, 18, 34, 50, 101, 152 or 200; with the standard stem
             any model of timm by name.
         stem: small: 3x3 at stride 1, for images up to about 64 pixels; standard: the model's own.
@@ -92,6 +96,8 @@ class PretrainConfig:
             process. The results do not depend on it.
         device: auto takes cuda, then mps, then cpu.
         seed: Of weights, order and augmentation.
+        probe: Train a linear classifier on the embeddings, too, without gradient to the encoder, and
+            evaluate it with k-NN.
         knn_every: Epochs between k-NN evaluations; 0: only before the first and after the last.
         knn_bank: Use only so many training images as neighbours; 0: all.
         save_every: Steps between checkpoints within an epoch; 0: only at each epoch's end.
@@ -119,6 +125,8 @@ class PretrainConfig:
     num_views: int = 2
     method: Literal["supcon", "simclr"] = "supcon"
     temperature: float = 0.1
+    queue_size: int | None = None
+    queue_momentum: float = 0.999
     model: str = "resnet18"
     stem: Literal["small", "standard"] = "small"
     width: int = 16
@@ -146,6 +154,7 @@ class PretrainConfig:
     workers: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     seed: int = 0
+    probe: bool = False
     knn_every: int = 10
     knn_bank: int = 0
     save_every: int = 0
@@ -225,6 +234,7 @@ class PretrainConfig:
                 f"--warmup_epochs {self.warmup_epochs} contradicts --epochs {self.epochs}: "
                 "it must be smaller",
             ),
+            *self._queue_rules(),
             *self._schedule_rules(),
             (
                 self.name is None
@@ -238,6 +248,24 @@ class PretrainConfig:
             (self.seed < 2**63, f"--seed {self.seed}: must be less than 2**63"),
         ]
         return [sentence for holds, sentence in rules if not holds] + self._out_of_range()
+
+    def _queue_rules(self) -> list[tuple[bool, str]]:
+        num_keys = self.batch_size * (self.num_views - 1)
+        return [
+            (
+                self.queue_size is None or self.queue_size >= num_keys,
+                f"--queue_size {self.queue_size}: must hold at least the {num_keys} keys of a step, "
+                "which are all views but the first of --batch_size images",
+            ),
+            (
+                self.queue_size is not None or self.queue_momentum == PretrainConfig.queue_momentum,
+                "--queue_momentum contradicts the absence of a queue: give --queue_size",
+            ),
+            (
+                0 <= self.queue_momentum < 1,
+                f"--queue_momentum {self.queue_momentum}: must be at least 0 and less than 1",
+            ),
+        ]
 
     def _schedule_rules(self) -> list[tuple[bool, str]]:
         at = self.decay_epochs

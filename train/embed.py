@@ -51,10 +51,15 @@ def embed_folder(config: EmbedConfig) -> Path:
 
     model = build_model(run, channels=about["channels"])
     load_weights(model, evaluated_weights(saved), path)
-    model = model.to(device).to(memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=run.memory_format)
     assert run.image_size is not None
     views = Views(
-        nn.Identity(), image_size=run.image_size, mean=about["mean"], std=about["std"], seed=0
+        nn.Identity(),
+        image_size=run.image_size,
+        mean=about["mean"],
+        std=about["std"],
+        seed=0,
+        memory_format=run.memory_format,
     )
     encode = partial(encode_stored, model, views)
     embeddings = embed(encode, split, device=device, workers=config.workers).float().cpu()

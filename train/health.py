@@ -23,13 +23,14 @@ class Health:
     """Watches the loss and the gradient of every step.
 
     Args:
-        num_rows: embeddings in a batch.
+        num_contrasts: embeddings that each one is contrasted with; of a queue, all its slots: while
+            it fills a collapse has no loss of its own.
         skips: whether a step whose gradient is not finite leaves the weights alone (fp16).
         num_skipped: such steps of the run so far.
     """
 
-    def __init__(self, num_rows: int, *, skips: bool = False, num_skipped: int = 0) -> None:
-        self.collapsed_loss = math.log(num_rows - 1)
+    def __init__(self, num_contrasts: int, *, skips: bool = False, num_skipped: int = 0) -> None:
+        self.collapsed_loss = math.log(num_contrasts)
         self.collapsed_steps = 0
         self.skips = skips
         self.num_skipped = num_skipped

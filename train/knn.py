@@ -1,4 +1,4 @@
-"""The k-NN evaluation: embeddings of a whole set, the weighted vote, its accuracy.
+"""The k-NN classifier: embeddings of a whole set, the weighted vote, its accuracy.
 
 Nothing here draws a random number: evaluating more or less often does not change the training.
 """
@@ -85,7 +85,7 @@ def embed(
     return torch.cat([encode(images.to(device)) for images, _ in batches])
 
 
-def knn_accuracy(
+def knn_predictions(
     encode: Callable[[Tensor], Tensor],
     test: Split,
     bank: Split,
@@ -93,12 +93,12 @@ def knn_accuracy(
     num_classes: int,
     device: torch.device,
     workers: int,
-) -> float:
-    """The share of test images whose neighbours in `bank` vote for their class."""
+) -> Tensor:
+    """The classes that their neighbours in `bank` vote for of N test images: (N,) on the CPU."""
     predictions = knn_predict(
         embed(encode, test, device=device, workers=workers),
         embed(encode, bank, device=device, workers=workers),
         bank.labels.to(device),
         num_classes=num_classes,
     )
-    return accuracy(predictions.cpu(), test.labels)
+    return predictions.cpu()

@@ -37,13 +37,11 @@ class Embedder(nn.Module):
                 nn.Linear(num_features, PROJECTION_DIM),
             )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Project (N, C, s, s) images to (N, 128); the loss normalises them."""
-        embedded = self.encoder(images)
-        if self.normalize:
-            embedded = F.normalize(embedded, dim=1)
-        projected: Tensor = self.head(embedded)
-        return projected
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed (N, C, s, s) images as (N, F); project that to (N, 128), which the loss normalises."""
+        embedded: Tensor = self.encoder(images)
+        seen = F.normalize(embedded, dim=1) if self.normalize else embedded
+        return embedded, self.head(seen)
 
 
 def encoder_recipe(config: PretrainConfig, *, channels: int) -> tuple[str, dict[str, Any]]:

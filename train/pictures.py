@@ -1,11 +1,13 @@
-"""The two pictures of a run: its curves, and a map of how it embeds the test images."""
+"""The pictures of a run: its curves, a map of its embedding, and which classes it confuses."""
 
 import csv
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from torch import Tensor
@@ -13,33 +15,43 @@ from torch import Tensor
 from checkpoint import RunState
 from durable import replace_file
 
+PICTURES = ("curves.png", "embedding.png", "confusion.png")
 # What a reader can still tell apart, and t-SNE embeds in seconds.
 MAX_POINTS = 1000
+# So many colours can be told apart, and so many names written along an axis.
+MAX_NAMED = 20
 
 
 def draw_curves(metrics: Path, picture: Path, title: str, baselines: RunState) -> None:
-    """Draw loss and k-NN accuracy over steps, as metrics.csv has them."""
+    """Draw loss and accuracies over steps, as metrics.csv has them."""
     with open(metrics, newline="") as file:
         rows = list(csv.DictReader(file))
-    loss = [(int(row["step"]), float(row["loss"])) for row in rows if row["loss"]]
-    knn = [
-        (int(row["step"]), 100 * float(row["knn_accuracy"])) for row in rows if row["knn_accuracy"]
-    ]
 
+    def column(name: str, scale: float = 1.0) -> list[tuple[int, float]]:
+        return [(int(row["step"]), scale * float(row[name])) for row in rows if row[name]]
+
+    loss, knn, probe = column("loss"), column("knn_accuracy", 100), column("probe_accuracy", 100)
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(*zip(*loss), linewidth=1)
     left.set(title="loss", xlabel="step", ylabel="loss of the batch")
     right.plot(
-        *zip(*knn), marker="o", markersize=4, label=f"trained encoder, {knn[-1][1]:.2f} at the end"
+        *zip(*knn),
+        marker="o",
+        markersize=4,
+        label=f"k-NN, {knn[-1][1]:.2f} at the end",
     )
+    if probe:
+        right.plot(
+            *zip(*probe), marker="s", markersize=3, label=f"linear probe, {probe[-1][1]:.2f}"
+        )
     for share, style, name in (
-        (baselines.raw_pixels, "--", "raw pixels"),
-        (baselines.untrained, ":", "untrained encoder"),
+        (baselines.raw_pixels, "--", "k-NN of raw pixels"),
+        (baselines.untrained, ":", "k-NN of the untrained encoder"),
     ):
         label = f"{name}, {100 * share:.2f}"
         right.axhline(100 * share, color="0.4", linestyle=style, linewidth=1, label=label)
-    right.set(title="k-NN on the test images", xlabel="step", ylabel="accuracy (%)")
+    right.set(title="accuracy on the test images", xlabel="step", ylabel="accuracy (%)")
     # Beside the axes: within them it would cross a curve that rises late.
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     for axes in (left, right):
@@ -60,7 +72,7 @@ def draw_embedding(
 
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     axes = figure.subplots()
-    few = len(classes) <= 20
+    few = len(classes) <= MAX_NAMED
     colours = colormaps["tab10" if len(classes) <= 10 else "tab20" if few else "hsv"]
     for label, name in enumerate(classes):
         points = map_[np.asarray(labels == label)]
@@ -77,4 +89,35 @@ def draw_embedding(
     axes.set_aspect("equal", adjustable="datalim")
     if few:
         figure.legend(loc="outside right center", frameon=False, markerscale=2)
+    replace_file(picture, lambda file: figure.savefig(file, dpi=150))
+
+
+def draw_confusion(
+    predictions: Tensor, labels: Tensor, classes: list[str], picture: Path, title: str
+) -> None:
+    """Draw of each class what share of its images, (N,) labels, has which (N,) prediction."""
+    num_classes = len(classes)
+    pairs = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
+    counts = pairs.view(num_classes, num_classes).double()
+    # A class without a test image has an empty row.
+    percent = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+
+    named = num_classes <= MAX_NAMED
+    side = max(5.0, 0.42 * num_classes) if named else 6.0
+    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    axes = figure.subplots()
+    # By its square root a share of 2 % is not white.
+    image = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    figure.colorbar(image, label="share of the true class (%)", shrink=0.8)
+    axes.set(title=title, xlabel="k-NN prediction", ylabel="true class")
+    if named:
+        axes.set_xticks(
+            range(num_classes), classes, rotation=45, ha="right", rotation_mode="anchor"
+        )
+        axes.set_yticks(range(num_classes), classes)
+        for (true, predicted), share in np.ndenumerate(percent):
+            if share > 0:
+                colour = "white" if share > 30 else "black"
+                text = f"{share:.1f}" if share < 99.95 else "100"
+                axes.text(predicted, true, text, ha="center", va="center", size=8, color=colour)
     replace_file(picture, lambda file: figure.savefig(file, dpi=150))

@@ -18,7 +18,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from checkpoint import (
     LAST,
@@ -32,12 +31,12 @@ from config import PretrainConfig, parse, pick_device, run_script, to_yaml
 from data import ImageData, training_batches
 from durable import replace_text, room_needed
 from encoder import ENCODER, EXPORT, load_first_weights, write_encoder
-from knn import embed, encode_stored, knn_accuracy, pixels
+from evaluation import Evaluation
 from model import Embedder
-from pictures import MAX_POINTS, draw_curves, draw_embedding
+from pictures import MAX_POINTS, PICTURES, draw_confusion, draw_curves, draw_embedding
 from report import Report
 from requeue import Requests
-from rundir import open_run
+from rundir import open_run, removed_if_empty
 from seeds import random_state, set_random_state
 from sources import load_data, subset
 from step import Trainer
@@ -68,24 +67,20 @@ def pretrain(config: PretrainConfig) -> Path:
     total_steps = min(total_steps, config.max_steps or total_steps)
     num_epochs = math.ceil(total_steps / steps_per_epoch)
 
-    # What is trained, and how good its embedding is: test images, classified by their nearest
-    # training images.
     trainer = Trainer(
         config, data, steps_per_epoch=steps_per_epoch, total_steps=total_steps, device=device
     )
-    bank = subset(data.train, config.knn_bank)
-    places = {"device": device, "workers": config.workers}
-    knn = partial(knn_accuracy, test=data.test, bank=bank, num_classes=len(data.classes), **places)
 
     # A new run, or the state of one that stopped.
     folder, checkpoints = open_run(config)
     config = replace(config, name=folder.name, resume="none", image_size=data.image_size)
     state: RunState | None = None
-    if checkpoints:
-        state = go_on(trainer, checkpoints, config)
-    else:
-        load_first_weights(trainer.model.encoder, config, channels=data.channels)
-        trainer.restart_average()
+    with removed_if_empty(folder):
+        if checkpoints:
+            state = go_on(trainer, checkpoints, config)
+        else:
+            load_first_weights(trainer.model.encoder, config, channels=data.channels)
+            trainer.restart_averages()
 
     with (
         room_needed(folder),
@@ -100,15 +95,10 @@ def pretrain(config: PretrainConfig) -> Path:
             report.sync(state)
             write_checkpoint(folder, config, data, state, trainer, best=best)
 
-        def encode(images: Tensor) -> Tensor:
-            # An evaluation may take minutes. It changes nothing, and starts again another time.
-            requests.check(save)
-            return encode_stored(trainer.measured, trainer.views, images)
-
+        evaluation = Evaluation(trainer, data, before_batch=partial(requests.check, save))
         replace_text(folder / "config.yaml", to_yaml(config))
         if state is None:
-            untrained = knn(encode)
-            state = RunState(raw_pixels=knn(pixels), untrained=untrained, accuracy=untrained)
+            state = evaluation.baselines()
             report.accuracy(state)
         print(describe(folder, data, device, state), flush=True)
 
@@ -128,7 +118,7 @@ def pretrain(config: PretrainConfig) -> Path:
             evaluated = is_due(state.epoch + 1, config.knn_every) or state.epoch + 1 == num_epochs
             if evaluated:
                 with report.clock("evaluation"):
-                    state.accuracy = knn(encode)
+                    evaluation.measure(state)
             state.epoch += 1
             best = evaluated and state.accuracy > state.best
             if best:
@@ -136,7 +126,7 @@ def pretrain(config: PretrainConfig) -> Path:
             report.end_epoch(state, evaluated=evaluated)
             save(best=best)
 
-        draw(folder, data, state, trainer)
+        draw(folder, data, state, evaluation)
         write_results(folder, config, data, state, trainer.measured)
     return folder
 
@@ -196,13 +186,16 @@ def describe(folder: Path, data: ImageData, device: torch.device, state: RunStat
     )
 
 
-def draw(folder: Path, data: ImageData, state: RunState, trainer: Trainer) -> None:
-    """Draw the curves of a run and how it embeds the test images."""
+def draw(folder: Path, data: ImageData, state: RunState, evaluation: Evaluation) -> None:
+    """Draw the curves of a run, how it embeds the test images, and which classes k-NN confuses."""
     points = subset(data.test, MAX_POINTS)
-    encode = partial(encode_stored, trainer.measured, trainer.views)
-    features = embed(encode, points, device=trainer.device, workers=trainer.config.workers)
     title = f"{folder.name}: test images, k-NN {state.accuracy:.2%}"
-    draw_embedding(features, points.labels, data.classes, folder / "embedding.png", title)
+    draw_embedding(
+        evaluation.embed(points), points.labels, data.classes, folder / "embedding.png", title
+    )
+    draw_confusion(
+        evaluation.predictions(), data.test.labels, data.classes, folder / "confusion.png", title
+    )
     draw_curves(folder / "metrics.csv", folder / "curves.png", folder.name, state)
 
 
@@ -223,13 +216,15 @@ def write_results(
         "steps": state.step,
         "skipped_steps": state.skipped,
     }
+    if state.probe is not None:
+        numbers["probe_accuracy"] = state.probe
     replace_text(folder / "results.json", json.dumps(numbers, indent=2) + "\n")
     print(
         f"\nk-NN {state.accuracy:.2%} on {len(data.test)} test images "
         f"(raw pixels {state.raw_pixels:.2%}, untrained encoder {state.untrained:.2%})\n"
         f"checkpoint    {folder / LAST}\n"
         f"encoder       {folder / ENCODER}  {folder / EXPORT}\n"
-        f"pictures      {folder / 'curves.png'}  {folder / 'embedding.png'}\n"
+        f"pictures      {'  '.join(str(folder / name) for name in PICTURES)}\n"
         f"numbers       {folder / 'results.json'}  {folder / 'metrics.csv'}\n"
         f"linear stage  python train/linear.py --checkpoint {shlex.quote(str(folder / LAST))}"
     )

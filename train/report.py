@@ -26,7 +26,7 @@ from config import PretrainConfig
 from durable import replace_text
 from health import Health, gradient_norm
 
-METRICS = ("step", "epoch", "learning_rate", "loss", "knn_accuracy")
+METRICS = ("step", "epoch", "learning_rate", "loss", "knn_accuracy", "probe_accuracy")
 # Of the training: the phases of its steps, which fill it.
 TIMINGS = (
     "step",
@@ -137,7 +137,7 @@ class Report:
         self.progress = ProgressLine(step=step, total_steps=total_steps)
         self.images_per_step = config.batch_size
         self.health = Health(
-            config.num_views * config.batch_size,
+            config.queue_size or config.num_views * config.batch_size - 1,
             skips=config.precision == "fp16",
             num_skipped=0 if resumed is None else resumed.skipped,
         )
@@ -183,11 +183,17 @@ class Report:
             self._flush()
 
     def accuracy(self, state: RunState) -> None:
-        """Record a k-NN evaluation."""
-        self.metrics.add(step=state.step, epoch=state.epoch, knn_accuracy=state.accuracy)
-        self.board.add_scalar("knn_accuracy", state.accuracy, state.step)
+        """Record an evaluation."""
+        measured = {"knn_accuracy": state.accuracy}
+        said = f"epoch {state.epoch}  k-NN {state.accuracy:.2%}"
+        if state.probe is not None:
+            measured["probe_accuracy"] = state.probe
+            said += f"  probe {state.probe:.2%}"
+        self.metrics.add(step=state.step, epoch=state.epoch, **measured)
+        for name, value in measured.items():
+            self.board.add_scalar(name, value, state.step)
         if state.step > 0:
-            self.progress.say(f"epoch {state.epoch}  k-NN {state.accuracy:.2%}")
+            self.progress.say(said)
 
     def end_epoch(self, state: RunState, *, evaluated: bool) -> None:
         """Close an epoch with its times, and with the accuracy if it was evaluated."""

@@ -2,6 +2,8 @@
 
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from checkpoint import LAST, checkpoints_in
@@ -23,6 +25,17 @@ def open_run(config: PretrainConfig) -> tuple[Path, list[Path]]:
             return folder, checkpoints
     except OSError as error:
         raise UserError(f"cannot write a run: {error}; choose another --output_dir") from error
+
+
+@contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Leave no folder of a run behind that failed before it wrote there."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def _find_or_make(config: PretrainConfig) -> tuple[Path, list[Path]]:

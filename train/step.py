@@ -10,8 +10,10 @@ from augment import build_views
 from clock import PhaseClock
 from config import PretrainConfig
 from data import ImageData
+from memory import Memory
 from model import Embedder, build_model
 from optim import build_optimizer, build_schedule
+from probe import Probe
 from supcon_kernels import supcon_loss
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,6 +52,10 @@ class Trainer:
         self.average: ModelEmaV3 | None = None
         if config.ema_decay is not None:
             self.average = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True)
+        self.memory = None if config.queue_size is None else Memory(self.model, config)
+        self.probe: Probe | None = None
+        if config.probe:
+            self.probe = Probe(self.model.encoder.num_features, len(data.classes), device)
         self.clock = PhaseClock(device)
         self.device = device
         self.config = config
@@ -62,10 +68,12 @@ class Trainer:
         average: Embedder = self.average.module
         return average
 
-    def restart_average(self) -> None:
-        """Begin the average with the weights as they are."""
+    def restart_averages(self) -> None:
+        """Begin every average of the weights with them as they are."""
         if self.average is not None:
             self.average.set(self.model)
+        if self.memory is not None:
+            self.memory.average.set(self.model)
 
     def step(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """Train on one batch, the next after `step` others.
@@ -94,23 +102,36 @@ class Trainer:
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.model, step=step + 1)
+        if self.memory is not None:
+            self.memory.average.update(self.model)
         self.clock.mark("optimizer")
         return loss.detach()
 
     def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
-        """The loss of a batch on the device: (B, C, S, S) uint8 images in random views."""
+        """The loss of a batch on the device: (B, C, S, S) uint8 images in random views.
+
+        A memory takes the keys of the batch in, and a probe learns from its embeddings.
+        """
         num_views = self.config.num_views
         seen = [self.views.random(images, step=step, view=view) for view in range(num_views)]
+        classes = labels
+        if self.config.method == "simclr":
+            # Each image its own class, which no other has, be it of another step in a queue.
+            classes = torch.arange(len(labels), device=self.device) + step * len(labels)
         dtype = AUTOCAST.get(self.config.precision)
+        contrast: dict[str, Tensor] = {}
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            rows = self.network(torch.cat(seen))
-        features = rows.float().unflatten(0, (num_views, -1)).transpose(0, 1)
+            if self.memory is None:
+                embedded, rows = self.network(torch.cat(seen))
+            else:
+                embedded, rows = self.network(seen[0])
+                self.memory.remember(torch.cat(seen[1:]), classes)
+                contrast = self.memory.contrast()
+        if self.probe is not None:
+            self.probe.step(embedded, labels)
+        features = rows.float().unflatten(0, (-1, len(images))).transpose(0, 1)
         self.clock.mark("forward")
-        return supcon_loss(
-            features,
-            labels if self.config.method == "supcon" else None,
-            temperature=self.config.temperature,
-        )
+        return supcon_loss(features, classes, temperature=self.config.temperature, **contrast)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -119,6 +140,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.average is None else self.average.module.state_dict(),
+            "memory": None if self.memory is None else self.memory.state_dict(),
+            "probe": None if self.probe is None else self.probe.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -128,3 +151,7 @@ class Trainer:
         self.scaler.load_state_dict(saved.get("scaler", {}))
         if self.average is not None:
             self.average.module.load_state_dict(saved["ema"])
+        if self.memory is not None:
+            self.memory.load_state_dict(saved["memory"])
+        if self.probe is not None:
+            self.probe.load_state_dict(saved["probe"])

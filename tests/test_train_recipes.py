@@ -1,0 +1,77 @@
+"""The recipes: each is read, can be built, and has the numbers that were published for it."""
+
+import pytest
+import torch
+import yaml
+
+import train_fixtures  # noqa: F401  puts train/ on the path
+from augment import build_views
+from config import PretrainConfig, parse
+from data import ImageData, Split
+from model import build_model
+from optim import build_optimizer, build_schedule
+from train_fixtures import TRAIN
+
+RECIPES = {path.stem: path for path in sorted((TRAIN / "recipes").glob("*.yaml"))}
+# Of those that repeat a published run: its learning rate for a batch of 256, and its batch.
+PUBLISHED = {
+    "cifar10": (0.125, 1024),
+    "cifar10_tpu": (0.5, 4096),
+    "imagenet_rn50": (0.4, 6144),
+    "imagenet_rn200": (0.2, 4096),
+    "imagenet_rn50_memory": (0.03, 256),
+}
+OURS = {"digits", "fashion_mnist"}
+
+
+def read(name):
+    return parse(PretrainConfig, ["--config", str(RECIPES[name])], prog="pretrain", description="")
+
+
+def stand_in(config):
+    """Four images like those of a recipe's data set, in its place."""
+    grey = config.dataset in OURS
+    channels, size = (1 if grey else 3), config.image_size or 32
+    split = Split(torch.zeros(4, channels, size, size, dtype=torch.uint8), torch.arange(4) % 2)
+    return ImageData(split, split, ["a", "b"], size, channels, [0.5] * channels, [0.5] * channels)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_read_and_built(name):
+    config = read(name)
+    for option, value in yaml.safe_load(RECIPES[name].read_text()).items():
+        assert getattr(config, option) == value
+    kind = name.partition("_rn")[0].removesuffix("_tpu")
+    assert config.dataset == (f"imagefolder:{kind}" if kind == "imagenet" else kind)
+
+    data = stand_in(config)
+    view = build_views(config, data).random(data.train.images, step=0, view=0)
+    assert view.shape == data.train.images.shape
+    # Without memory for its weights, nor the time to draw them.
+    with torch.device("meta"):
+        model = build_model(config, channels=data.channels)
+    optimizer = build_optimizer(model, config)
+    total_steps = 10 * config.epochs
+    schedule = build_schedule(optimizer, config, steps_per_epoch=10, total_steps=total_steps)
+    rates = []
+    for step in range(total_steps):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert max(rates) == rates[10 * config.warmup_epochs] == config.learning_rate
+    assert 0 < rates[-1] < 1e-3 * config.learning_rate
+
+
+def test_every_recipe_is_ours_or_published():
+    assert RECIPES.keys() == OURS | PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_learning_rate_follows_the_published_rule(name):
+    config = read(name)
+    rate, batch_size = PUBLISHED[name]
+    assert config.batch_size == batch_size
+    assert config.learning_rate == pytest.approx(rate * batch_size / 256)
+
+
+def test_digits_recipe_is_the_default():
+    assert read("digits") == PretrainConfig(augment="digits")
