@@ -50,6 +50,11 @@ class Step:
         self.model = build_model(config, channels=data.channels)
         self.model.to(memory_format=torch.channels_last)
 
+    def projected(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the loss sees of (n, C, s, s) views, (n, D)."""
+        _, projected = self.model(rows)
+        return projected
+
     def loss(self, rows: torch.Tensor) -> torch.Tensor:
         """Of the embeddings of both views, (2·B, D)."""
         features = rows.unflatten(0, (2, -1)).transpose(0, 1)
@@ -59,9 +64,10 @@ class Step:
         """Seconds of a step in chunks of so many rows; 0: all at once."""
         began = time.perf_counter()
         if chunk_rows:
-            grad_cache_backward(self.model, self.rows.split(chunk_rows), self.loss)
+            chunks = self.rows.split(chunk_rows)
+            grad_cache_backward(self.projected, chunks, self.loss, model=self.model)
         else:
-            self.loss(self.model(self.rows)).backward()
+            self.loss(self.projected(self.rows)).backward()
         return time.perf_counter() - began
 
 

@@ -11,6 +11,12 @@ plain_crop_flip   a loop in the manner of SupContrast's main_supcon.py: PIL imag
                   one in DataLoader workers, channels first, the dense loss
 plain_simclr      the same with the change of colours
 
+--options times instead the driver with an option changed, beside bare and itself:
+
+driver_channels_first  --channels_last false
+driver_bf16            --precision bf16
+driver_compiled        --compile true
+
 A round of a plain loop holds all the work of its steps: its workers begin with it and idle after it.
 """
 
@@ -54,6 +60,7 @@ from step import Trainer
 from supcon_kernels import supcon_loss
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "train_cpu.csv"
+OPTIONS = RESULTS.with_name("train_options_cpu.csv")
 CPU = torch.device("cpu")
 NUM_READY = 8
 TURN_STEPS = 4
@@ -203,15 +210,27 @@ class Plain:
 Loop = Bare | Driver | Plain
 
 
-def build_loops(config: PretrainConfig, data: ImageData, stack: ExitStack) -> dict[str, Loop]:
+def build_loops(
+    config: PretrainConfig, data: ImageData, stack: ExitStack, *, of_options: bool
+) -> dict[str, Loop]:
     """The loops, each with a network of its own from one seed; the driver's load their own data."""
-    driver = {
-        name: replace(config, augment=name, workers=0) for name in ("crop_flip", "simclr")
-    }  # fmt: skip
-    return {
-        "bare": Bare(driver["crop_flip"], data),
-        "driver_crop_flip": Driver(driver["crop_flip"], data, stack),
-        "driver_simclr": Driver(driver["simclr"], data, stack),
+    config = replace(config, augment="crop_flip")
+    alone = replace(config, workers=0)
+    loops: dict[str, Loop] = {
+        "bare": Bare(alone, data),
+        "driver_crop_flip": Driver(alone, data, stack),
+    }
+    if of_options:
+        changes: dict[str, dict[str, Any]] = {
+            "channels_first": {"channels_last": False},
+            "bf16": {"precision": "bf16"},
+            "compiled": {"compile": True},
+        }
+        for name, change in changes.items():
+            loops[f"driver_{name}"] = Driver(replace(alone, **change), data, stack)
+        return loops
+    return loops | {
+        "driver_simclr": Driver(replace(alone, augment="simclr"), data, stack),
         "plain_crop_flip": Plain(config, data, colours=False),
         "plain_simclr": Plain(config, data, colours=True),
     }
@@ -264,7 +283,8 @@ def rows_of(
             "data_share": "",
         }
         if isinstance(loop, Driver):
-            row["over_plain"] = _ratio(seconds, name, name.replace("driver", "plain"))
+            if (plain := name.replace("driver", "plain")) in loops:
+                row["over_plain"] = _ratio(seconds, name, plain)
             row["loss_share"] = f"{loop.share('loss'):.4f}"
             row["data_share"] = f"{loop.share('data'):.4f}"
         rows.append(row)
@@ -297,8 +317,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="of the plain loops")
     parser.add_argument("--steps", type=int, default=20, help="of a round")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--options", action="store_true", help="time the driver's options instead")
+    parser.add_argument("--output", type=Path, help=f"default: {RESULTS.name} or {OPTIONS.name}")
     options = parser.parse_args(argv)
+    output = options.output or (OPTIONS if options.options else RESULTS)
     machine = describe_machine("cpu")
     measured = []
     for size in options.image_sizes:
@@ -314,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
         about |= {"steps_per_round": options.steps, "num_rounds": options.rounds}
         about |= {"plain_workers": config.workers}
         with ExitStack() as stack:
-            loops = build_loops(config, load_data(config), stack)
+            loops = build_loops(config, load_data(config), stack, of_options=options.options)
             seconds = time_loops(loops, num_steps=options.steps, num_rounds=options.rounds)
         rows = rows_of(loops, seconds, options.steps * config.batch_size)
         measured += [row | about | machine for row in rows]
@@ -323,10 +345,10 @@ def main(argv: list[str] | None = None) -> int:
                 f"{size:3} px  {row['loop']:16}  {float(row['images_per_second']):8.0f} images/s  "
                 f"{row['over_bare']} of bare"
             )
-        for words, reached in goals(rows[1]):
+        for words, reached in [] if options.options else goals(rows[1]):
             print(f"{size:3} px  driver_crop_flip: {words}: {'reached' if reached else 'MISSED'}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.output, "w", newline="") as file:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "w", newline="") as file:
         writer = csv.DictWriter(file, list(measured[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(measured)

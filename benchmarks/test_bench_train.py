@@ -60,6 +60,23 @@ def test_writes_a_row_for_every_loop(
     assert capsys.readouterr().out.count("driver_crop_flip: ") == 4
 
 
+def test_options_are_timed_beside_the_default(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
+    small = ["--model", "resnet10", "--width", "4", "--image-sizes", "8", "--batch-size", "16"]
+    output = tmp_path / "options.csv"
+    place = ["--data-root", str(data_root), "--output", str(output)]
+    assert bench_train.main([*small, "--options", "--steps", "2", "--rounds", "1", *place]) == 0
+    with open(output, newline="") as file:
+        rows = {row["loop"]: row for row in csv.DictReader(file)}
+    options = [f"driver_{name}" for name in ("crop_flip", "channels_first", "bf16", "compiled")]
+    assert list(rows) == ["bare", *options]
+    assert len(compiled) == 1
+    assert not any(row["over_plain"] for row in rows.values())
+
+
 def test_ratios_are_of_the_same_rounds() -> None:
     seconds = {"driver_crop_flip": [1.0, 2.0, 4.0], "plain_crop_flip": [2.0, 3.0, 16.0]}
     assert bench_train._ratio(seconds, "driver_crop_flip", "plain_crop_flip") == "2.0000"
