@@ -4,14 +4,13 @@ python benchmarks/bench_grad_cache.py --data-root DIR writes benchmarks/results/
 holds Fashion-MNIST (Debian's package dataset-fashion-mnist, or torchvision's folders). A step is forward,
 loss and backward of a small ResNet on two views of each image, all rows at once or in chunks by
 grad_cache_backward. Peaks are above weights, inputs and gradients, each in a process of its own; times
-are of both forms in turn in one process.
+are of both forms in turn, in one process.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -71,50 +70,51 @@ class Step:
         return time.perf_counter() - began
 
 
-def measure_in_child(options: argparse.Namespace, batch_size: int, chunk_rows: int | None) -> dict:
-    """Peak MiB of a step of `chunk_rows`; None: the seconds of both forms."""
-    arguments = {"batch_size": batch_size, "chunk_rows": chunk_rows, "data_root": options.data_root}
-    arguments |= {"chunk": options.chunk_rows, "rounds": options.rounds}
+def measure_peak(data_root: str, batch_size: int, chunk_rows: int) -> float:
+    """MiB of a step in chunks of so many rows (0: all at once), in a process of its own."""
+    arguments = [data_root, str(batch_size), str(chunk_rows)]
     # As in peak_memory: what is freed goes back to the system, so that the mark shows what is in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
     child = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(arguments)],
-        env=environment if chunk_rows is not None else None,
+        [sys.executable, __file__, "--peak", *arguments],
+        env=environment,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    found: dict = json.loads(child.stdout.splitlines()[-1])
-    return found
+    return float(child.stdout.splitlines()[-1])
 
 
-def child(arguments: dict) -> dict:
-    step = Step(arguments["data_root"], arguments["batch_size"])
-    chunk_rows = arguments["chunk_rows"]
-    if chunk_rows is None:
-        forms = {"whole": 0, "chunks": arguments["chunk"]}
-        seconds: dict[str, list[float]] = {name: [] for name in forms}
-        for _ in range(arguments["rounds"] + 1):
-            for name, rows in forms.items():
-                seconds[name].append(step.run(rows))
-        return {name: each[1:] for name, each in seconds.items()}  # the first finds its memory
+def measure_own_peak(data_root: str, batch_size: int, chunk_rows: int) -> float:
+    step = Step(data_root, batch_size)
     step.run(chunk_rows)
     mark = HighWaterMark("cpu")
     mark.reset()
     before = mark.read_mib()
     step.run(chunk_rows)
-    return {"peak_mib": mark.read_mib() - before}
+    return mark.read_mib() - before
+
+
+def measure_seconds(options: argparse.Namespace, batch_size: int) -> dict[str, list[float]]:
+    """Of a step in either form, in turn."""
+    step = Step(options.data_root, batch_size)
+    forms = {"whole": 0, "chunks": options.chunk_rows}
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(options.rounds + 1):
+        for name, chunk_rows in forms.items():
+            seconds[name].append(step.run(chunk_rows))
+    return {name: each[1:] for name, each in seconds.items()}  # the first finds its memory
 
 
 def rows_of(options: argparse.Namespace, batch_size: int) -> list[dict[str, object]]:
     """A row for the whole batch at once, and one for chunks."""
-    seconds = measure_in_child(options, batch_size, None)
+    seconds = measure_seconds(options, batch_size)
     overhead = [ours / whole for whole, ours in zip(seconds["whole"], seconds["chunks"])]
     rows = []
     for form, chunk_rows in (("whole", 0), ("chunks", options.chunk_rows)):
         row = {"batch_size": batch_size, "num_rows": 2 * batch_size, "form": form}
         row |= {"chunk_rows": chunk_rows or 2 * batch_size}
-        row |= measure_in_child(options, batch_size, chunk_rows)
+        row |= {"peak_mib": measure_peak(options.data_root, batch_size, chunk_rows)}
         row |= {"seconds": median(seconds[form]), "num_samples": len(overhead)}
         row |= {"over_whole": median(overhead) if chunk_rows else 1.0}
         rows.append(row)
@@ -128,10 +128,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--chunk-rows", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.child:
-        print(json.dumps(child(options.child)))
+    if options.peak:
+        data_root, *numbers = options.peak
+        print(measure_own_peak(data_root, *map(int, numbers)))
         return 0
     if options.data_root is None:
         parser.error("--data-root is needed")
