@@ -404,16 +404,17 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's rows (n, D) and cols (m, D), of its own and of all others' losses.
 
-    Every pair with an anchor or a contrast of this rank belongs to one of three blocks: its own
-    anchors and contrasts, its anchors and the others' contrasts, the others' anchors and its
-    contrasts. An anchor meets itself in the first alone.
+    A pair with an anchor or a contrast of this rank is one of its own anchors and contrasts, of its
+    anchors and the others' contrasts, or of the others' anchors and its contrasts. An anchor meets
+    itself among the first alone. Where anchors are contrasts, the others are computed together,
+    and each rank has half of what they give to the temperature.
 
     Args:
         problem: this rank's own.
         others: the tensors of ``_Others``.
         weight: 0-dim gradient of every anchor's loss.
         stats: (3, n) of this rank's anchors.
-        other_stats: (3, N - n) of the others'.
+        other_stats: (3, N - n) of the others'; none where no rank wants its contrasts' gradient.
         wanted: whether the rows', the cols' and the temperature's gradients are.
         backend: made the statistics.
     """
@@ -422,22 +423,23 @@ def _gradients(
         problem = _widened(problem)
     cols, labels = _contrasts(problem)
     other_cols, other_col_labels, other_rows, other_row_labels = others
+    num_others = other_stats.shape[1]
 
-    def block(problem: Problem, stats: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
-        of_anchors = weight.expand(stats.shape[1])
-        grads: tuple[Tensor, Tensor, Tensor] = op.backward(
-            of_anchors, stats, *needs, *problem.operands(), backend
-        )
-        return grads
+    def block(problem: Problem, stats: Tensor, needs: Sequence[bool], *of_cols: Tensor) -> Any:
+        grad_loss = weight.expand(stats.shape[1])
+        grads = op.backward(grad_loss, stats, *needs, *problem.operands(), backend, *of_cols)
+        return [grad.to(problem.dtype) for grad in grads]
 
-    grad_rows, grad_cols, grad_tau = block(problem, stats, *wanted)
+    grad_rows, grad_cols, grad_tau = block(problem, stats, wanted)
     if len(other_cols) and (wants_rows or wants_temperature):
         against_others = dataclasses.replace(
             problem, cols=other_cols.to(cols), col_labels=other_col_labels, self_offset=None
         )
-        more = block(against_others, stats, wants_rows, False, wants_temperature)
+        of_cols = (weight.expand(num_others), other_stats) if problem.square and num_others else ()
+        needs = (wants_rows, False, wants_temperature)
+        more = block(against_others, stats, needs, *of_cols)
         grad_rows, grad_tau = grad_rows + more[0], grad_tau + more[2]
-    if len(other_rows) and (wants_rows if problem.square else wants_cols):
+    if num_others and wants_cols:
         of_others = dataclasses.replace(
             problem,
             rows=other_rows.to(cols),
@@ -446,11 +448,7 @@ def _gradients(
             col_labels=labels,
             self_offset=None,
         )
-        _, more_cols, _ = block(of_others, other_stats, False, True, False)
-        if problem.square:
-            grad_rows = grad_rows + more_cols
-        else:
-            grad_cols = grad_cols + more_cols
+        grad_cols = grad_cols + block(of_others, other_stats, (False, True, False))[1]
     return grad_rows, grad_cols, grad_tau
 
 
