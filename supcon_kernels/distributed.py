@@ -67,9 +67,9 @@ def loss_of_all(
         first = sum(record[_NUM_COLS] for record in records[: membership.rank])
         problem = _renumbered(problem, first)
     first_views = call["contrast_features"] is None
-    others = _Others.of(problem, first_views, membership, records)
+    gathered = _Gathered.of(problem, first_views, membership, records)
     loss: Tensor = _Differentiable.apply(
-        *problem.operands(), others, membership, backend, call["reduction"]
+        *problem.operands(), gathered, membership, backend, call["reduction"]
     )
     return problem, loss
 
@@ -146,6 +146,10 @@ class _Membership:
     def device(self) -> torch.device:
         """Where small tensors are sent from: the same kind of device on every rank."""
         return torch.device("cpu" if "cpu" in self.devices else self.devices[0])
+
+    def own_first(self, by_rank: list[Tensor]) -> Tensor:
+        """What this rank sent, then what the others sent in their order."""
+        return torch.cat([by_rank[self.rank], *by_rank[: self.rank], *by_rank[self.rank + 1 :]])
 
     def without_own(self, by_rank: list[Tensor]) -> Tensor:
         """What the other ranks sent, in their order."""
@@ -290,27 +294,27 @@ def _contrasts(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Others:
-    """What the other ranks have sent, in the order of the ranks.
+class _Gathered:
+    """What the ranks have sent each other: this rank's own first, then the others' in their order.
 
     Attributes:
-        cols: (M - m, D) contrasts.
-        col_labels: (M - m,) or (M - m, C).
-        rows: (N - n, D) anchors, and
-        row_labels: (N - n,) or (N - n, C); may be missing where no gradient needs them.
+        cols: (M, D) contrasts of all ranks.
+        col_labels: (M,) or (M, C).
+        other_rows: (N - n, D) anchors of the others, and
+        other_row_labels: (N - n,) or (N - n, C); may be missing where no gradient needs them.
         num_rows: how many anchors each rank has, this one too; 0 where no gradient needs them.
     """
 
     cols: Tensor
     col_labels: Tensor
-    rows: Tensor
-    row_labels: Tensor
+    other_rows: Tensor
+    other_row_labels: Tensor
     num_rows: list[int]
 
     @staticmethod
     def of(
         problem: Problem, first_views: bool, membership: _Membership, records: list[list[int]]
-    ) -> _Others:
+    ) -> _Gathered:
         """Gathers the contrasts; with them the anchors, if needed and not among the contrasts.
 
         Args:
@@ -326,17 +330,19 @@ class _Others:
         own = [problem.rows.detach(), problem.row_labels]
         if needed and not (problem.square or first_views):
             parts += [(x, num_rows) for x in own]
-        gathered = membership.gather(parts)
-        if first_views and not problem.square:
-            gathered += [[x[:n] for x, n in zip(xs, num_rows)] for xs in gathered]
-        cols, col_labels, *rows = [membership.without_own(xs) for xs in gathered]
-        if not rows:
-            rows = [cols, col_labels] if problem.square else [x[:0] for x in own]
-        return _Others(cols, col_labels, rows[0], rows[1], num_rows)
+        of_cols, of_col_labels, *of_rows = membership.gather(parts)
+        cols, col_labels = [membership.own_first(xs) for xs in (of_cols, of_col_labels)]
+        if problem.square:
+            rows = [x[problem.num_cols :] for x in (cols, col_labels)]
+        else:
+            if first_views:
+                of_rows = [[x[:n] for x, n in zip(xs, num_rows)] for xs in (of_cols, of_col_labels)]
+            rows = [membership.without_own(xs) for xs in of_rows] or [x[:0] for x in own]
+        return _Gathered(cols, col_labels, rows[0], rows[1], num_rows)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields that are tensors, in order."""
-        return self.cols, self.col_labels, self.rows, self.row_labels
+        return self.cols, self.col_labels, self.other_rows, self.other_row_labels
 
 
 class _Differentiable(torch.autograd.Function):
@@ -344,13 +350,15 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *operands, others, membership, backend, reduction = arguments
-        problem = Problem(*operands)
-        loss, *_, stats = op.forward(*_against_all(problem, others).operands(), backend)
+        *operands, gathered, membership, backend, reduction = arguments
+        problem = whole = Problem(*operands)
+        if membership.size > 1:  # its own anchors are the first of all contrasts, as of its own
+            whole = dataclasses.replace(problem, cols=gathered.cols, col_labels=gathered.col_labels)
+        loss, *_, stats = op.forward(*whole.operands(), backend)
         is_anchor, contributes = ~problem.row_ignored(), stats[1] != torch.inf
         exact = accumulation_dtype(loss)
         sums = torch.stack([x.sum(dtype=exact) for x in (loss, is_anchor, contributes)])
-        parts = [(sums, [len(sums)] * membership.size), (stats.T, others.num_rows)]
+        parts = [(sums, [len(sums)] * membership.size), (stats.T, gathered.num_rows)]
         sums_by_rank, stats_by_rank = membership.gather(parts)
         # In the order of the ranks, so that all have the same bits.
         total, num_anchors, num_contributing = functools.reduce(torch.add, sums_by_rank)
@@ -359,7 +367,7 @@ class _Differentiable(torch.autograd.Function):
         other_stats = membership.without_own(stats_by_rank).T.contiguous()
 
         ctx.save_for_backward(
-            count, stats, other_stats, *others.tensors(), *operands[:_NUM_TENSORS]
+            count, stats, other_stats, *gathered.tensors(), *operands[:_NUM_TENSORS]
         )
         ctx.options = operands[_NUM_TENSORS:]
         ctx.backend, ctx.num_ranks, ctx.num_arguments = backend, membership.size, len(arguments)
@@ -369,11 +377,11 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count, stats, other_stats, *tensors = ctx.saved_tensors
-        others, inputs = tensors[:-_NUM_TENSORS], tensors[-_NUM_TENSORS:]
+        gathered, inputs = tensors[:-_NUM_TENSORS], tensors[-_NUM_TENSORS:]
         wanted = [ctx.needs_input_grad[k] for k in (_ROWS, _COLS, _TEMPERATURE)]
         weight = grad * (ctx.num_ranks / count).to(grad.dtype)
         problem = Problem(*inputs, *ctx.options)
-        grads = _gradients(problem, others, weight, stats, other_stats, wanted, ctx.backend)
+        grads = _gradients(problem, gathered, weight, stats, other_stats, wanted, ctx.backend)
         result: list[Tensor | None] = [None] * ctx.num_arguments
         for index, want, gradient in zip((_ROWS, _COLS, _TEMPERATURE), wanted, grads):
             if want:
@@ -381,21 +389,9 @@ class _Differentiable(torch.autograd.Function):
         return tuple(result)
 
 
-def _against_all(problem: Problem, others: _Others) -> Problem:
-    """The rank's anchors against the contrasts of all, its own first."""
-    if not len(others.cols):
-        return problem
-    cols, labels = _contrasts(problem)
-    return dataclasses.replace(
-        problem,
-        cols=torch.cat((cols, others.cols)),
-        col_labels=torch.cat((labels, others.col_labels)),
-    )
-
-
 def _gradients(
     problem: Problem,
-    others: Sequence[Tensor],
+    gathered: Sequence[Tensor],
     weight: Tensor,
     stats: Tensor,
     other_stats: Tensor,
@@ -411,7 +407,7 @@ def _gradients(
 
     Args:
         problem: this rank's own.
-        others: the tensors of ``_Others``.
+        gathered: the tensors of ``_Gathered``.
         weight: 0-dim gradient of every anchor's loss.
         stats: (3, n) of this rank's anchors.
         other_stats: (3, N - n) of the others'; none where no rank wants its contrasts' gradient.
@@ -422,7 +418,8 @@ def _gradients(
     if backend != "triton":  # the others widen anyway; so the parts are rounded once, in the end
         problem = _widened(problem)
     cols, labels = _contrasts(problem)
-    other_cols, other_col_labels, other_rows, other_row_labels = others
+    *of_cols, other_rows, other_row_labels = gathered
+    other_cols, other_col_labels = [x[problem.num_cols :] for x in of_cols]
     num_others = other_stats.shape[1]
 
     def block(problem: Problem, stats: Tensor, needs: Sequence[bool], *of_cols: Tensor) -> Any:
@@ -435,9 +432,9 @@ def _gradients(
         against_others = dataclasses.replace(
             problem, cols=other_cols.to(cols), col_labels=other_col_labels, self_offset=None
         )
-        of_cols = (weight.expand(num_others), other_stats) if problem.square and num_others else ()
         needs = (wants_rows, False, wants_temperature)
-        more = block(against_others, stats, needs, *of_cols)
+        both = (weight.expand(num_others), other_stats) if problem.square and num_others else ()
+        more = block(against_others, stats, needs, *both)
         grad_rows, grad_tau = grad_rows + more[0], grad_tau + more[2]
     if num_others and wants_cols:
         of_others = dataclasses.replace(

@@ -93,7 +93,8 @@ def supcon_loss(
     With ``group`` of W ranks the gradients of a rank's features are W times those that one process
     with all rows would give them, and the mean of the ranks' gradients of the temperature is the
     one of that process: DistributedDataParallel's averages are then the gradients of one process,
-    where every rank calls ``backward`` on the same function of the loss. Ranks that pass
+    where every rank calls ``backward`` on the same function of the loss and, of a temperature that
+    is a tensor, all have the same value. Ranks that pass
     ``contrast_features`` are contrasted with those of all ranks; ``self_offset`` counts within
     the rank's own, and without labels row i of a rank's is the positive of its anchor i. What every
     rank has whole, as a ``LabelQueue`` that is equal on all, needs no group. ``mask``, "none" and
