@@ -93,16 +93,17 @@ def supcon_loss(
     With ``group`` of W ranks the gradients of a rank's features are W times those that one process
     with all rows would give them, and the mean of the ranks' gradients of the temperature is the
     one of that process: DistributedDataParallel's averages are then the gradients of one process,
-    where every rank calls ``backward`` on the same function of the loss and, of a temperature that
-    is a tensor, all have the same value. Ranks that pass
-    ``contrast_features`` are contrasted with those of all ranks; ``self_offset`` counts within
-    the rank's own, and without labels row i of a rank's is the positive of its anchor i. What every
-    rank has whole, as a ``LabelQueue`` that is equal on all, needs no group. ``mask``, "none" and
-    ``backend="reference"`` are for one process. A rank with invalid arguments raises its
-    own error and the others one that names it; all raise where ranks disagree on an option, a
-    dtype or a width. A rank that does not make the call at all keeps the others waiting for the
-    timeout of the group, ``init_process_group(timeout=)``. The host waits for the number of
-    rows of the ranks, and ``torch.compile`` breaks its graph at such a call.
+    where every rank has the same temperature and calls ``backward`` on the same function of the
+    loss. ``contrast_features`` are each rank's part of those of all ranks; ``self_offset`` counts
+    within the part, and without labels its row i is the positive of the rank's anchor i. What all
+    ranks have whole, such as a ``LabelQueue`` that is equal on all, needs no group, or is shared
+    out. ``mask``, ``reduction="none"`` and ``backend="reference"`` are for one process alone.
+
+    A rank with invalid arguments raises its own error, and the others one that names it; where
+    ranks disagree on an option, a dtype or a width, all raise. A rank that does not make the call
+    keeps the others waiting for the timeout of the group, ``init_process_group(timeout=)``. The
+    host waits for the ranks' numbers of rows, so that such a call is no part of a CUDA graph, and
+    ``torch.compile`` breaks its graph there.
 
     Raises:
         TypeError: features that are no floating-point tensor, a group that is no process group.
