@@ -342,16 +342,15 @@ def _measure(call: _Call) -> Plan:
     plan, wanted = call.plan, (True, call.cols is not call.rows, True)
     # In the table's own tiles first: what fails there is no matter of tiles.
     loss, _, _, stats = _forward(call)
-    ones = torch.ones_like(loss)
-    _backward(call, ones, stats, *wanted)
+    anchors = [(call.rows, torch.ones_like(loss), stats)]
+    _backward(call, anchors, *wanted)
 
     def forward_seconds(tile: Tile) -> float:
         return _seconds(call.with_tiles(tile, plan.backward_tile), _forward)
 
     def backward_seconds(tile: Tile) -> float:
         return _seconds(
-            call.with_tiles(plan.forward_tile, tile),
-            lambda c: _backward(c, [(c.rows, ones, stats)], *wanted),
+            call.with_tiles(plan.forward_tile, tile), lambda c: _backward(c, anchors, *wanted)
         )
 
     tiles = (
