@@ -30,7 +30,7 @@ def dtype_calls():
     """Each case in every dtype, with the default loss and one variant beside it."""
     for backend in BACKENDS:
         for k, case in enumerate(CASES):
-            for variant in {("out", "all"), VARIANTS[k % len(VARIANTS)]}:
+            for variant in dict.fromkeys([("out", "all"), VARIANTS[k % len(VARIANTS)]]):
                 if takes(backend, arguments_of(case, variant)):
                     for dtype in DTYPES:
                         name = f"{backend}-{case.id}-{'/'.join(variant)}-{dtype}"

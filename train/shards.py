@@ -17,6 +17,7 @@ from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
+from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import urlopen
 
@@ -151,4 +152,6 @@ def _fetch(url: str, path: Path) -> None:
                     raise OSError(f"the connection closed {stream.length} bytes before the end")
             copy.replace(path)
     except (OSError, ValueError, HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # the answer that it holds
         raise UserError(f"cannot fetch {url} to {path.parent}: {error}") from error
