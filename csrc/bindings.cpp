@@ -117,13 +117,19 @@ void forward(const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts
   supcon::forward(call.problem<Real>(), isa_of(call.isa), call.team(), out);
 }
 
-// The addresses of supcon::Gradients, 0 for a gradient that is not wanted.
+// The addresses of supcon::Gradients, 0 for a gradient that is not wanted and for what is not
+// there.
 template <typename Real>
 void backward(const Call& call, uintptr_t loss, uintptr_t statistics, uintptr_t rows,
-              uintptr_t cols, uintptr_t temperature) {
+              uintptr_t cols, uintptr_t temperature, uintptr_t col_loss, uintptr_t col_statistics) {
   const supcon::Gradients<Real> out = {
-      pointer<const Real>(loss), statistics_at(statistics, call.num_rows), pointer<Real>(rows),
-      pointer<Real>(cols), pointer<double>(temperature)};
+      pointer<const Real>(loss),
+      statistics_at(statistics, call.num_rows),
+      pointer<Real>(rows),
+      pointer<Real>(cols),
+      pointer<double>(temperature),
+      pointer<const Real>(col_loss),
+      col_statistics == 0 ? supcon::RowStatistics{} : statistics_at(col_statistics, call.num_cols)};
   supcon::backward(call.problem<Real>(), isa_of(call.isa), call.team(), out);
 }
 
@@ -184,9 +190,11 @@ PYBIND11_MODULE(_supcon_kernels, module) {
       .def(
           "backward",
           [](const Call& call, uintptr_t loss, uintptr_t statistics, uintptr_t rows, uintptr_t cols,
-             uintptr_t temperature) {
+             uintptr_t temperature, uintptr_t col_loss, uintptr_t col_statistics) {
             const auto run = call.is_double ? backward<double> : backward<float>;
-            run(call, loss, statistics, rows, cols, temperature);
+            run(call, loss, statistics, rows, cols, temperature, col_loss, col_statistics);
           },
+          py::arg("loss"), py::arg("statistics"), py::arg("rows"), py::arg("cols"),
+          py::arg("temperature"), py::arg("col_loss") = 0, py::arg("col_statistics") = 0,
           py::call_guard<py::gil_scoped_release>());
 }

@@ -86,6 +86,20 @@ void attract_class(const Sides<Real>& sides, const Segment& segment,
   }
 }
 
+// The same of the rows' gradient alone, for the attraction of columns that are anchors.
+template <typename Real>
+void attract_class_to_cols(const Sides<Real>& sides, const Segment& segment,
+                           const std::vector<double>& col_pull, Real* grad_rows) {
+  const Side<Real>&rows = sides.rows, &cols = sides.cols;
+  const Functions<Real>& functions = sides.functions;
+  const Segment anchors = sides.cols_of(segment);
+  std::vector<double> pulled(rows.dim, 0.0);
+  for (int64_t j = anchors.begin; j < anchors.end; ++j)
+    functions.add(col_pull[j], cols.row(j), rows.dim, pulled.data());
+  for (int64_t k = segment.begin; k < segment.end; ++k)
+    functions.attract(1.0, pulled.data(), 0.0, nullptr, rows.dim, grad_rows + k * rows.stride);
+}
+
 // Soft labels: every pair is positive with some weight, a product of C numbers, so that the sums
 // cost O(N C D). For every line i the sum over the points j of (of_lines_i . of_points_j) point_j,
 // leaving out point i + offset. The sums before and after the point that is left out are added up
@@ -188,6 +202,21 @@ void attract_soft(const Sides<Real>& sides, const std::vector<double>& pull, Rea
       [&](int64_t i, int64_t d) { return pull[i] * static_cast<double>(rows.row(i)[d]); },
       [&](int64_t j, int64_t d, double x) {
         grad_cols[j * cols.stride + d] -= static_cast<Real>(x);
+      });
+}
+
+// The same of the rows' gradient alone, for the attraction of columns that are anchors.
+template <typename Real>
+void attract_soft_to_cols(const Sides<Real>& sides, const std::vector<double>& col_pull,
+                          Real* grad_rows) {
+  const Problem<Real>& problem = sides.problem;
+  const Side<Real>&rows = sides.rows, &cols = sides.cols;
+  sum_of_soft(
+      sides.team, problem.row_soft, rows.size, problem.col_soft, cols.size, problem.num_soft,
+      problem.dim, false, 0,
+      [&](int64_t j, int64_t d) { return col_pull[j] * static_cast<double>(cols.row(j)[d]); },
+      [&](int64_t i, int64_t d, double x) {
+        grad_rows[i * rows.stride + d] -= static_cast<Real>(x);
       });
 }
 

@@ -207,8 +207,9 @@ struct Sides {
     return *found;
   }
 
-  bool few_positives(const Segment& of_rows) const {
-    return cols_of(of_rows).size() <= kFewPositives;
+  // Whether the columns of a class are few, given its segment of rows or of columns.
+  bool few_positives(const Segment& segment, bool of_cols = false) const {
+    return (of_cols ? segment : cols_of(segment)).size() <= kFewPositives;
   }
 
   // Column own_offset() + i is row i itself, in the order of the input; -1: no such column.

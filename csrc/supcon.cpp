@@ -179,25 +179,38 @@ double write_results(const Sides<Real>& sides, const Statistics<Real>& of, int64
   return loss;
 }
 
-// Of each sorted row what the backward weighs pairs with, base 2 where it is a logarithm.
+// A power of two near the largest gradient: weights divided by sums of 2^x have no range to spare.
+template <typename Real>
+double unit_of(const Sides<Real>& sides, const Gradients<Real>& out) {
+  Real largest = 0;
+  for (int64_t i : sides.rows.order) largest = std::max(largest, std::abs(out.loss[i]));
+  if (out.col_loss != nullptr)
+    for (int64_t j : sides.cols.order) largest = std::max(largest, std::abs(out.col_loss[j]));
+  if (largest == 0 || !std::isfinite(largest)) return 1.0;
+  constexpr int kReach = std::numeric_limits<Real>::max_exponent * 3 / 4;
+  return std::ldexp(1.0, std::clamp(std::ilogb(largest), -kReach, kReach));
+}
+
+// Of each sorted anchor of a side what the backward weighs pairs with, base 2 where it is a
+// logarithm. All weights and pulls, and gradients made of them, are in the given unit.
 template <typename Real>
 struct Upstream {
-  Upstream(const Sides<Real>& sides, const Gradients<Real>& out)
-      : lse(sides.rows.padded, std::numeric_limits<Real>::infinity()),
-        shifted_weight(sides.rows.padded, 0),
-        plain_weight(sides.rows.padded, 0),
-        normalizer(sides.rows.padded, std::numeric_limits<Real>::infinity()),
-        shifted_pull(sides.rows.padded, 0),
-        plain_pull(sides.rows.padded, 0),
-        pull_by_class(sides.rows.padded, 0.0),
-        pulls_in_tile(sides.rows.num_tiles, sides.problem.summation == Summation::kIn),
-        unit(unit_of(sides, out)) {
-    for (int64_t k = 0; k < sides.rows.size; ++k) {
-      const int64_t i = sides.rows.order[k];
-      const double exact = out.statistics.lse[i], normalizes = out.statistics.normalizer[i];
+  Upstream(const Sides<Real>& sides, const Side<Real>& side, const Real* grad_loss,
+           const RowStatistics& statistics, double unit)
+      : lse(side.padded, std::numeric_limits<Real>::infinity()),
+        shifted_weight(side.padded, 0),
+        plain_weight(side.padded, 0),
+        normalizer(side.padded, std::numeric_limits<Real>::infinity()),
+        shifted_pull(side.padded, 0),
+        plain_pull(side.padded, 0),
+        pull_by_class(side.padded, 0.0),
+        pulls_in_tile(side.num_tiles, sides.problem.summation == Summation::kIn) {
+    for (int64_t k = 0; k < side.size; ++k) {
+      const int64_t i = side.order[k];
+      const double exact = statistics.lse[i], normalizes = statistics.normalizer[i];
       if (!(normalizes < std::numeric_limits<double>::infinity())) continue;
-      const double grad = static_cast<double>(out.loss[i]) / unit;
-      const double weight = grad * out.statistics.softmax_weight[i];
+      const double grad = static_cast<double>(grad_loss[i]) / unit;
+      const double weight = grad * statistics.softmax_weight[i];
       lse[k] = static_cast<Real>(exact);
       if (weight != 0) {
         shifted_weight[k] = static_cast<Real>(weight * std::exp2(rounding(lse[k], exact)));
@@ -212,41 +225,30 @@ struct Upstream {
       }
     }
     if (sides.problem.summation == Summation::kOut && sides.problem.row_soft == nullptr)
-      pull_in_tiles(sides);
+      pull_in_tiles(sides, side);
   }
 
-  std::vector<Real> lse;             // infinite where the row does not contribute
+  std::vector<Real> lse;             // infinite where the anchor does not contribute
   std::vector<Real> shifted_weight;  // of 2^(x - lse)
   std::vector<Real> plain_weight;    // of 2^x
   std::vector<Real> normalizer;      // kIn
   std::vector<Real> shifted_pull;    // of 2^(x - normalizer), or of every positive in a tile
   std::vector<Real> plain_pull;      // of 2^x, or of every positive in a tile
   std::vector<double> pull_by_class;
-  std::vector<bool> pulls_in_tile;  // whether a tile of rows has positives that it looks at itself
-  double unit;  // all weights and pulls, and gradients made of them, are in this unit
+  std::vector<bool> pulls_in_tile;  // whether a tile has positives that it looks at itself
 
  private:
   // Takes the pull of positives that are looked at one by one from the classes to the tiles.
-  void pull_in_tiles(const Sides<Real>& sides) {
-    const bool all = !positives_by_class(sides.problem);
-    for (const Segment& segment : sides.rows.segments) {
-      if (!all && !sides.few_positives(segment)) continue;
+  void pull_in_tiles(const Sides<Real>& sides, const Side<Real>& side) {
+    const bool all = !positives_by_class(sides.problem), of_cols = &side != &sides.rows;
+    for (const Segment& segment : side.segments) {
+      if (!all && !sides.few_positives(segment, of_cols)) continue;
       for (int64_t k = segment.begin; k < segment.end; ++k) {
         shifted_pull[k] = plain_pull[k] = static_cast<Real>(pull_by_class[k]);
         pull_by_class[k] = 0;
-        pulls_in_tile[k / sides.rows.tile] = true;
+        pulls_in_tile[k / side.tile] = true;
       }
     }
-  }
-
-  // A power of two near the largest gradient: weights divided by sums of 2^x have no range to
-  // spare.
-  static double unit_of(const Sides<Real>& sides, const Gradients<Real>& out) {
-    Real largest = 0;
-    for (int64_t i : sides.rows.order) largest = std::max(largest, std::abs(out.loss[i]));
-    if (largest == 0 || !std::isfinite(largest)) return 1.0;
-    constexpr int kReach = std::numeric_limits<Real>::max_exponent * 3 / 4;
-    return std::ldexp(1.0, std::clamp(std::ilogb(largest), -kReach, kReach));
   }
 
   // What a logarithm gained by being rounded: weights are made smaller by as much.
@@ -263,15 +265,22 @@ Attraction attraction_of(const Problem<Real>& problem) {
   return problem.summation == Summation::kOut ? Attraction::kNotQ : Attraction::kQTimesNotQ;
 }
 
-// What pairs give to both sides' gradients: G cols and G^T rows, or (G + G^T) rows.
+// What pairs give to both sides' gradients: G cols and G^T rows, or (G + G^T) rows. `of_cols` is
+// the upstream of the columns where they are anchors, or null.
 template <typename Real>
-void pair_gradients(const Sides<Real>& sides, const Upstream<Real>& upstream, Real* grad_rows,
-                    Real* grad_cols) {
+void pair_gradients(const Sides<Real>& sides, const Upstream<Real>& upstream,
+                    const Upstream<Real>* of_cols, Real* grad_rows, Real* grad_cols) {
   const Attraction attraction = attraction_of(sides.problem);
   const bool all = sides.problem.denominator == Denominator::kAll;
   sides.schedule.run(sides.team, [&](int64_t i, int64_t j) {
     int32_t own[kMaxTile];
+    const auto lines = [&](std::vector<Real> Upstream<Real>::* of) {
+      const int64_t row = sides.rows.tile_begin(i), col = sides.cols.tile_begin(j);
+      return PerLine<Real>{(upstream.*of).data() + row,
+                           of_cols == nullptr ? nullptr : (of_cols->*of).data() + col};
+    };
     TilePair<Real> t = sides.pair(i, j);
+    t.square = of_cols != nullptr;
     if (sides.own_in_tile(i, j, own)) t.own = own;
     const bool pulls = attraction != Attraction::kNone && upstream.pulls_in_tile[i];
     if (!all || pulls) t.classes = sides.classes(i, j);
@@ -280,10 +289,11 @@ void pair_gradients(const Sides<Real>& sides, const Upstream<Real>& upstream, Re
     t.shifted = sides.shifted || t.attraction == Attraction::kNotQ ||
                 t.attraction == Attraction::kQTimesNotQ;
     t.scratch = tile_scratch<Real>();
-    t.lse = sides.lines(upstream.lse, i, j);
-    t.weight = sides.lines(t.shifted ? upstream.shifted_weight : upstream.plain_weight, i, j);
-    t.normalizer = sides.lines(upstream.normalizer, i, j);
-    t.pull = sides.lines(t.shifted ? upstream.shifted_pull : upstream.plain_pull, i, j);
+    typedef Upstream<Real> U;
+    t.lse = lines(&U::lse);
+    t.weight = lines(t.shifted ? &U::shifted_weight : &U::plain_weight);
+    t.normalizer = lines(&U::normalizer);
+    t.pull = lines(t.shifted ? &U::shifted_pull : &U::plain_pull);
     t.grad_a = grad_rows + sides.rows.tile_begin(i) * t.stride;
     t.grad_b = grad_cols == nullptr ? nullptr : grad_cols + sides.cols.tile_begin(j) * t.stride;
     sides.functions.backward(t);
@@ -368,7 +378,12 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
               const Gradients<Real>& out) {
   const Sides<Real> sides(problem, isa, team);
   const Side<Real>&rows = sides.rows, &cols = sides.cols;
-  const Upstream<Real> upstream(sides, out);
+  const double unit = unit_of(sides, out);
+  const Upstream<Real> upstream(sides, rows, out.loss, out.statistics, unit);
+  std::unique_ptr<const Upstream<Real>> apart;
+  if (out.col_loss != nullptr)
+    apart.reset(new Upstream<Real>(sides, cols, out.col_loss, out.col_statistics, unit));
+  const Upstream<Real>* const of_cols = sides.square ? &upstream : apart.get();
   const bool wants_cols = !sides.square && out.cols != nullptr;
   const Real start = sides.finite ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
   Array<Real> grad_rows(rows.padded * rows.stride);
@@ -378,20 +393,25 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
   Real* grad_cols = sides.square ? grad_rows.get() : wants_cols ? col_memory.get() : nullptr;
 
   if (sides.finite) {
-    pair_gradients(sides, upstream, grad_rows.get(), grad_cols);
-    if (problem.row_soft != nullptr)
+    pair_gradients(sides, upstream, of_cols, grad_rows.get(), grad_cols);
+    if (problem.row_soft != nullptr) {
       attract_soft(sides, upstream.pull_by_class, grad_rows.get(), grad_cols);
-    else if (positives_by_class(problem))
+      if (apart) attract_soft_to_cols(sides, apart->pull_by_class, grad_rows.get());
+    } else if (positives_by_class(problem)) {
       parallel_for(team, rows.segments.size(), [&](int64_t c) {
-        if (sides.few_positives(rows.segments[c])) return;
-        attract_class(sides, rows.segments[c], upstream.pull_by_class, grad_rows.get(), grad_cols);
+        const Segment& segment = rows.segments[c];
+        if (sides.few_positives(segment)) return;
+        attract_class(sides, segment, upstream.pull_by_class, grad_rows.get(), grad_cols);
+        if (apart) attract_class_to_cols(sides, segment, apart->pull_by_class, grad_rows.get());
       });
+    }
   }
   const double product =
-      finish_side(rows, sides, grad_rows.get(), upstream.unit, problem.num_rows, out.rows);
+      finish_side(rows, sides, grad_rows.get(), unit, problem.num_rows, out.rows);
+  // Where both sides are anchors, every pair is in the gradient of both its rows.
   if (out.temperature != nullptr)
-    *out.temperature = -product / problem.temperature / (sides.square ? 2 : 1);
-  if (wants_cols) finish_side(cols, sides, grad_cols, upstream.unit, problem.num_cols, out.cols);
+    *out.temperature = -product / problem.temperature / (of_cols != nullptr ? 2 : 1);
+  if (wants_cols) finish_side(cols, sides, grad_cols, unit, problem.num_cols, out.cols);
 }
 
 template <typename Real>

@@ -71,6 +71,10 @@ struct Gradients {
   Real* rows;                // (N, D)
   Real* cols;                // (M, D)
   double* temperature;       // one number
+  // Of columns that are anchors, too, and no rows; else null. The rows' gradient is then of their
+  // losses as well, and the temperature's is half of the sum of both.
+  const Real* col_loss = nullptr;     // (M,) gradient of each column's loss
+  RowStatistics col_statistics = {};  // from a forward with them as rows
 };
 
 struct Isa;
@@ -129,7 +133,8 @@ struct TilePair {
   Pairs pairs;
   bool shifted;   // exponents are so large that sums of 2^x need a shift for each row and column
   Real* scratch;  // (kMaxTile, kScratchStride)
-  // Forward: a row's result is written, a column's where `square`.
+  // Forward: a row's result is written, a column's where `square`. Backward: columns are anchors
+  // where `square`.
   Term term;
   bool square;
   PerLine<Real> lse, shifts;

@@ -339,6 +339,52 @@ void test(const Isa& isa, const Shape& shape, Variant variant, double tolerance)
     expect(same(alone, by_core(data, isa, threads)), "bits of several threads", isa, shape);
 }
 
+// The gradients of rows against columns that are anchors, too, are the sums of two calls'.
+template <typename Real>
+void test_both_anchors(const Isa& isa, const Shape& shape, Variant variant, double tolerance) {
+  const Data<Real> data(shape, variant);
+  const int64_t n = shape.rows, m = data.m;
+  const supcon::Problem<Real> problem = data.problem();
+  supcon::Problem<Real> turned = problem;
+  std::swap(turned.rows, turned.cols);
+  std::swap(turned.row_labels, turned.col_labels);
+  std::swap(turned.row_soft, turned.col_soft);
+  std::swap(turned.num_rows, turned.num_cols);
+  const int64_t longer = std::max(n, m);
+  std::vector<Real> loss(longer), total(1), counts(2), weight(longer);
+  for (int64_t i = 0; i < longer; ++i) weight[i] = static_cast<Real>(upstream(i));
+  std::vector<double> numbers(3 * (n + m));
+  const auto statistics = [&](int64_t first, int64_t count) {
+    double* const at = numbers.data() + first;
+    return supcon::RowStatistics{at, at + count, at + 2 * count};
+  };
+  const supcon::RowStatistics of_rows = statistics(0, n), of_cols = statistics(3 * n, m);
+  const auto gradients = [&](int threads, bool both, const supcon::Problem<Real>& of, Real* rows,
+                             Real* cols, double* temperature) {
+    supcon::backward<Real>(of, isa, {threads, run_threads},
+                           {weight.data(), of.rows == problem.rows ? of_rows : of_cols, rows, cols,
+                            temperature, both ? weight.data() : nullptr, of_cols});
+  };
+  const supcon::Team team = {1, run_threads};
+  supcon::forward<Real>(problem, isa, team, {loss.data(), total.data(), counts.data(), of_rows});
+  supcon::forward<Real>(turned, isa, team, {loss.data(), total.data(), counts.data(), of_cols});
+  std::vector<Real> rows(n * shape.dim), more(n * shape.dim), together(n * shape.dim);
+  double temperature[3];
+  gradients(1, false, problem, rows.data(), nullptr, &temperature[0]);
+  gradients(1, false, turned, nullptr, more.data(), &temperature[1]);
+  gradients(1, true, problem, together.data(), nullptr, &temperature[2]);
+  std::vector<double> expected(n * shape.dim);
+  for (size_t k = 0; k < expected.size(); ++k) expected[k] = double(rows[k]) + double(more[k]);
+  const double bound = tolerance * std::max(1.0, 1 / shape.temperature);
+  expect(near({together.begin(), together.end()}, expected, bound), "both sides' losses", isa,
+         shape);
+  expect(near({temperature[2]}, {(temperature[0] + temperature[1]) / 2}, bound),
+         "temperature of both", isa, shape);
+  gradients(3, true, problem, more.data(), nullptr, &temperature[0]);
+  expect(more == together && temperature[0] == temperature[2], "bits of several threads", isa,
+         shape);
+}
+
 // In float32 as in float64, and the same bits from several threads.
 void test_large(const Isa& isa, const Shape& shape, Variant variant) {
   const Data<float> data(shape, variant);
@@ -446,6 +492,9 @@ int main() {
         if (shape.num_soft > 0 && !is_default) continue;
         test<float>(*isa, shape, variant, 2e-6);
         test<double>(*isa, shape, variant, 1e-14);
+        if (shape.cols == 0 || shape.self_offset >= 0) continue;
+        test_both_anchors<float>(*isa, shape, variant, 4e-6);
+        test_both_anchors<double>(*isa, shape, variant, 2e-14);
       }
     }
     for (const Shape& shape : kLargeShapes)

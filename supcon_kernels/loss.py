@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from supcon_kernels import backends, op, validation
+from supcon_kernels import backends, distributed, op, validation
 from supcon_kernels.problem import Problem
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Labels made here (one class a sample) never match it, whatever the caller's ignore_index is.
 _NOTHING_IGNORED = -1
@@ -30,6 +34,7 @@ def supcon_loss(
     normalize: bool = True,
     reduction: str = "mean",
     ignore_index: int = -100,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Supervised contrastive loss, computed without a matrix of all pairs.
@@ -73,6 +78,9 @@ def supcon_loss(
             under "only_negatives", a negative), "sum", or "none".
         ignore_index: a sample with this integer label is neither anchor nor contrast, and what
             its row holds never touches a result.
+        group: a ``torch.distributed`` process group, of which every rank makes this call with rows
+            of its own, any number of them: the loss is that of all ranks' rows together, to the
+            same bits on every rank. See below.
         backend: None: the best that takes the call; or one of ``available_backends()``.
 
     Returns:
@@ -82,8 +90,21 @@ def supcon_loss(
 
     Only ``backend="reference"`` can be differentiated twice, in forward mode or by torch.func.
 
+    With ``group`` of W ranks the gradients of a rank's features are W times those that one process
+    with all rows would give them, and the mean of the ranks' gradients of the temperature is the
+    one of that process: DistributedDataParallel's averages are then the gradients of one process,
+    where every rank calls ``backward`` on the same function of the loss. Ranks that pass
+    ``contrast_features`` are contrasted with those of all ranks; ``self_offset`` counts within
+    the rank's own, and without labels row i of a rank's is the positive of its anchor i. What every
+    rank has whole, as a ``LabelQueue`` that is equal on all, needs no group. ``mask``, "none" and
+    ``backend="reference"`` are for one process. A rank with invalid arguments raises its
+    own error and the others one that names it; all raise where ranks disagree on an option, a
+    dtype or a width. A rank that does not make the call at all keeps the others waiting for the
+    timeout of the group, ``init_process_group(timeout=)``. The host waits for the number of
+    rows of the ranks, and ``torch.compile`` breaks its graph at such a call.
+
     Raises:
-        TypeError: features that are no floating-point tensor.
+        TypeError: features that are no floating-point tensor, a group that is no process group.
         ValueError: any other argument that is not as described, named in the message.
 
     Example:
@@ -93,6 +114,56 @@ def supcon_loss(
     Source:
         Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, arXiv 2004.11362.
     """
+    call: dict[str, Any] = {
+        "features": features,
+        "labels": labels,
+        "mask": mask,
+        "contrast_features": contrast_features,
+        "contrast_labels": contrast_labels,
+        "self_offset": self_offset,
+        "temperature": temperature,
+        "base_temperature": base_temperature,
+        "contrast_mode": contrast_mode,
+        "summation": summation,
+        "denominator": denominator,
+        "normalize": normalize,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+    }
+    if group is not None:
+        problem, loss = distributed.loss_of_all(lambda: _prepared(backend, **call), call, group)
+    else:
+        problem, chosen = _prepared(backend, **call)
+        if chosen == "reference":
+            loss, total, counts = backends.reference.rows_loss(problem)
+        else:
+            loss, total, counts, _ = op.forward(*problem.operands(), chosen)
+        if reduction != "none":
+            loss = total if reduction == "sum" else total / counts[0 if reduction == "mean" else 1]
+    if base_temperature is not None:
+        loss = loss * (problem.tau / base_temperature)
+    return loss
+
+
+def _prepared(
+    backend: str | None,
+    *,
+    features: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    contrast_features: Tensor | None,
+    contrast_labels: Tensor | None,
+    self_offset: int | None,
+    temperature: float | Tensor,
+    base_temperature: float | None,
+    contrast_mode: str,
+    summation: str,
+    denominator: str,
+    normalize: bool,
+    reduction: str,
+    ignore_index: int,
+) -> tuple[Problem, str]:
+    """The problem that the arguments of ``supcon_loss`` describe, once they are found right, and its backend."""
     validation.check_options(
         contrast_mode=contrast_mode,
         summation=summation,
@@ -137,16 +208,7 @@ def supcon_loss(
         normalize=normalize,
         ignore_index=ignore_index,
     )
-    chosen = backends.choose(problem, backend)
-    if chosen == "reference":
-        loss, total, counts = backends.reference.rows_loss(problem)
-    else:
-        loss, total, counts, _ = op.forward(*problem.operands(), chosen)
-    if reduction != "none":
-        loss = total if reduction == "sum" else total / counts[0 if reduction == "mean" else 1]
-    if base_temperature is not None:
-        loss = loss * (problem.tau / base_temperature)
-    return loss
+    return problem, backends.choose(problem, backend)
 
 
 def _rows_and_cols(
@@ -179,7 +241,7 @@ class SupConLoss(nn.Module):
 
     Args:
         temperature, contrast_mode, base_temperature, summation, denominator, normalize,
-            reduction, ignore_index, backend: as in ``supcon_loss``.
+            reduction, ignore_index, group, backend: as in ``supcon_loss``.
 
     Example:
         >>> criterion = SupConLoss(temperature=0.1)
@@ -197,6 +259,7 @@ class SupConLoss(nn.Module):
         normalize: bool = True,
         reduction: str = "mean",
         ignore_index: int = -100,
+        group: ProcessGroup | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -208,6 +271,7 @@ class SupConLoss(nn.Module):
         self.normalize = normalize
         self.reduction = reduction
         self.ignore_index = ignore_index
+        self.group = group
         self.backend = backend
 
     def forward(
@@ -236,6 +300,7 @@ class SupConLoss(nn.Module):
             normalize=self.normalize,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
+            group=self.group,
             backend=self.backend,
         )
 

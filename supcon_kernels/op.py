@@ -22,6 +22,7 @@ _PROBLEM = (
     "str denominator, bool normalize, int ignore_index, str backend"
 )
 _ROWS, _COLS, _TEMPERATURE, _NUM_TENSORS = 0, 1, 5, 6
+_NUM_OPERANDS = 13  # of _PROBLEM
 _LIBRARY: Any = torch.library.Library("supcon_kernels", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -35,7 +36,8 @@ forward = _define(
 )
 backward = _define(
     "backward(Tensor grad_loss, Tensor stats, bool needs_rows, bool needs_cols, "
-    f"bool needs_temperature, {_PROBLEM}) -> (Tensor rows, Tensor cols, Tensor temperature)"
+    f"bool needs_temperature, {_PROBLEM}, Tensor? col_grad_loss=None, Tensor? col_stats=None) "
+    "-> (Tensor rows, Tensor cols, Tensor temperature)"
 )
 
 
@@ -54,11 +56,17 @@ def _backward(
     needs_temperature: bool,
     *operands: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows (N, D), cols (M, D) and the temperature (0-dim); (0,) where not needed."""
-    *fields, backend = operands
+    """Gradients of rows (N, D), cols (M, D) and the temperature (0-dim); (0,) where not needed.
+
+    Where the columns' statistics (3, M) are given, as the forward of a problem with these columns as
+    anchors has them, with the gradients (M,) of those anchors' losses, the rows' gradient is of
+    those losses too, to which the rows are contrasts, and the temperature's is half of the sum of
+    both. The columns' gradient is not needed then, and no column is a row itself.
+    """
+    *fields, backend = operands[:_NUM_OPERANDS]
     needs = (needs_rows, needs_cols, needs_temperature)
     grads: tuple[Tensor, Tensor, Tensor] = BACKENDS[backend].backward(
-        Problem(*fields), grad_loss, stats, *needs
+        Problem(*fields), grad_loss, stats, *needs, *operands[_NUM_OPERANDS:]
     )
     return grads
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+from supcon_kernels import distributed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LabelQueue(nn.Module):
@@ -51,17 +58,35 @@ class LabelQueue(nn.Module):
         self.register_buffer("labels", empty)
 
     @torch.no_grad()
-    def enqueue(self, features: Tensor, labels: Tensor) -> None:
+    def enqueue(
+        self, features: Tensor, labels: Tensor, *, group: ProcessGroup | None = None
+    ) -> None:
         """Append a batch and drop the oldest entries; of a batch beyond ``size`` the last are kept.
 
         Args:
             features: (N, D), cast to the queue's dtype and detached.
             labels: (N,) integers.
+            group: a ``torch.distributed`` process group, of which every rank makes this call: the
+                rows of all ranks are appended in the order of the ranks, any number from each, so
+                that queues that were equal stay so.
 
         Raises:
-            ValueError: shapes or dtypes that do not fit.
+            ValueError: shapes or dtypes that do not fit; with ``group``, on any of its ranks.
+            TypeError: ``group`` is no process group.
         """
-        size, dim = self.features.shape
+        size = len(self.labels)
+        if group is None:
+            features, labels = self._checked(features, labels)
+        else:
+            features, labels = distributed.rows_of_all(
+                lambda: self._checked(features, labels), group
+            )
+        self.features = torch.cat((self.features, features))[-size:]
+        self.labels = torch.cat((self.labels, labels))[-size:]
+
+    def _checked(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch as the queue holds it."""
+        dim = self.features.shape[1]
         if features.ndim != 2 or features.shape[1] != dim:
             raise ValueError(f"features must have shape (N, {dim}), got {tuple(features.shape)}")
         if labels.shape != features.shape[:1] or labels.is_floating_point():
@@ -69,5 +94,4 @@ class LabelQueue(nn.Module):
                 f"labels must be ({features.shape[0]},) integers, "
                 f"got {labels.dtype} of shape {tuple(labels.shape)}"
             )
-        self.features = torch.cat((self.features, features.to(self.features)))[-size:]
-        self.labels = torch.cat((self.labels, labels.to(self.labels)))[-size:]
+        return features.to(self.features), labels.to(self.labels)

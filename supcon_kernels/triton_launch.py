@@ -386,14 +386,14 @@ class Plan:
         )
 
     @_remembered
-    def attraction(self, *, of_columns: bool) -> Launch:
+    def attraction(self, *, of_columns: bool, both_anchor: bool = False) -> Launch:
         """The part of the gradient that comes from positives by class."""
         owners, _ = self._sides(of_columns)
         blocks = self._class_blocks(rows=True)
         return self._launch(
             "_attraction_kernel",
             "rows cols row_pull col_pull sums weighted_sums begin end own num_valid slices",
-            {**self._anchors(of_columns), **blocks},
+            {**self._anchors(of_columns, both_anchor), **blocks},
             (padded_rows(owners) // CLASS_ROWS, self.num_totals),
             num_warps=8,  # two sums of rows in float64
         )
@@ -467,7 +467,7 @@ class Plan:
         )
 
     @_remembered
-    def backward(self, *, of_columns: bool) -> Launch:
+    def backward(self, *, of_columns: bool, both_anchor: bool = False) -> Launch:
         """The gradient of the rows, of rows that are columns too, or of the columns."""
         tile = self.backward_tile
         owners, _ = self._sides(of_columns)
@@ -480,7 +480,7 @@ class Plan:
                 "SHIFTED": self.shifted,
                 "OUT": self.summation == "out",
                 "DENOMINATOR": self.denominator,
-                **self._anchors(of_columns),
+                **self._anchors(of_columns, both_anchor),
                 **self._pair_constexprs(tile),
                 "NARROW": tile.narrow,
                 "SLICE": slice_of(self.dim, self.dtype),
@@ -504,9 +504,10 @@ class Plan:
         blocks = slices * _cdiv(owners, tile.rows)
         return num_splits(blocks, _cdiv(streamed, tile.cols), self.target.num_multiprocessors)
 
-    def _anchors(self, of_columns: bool) -> dict[str, Constexpr]:
+    def _anchors(self, of_columns: bool, both_anchor: bool) -> dict[str, Constexpr]:
         """Which of the two sides of a gradient are anchors, as the kernels' constants."""
-        return {"ROWS_ANCHOR": not of_columns, "COLS_ANCHOR": of_columns or self.square}
+        streamed = of_columns or self.square or both_anchor
+        return {"ROWS_ANCHOR": not of_columns, "COLS_ANCHOR": streamed}
 
     @property
     def _row_block(self) -> dict[str, int]:

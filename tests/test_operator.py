@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import types
@@ -45,6 +46,10 @@ def require_grad(problem: Problem) -> tuple[object, ...]:
     return tuple(tensors.get(name, x) for name, x in vars(problem).items())
 
 
+def variant_of(name: str, variant: tuple[str, str]) -> dict:
+    return by_id(name).arguments() | dict(zip(("summation", "denominator"), variant))
+
+
 OPCHECK_CASES = ["ragged", "self_in_memory", "weighted_mask", "soft_memory", "half_empty_memory"]
 
 
@@ -55,9 +60,7 @@ OPCHECK_CASES = ["ragged", "self_in_memory", "weighted_mask", "soft_memory", "ha
         for backend in FUSED
         for name in OPCHECK_CASES
         for variant in [("out", "all"), ("in", "one_positive")]
-        if takes(
-            backend, by_id(name).arguments() | dict(zip(("summation", "denominator"), variant))
-        )
+        if takes(backend, variant_of(name, variant))
     ],
 )
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own doing
@@ -89,6 +92,41 @@ def test_losses_and_their_total_are_differentiated_together(backend):
     loss, *_ = op.forward(*operands)
     (apart,) = torch.autograd.grad((loss * (weight + 3)).sum(), operands[:1])
     torch.testing.assert_close(together, apart)
+
+
+@pytest.mark.parametrize(
+    "backend, name, variant",
+    [
+        (backend, name, variant)
+        for backend in FUSED
+        for name in ("memory", "half_empty_memory", "soft_memory")
+        for variant in VARIANTS
+        if takes(backend, variant_of(name, variant))
+    ],
+)
+def test_columns_that_are_anchors_too(backend, name, variant):
+    temperature = torch.tensor(0.1, dtype=torch.float64)
+    arguments = {**variant_of(name, variant), "temperature": temperature}
+    problem = problem_of(name, torch.float64, **arguments)
+    turned = dataclasses.replace(
+        problem,
+        rows=problem.cols,
+        cols=problem.rows,
+        row_labels=problem.col_labels,
+        col_labels=problem.row_labels,
+    )
+    rows, cols = problem.operands(), turned.operands()
+    loss, _, _, stats = op.forward(*rows, backend)
+    col_loss, _, _, col_stats = op.forward(*cols, backend)
+    weights = torch.linspace(0.5, 1.5, len(loss) + len(col_loss), dtype=torch.float64)
+    weight, col_weight = weights.split((len(loss), len(col_loss)))
+    by_rows = op.backward(weight, stats, True, False, True, *rows, backend)
+    by_cols = op.backward(col_weight, col_stats, False, True, True, *cols, backend)
+    call = (weight, stats, True, False, True, *rows, backend, col_weight, col_stats)
+    together = op.backward(*call)
+    torch.testing.assert_close(together[0], by_rows[0] + by_cols[1])
+    torch.testing.assert_close(together[2], (by_rows[2] + by_cols[2]) / 2)
+    torch.library.opcheck(op.backward, call, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

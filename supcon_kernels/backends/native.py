@@ -82,9 +82,17 @@ def backward(
     needs_rows: bool,
     needs_cols: bool,
     needs_temperature: bool,
+    col_grad_loss: Tensor | None = None,
+    col_stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows (N, D), cols (M, D) and the temperature (0-dim); (0,) where not needed."""
+    """Gradients of rows (N, D), cols (M, D) and the temperature (0-dim); (0,) where not needed.
+
+    The columns are anchors, too, where ``col_grad_loss`` (M,) and ``col_stats`` (3, M) are given.
+    """
     grad_loss, stats = grad_loss.to(problem.dtype).contiguous(), stats.contiguous()
+    of_cols: list[Tensor] = []
+    if col_grad_loss is not None and col_stats is not None:
+        of_cols = [col_grad_loss.to(problem.dtype).contiguous(), col_stats.contiguous()]
     rows, cols = problem.rows, problem.rows if problem.cols is None else problem.cols
     grad_rows = torch.empty(rows.shape if needs_rows else (0,), dtype=problem.dtype)
     grad_cols = torch.empty(cols.shape if needs_cols else (0,), dtype=problem.dtype)
@@ -95,6 +103,7 @@ def backward(
         grad_rows.data_ptr() if needs_rows else 0,
         grad_cols.data_ptr() if needs_cols else 0,
         grad_tau.data_ptr() if needs_temperature else 0,
+        *[x.data_ptr() for x in of_cols],
     )
     return grad_rows.to(rows.dtype), grad_cols.to(rows.dtype), grad_tau.to(problem.dtype)
 

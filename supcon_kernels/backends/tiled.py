@@ -60,6 +60,8 @@ def backward(
     needs_rows: bool,
     needs_cols: bool,
     needs_temperature: bool,
+    col_grad_loss: Tensor | None = None,
+    col_stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows (N, D), cols (M, D) and the temperature (0-dim); (0,) where not needed.
 
@@ -69,18 +71,24 @@ def backward(
         stats: (3, N) from ``forward``.
         needs_rows, needs_cols, needs_temperature: which gradients are wanted. Where the rows
             are the columns, there is one gradient, of the rows.
+        col_grad_loss, col_stats: (M,) and (3, M) where the columns are anchors, too.
     """
     rows, cols = problem.embeddings()
     wants_cols = needs_cols or (needs_rows and problem.square)
     gradient = _class_gradient if _positives_by_class(problem) else _pair_gradient
-    grad_loss = torch.where(stats[1] == torch.inf, 0.0, grad_loss)
+    anchors = _Anchors.of(grad_loss, stats)
+    col_anchors = None
+    if col_grad_loss is not None and col_stats is not None:
+        col_anchors = _Anchors.of(col_grad_loss, col_stats)
     with torch.autocast(rows.device.type, enabled=False):
-        grad_rows, grad_cols = gradient(problem, rows, cols, grad_loss, stats, wants_cols)
+        grad_rows, grad_cols = gradient(problem, rows, cols, anchors, col_anchors, wants_cols)
 
     grad_tau = rows.new_zeros(0)
     if needs_temperature:
         exact = accumulation_dtype(rows)
         grad_tau = -(rows.to(exact) * grad_rows.to(exact)).sum().to(rows.dtype) / problem.tau
+        if col_anchors is not None:
+            grad_tau = grad_tau / 2  # every pair is in the gradient of both its rows
     if problem.square and needs_rows:
         grad_rows += grad_cols
     out_rows = (
@@ -91,6 +99,26 @@ def backward(
         assert problem.cols is not None
         out_cols = _to_input(problem, problem.cols, grad_cols)
     return out_rows, out_cols, grad_tau
+
+
+@dataclasses.dataclass(frozen=True)
+class _Anchors:
+    """What is known of anchors in the backward.
+
+    Attributes:
+        grad_loss: (n,) gradient of their losses, 0 where they do not contribute.
+        stats: (3, n) from the forward.
+    """
+
+    grad_loss: Tensor
+    stats: Tensor
+
+    @staticmethod
+    def of(grad_loss: Tensor, stats: Tensor) -> _Anchors:
+        return _Anchors(torch.where(stats[1] == torch.inf, 0.0, grad_loss), stats)
+
+    def chunk(self, start: int, stop: int) -> _Anchors:
+        return _Anchors(self.grad_loss[start:stop], self.stats[:, start:stop])
 
 
 def _to_input(problem: Problem, x: Tensor, grad: Tensor) -> Tensor:
@@ -169,8 +197,24 @@ def _attraction(problem: Problem, s: Tensor, w: Tensor, lse: Tensor, normaliser:
     return torch.where(w > 0, pull, 0.0)
 
 
+def _derivative(problem: Problem, s: Tensor, w: Tensor, anchors: _Anchors) -> Tensor:
+    """(n, M) derivative of the total loss of anchors by their similarities ``s``, over τ."""
+    lse, normaliser, softmax_weight = anchors.stats.to(s.dtype)
+    if problem.summation == "out":
+        normaliser = anchors.stats[1].to(w.dtype)  # the total of tiny soft labels
+    softmax = softmax_weight[:, None] * (s - lse[:, None]).exp()
+    softmax = torch.where(w >= 0 if problem.denominator == "all" else w == 0, softmax, 0.0)
+    g = softmax - _attraction(problem, s, w, lse, normaliser)
+    return (g * (anchors.grad_loss[:, None] / problem.tau)).to(s.dtype)
+
+
 def _pair_gradient(
-    problem: Problem, rows: Tensor, cols: Tensor, grad_loss: Tensor, stats: Tensor, wants_cols: bool
+    problem: Problem,
+    rows: Tensor,
+    cols: Tensor,
+    anchors: _Anchors,
+    col_anchors: _Anchors | None,
+    wants_cols: bool,
 ) -> tuple[Tensor, Tensor]:
     grad_rows = torch.empty_like(rows)
     grad_cols = torch.zeros_like(cols) if wants_cols else rows.new_zeros(0)
@@ -178,13 +222,9 @@ def _pair_gradient(
         chunk = slice(start, stop)
         s = rows[chunk] @ cols.T / problem.tau
         w = problem.pair_weights(start, stop)
-        lse, normaliser, softmax_weight = stats[:, chunk].to(s.dtype)
-        if problem.summation == "out":
-            normaliser = stats[1, chunk].to(w.dtype)  # the total of tiny soft labels
-        softmax = softmax_weight[:, None] * (s - lse[:, None]).exp()
-        softmax = torch.where(w >= 0 if problem.denominator == "all" else w == 0, softmax, 0.0)
-        g = softmax - _attraction(problem, s, w, lse, normaliser)
-        g = (g * (grad_loss[chunk, None] / problem.tau)).to(rows.dtype)
+        g = _derivative(problem, s, w, anchors.chunk(start, stop))
+        if col_anchors is not None:
+            g = g + _derivative(problem, s.T, w.T, col_anchors).T
         grad_rows[chunk] = g @ cols
         if wants_cols:
             grad_cols.addmm_(g.T, rows[chunk])
@@ -281,19 +321,28 @@ def _class_statistics(
 
 
 def _class_gradient(
-    problem: Problem, rows: Tensor, cols: Tensor, grad_loss: Tensor, stats: Tensor, wants_cols: bool
+    problem: Problem,
+    rows: Tensor,
+    cols: Tensor,
+    anchors: _Anchors,
+    col_anchors: _Anchors | None,
+    wants_cols: bool,
 ) -> tuple[Tensor, Tensor]:
-    lse, counts = stats[0].to(rows.dtype), stats[1]
+    grad_loss, lse = anchors.grad_loss, anchors.stats[0].to(rows.dtype)
     exact = accumulation_dtype(rows)
     classes = _Classes.of(problem)
     found = _own(problem, classes)
-    pull = (grad_loss / counts).to(exact)[:, None]
+    pull = (grad_loss / anchors.stats[1]).to(exact)[:, None]
 
     grad_rows = classes.col_sums(cols.to(exact))[classes.of_row]
     if found is not None:
         own, in_class = found
         grad_rows -= in_class[:, None] * cols[own]
-    grad_rows = (grad_rows * -pull).to(rows.dtype)
+    grad_rows = grad_rows * -pull
+    if col_anchors is not None:
+        col_pull = (col_anchors.grad_loss / col_anchors.stats[1]).to(exact)[:, None]
+        grad_rows -= classes.col_sums(col_pull * cols)[classes.of_row]
+    grad_rows = grad_rows.to(rows.dtype)
     grad_cols = rows.new_zeros(0)
     if wants_cols:
         pulled = pull * rows.to(exact)
@@ -304,7 +353,12 @@ def _class_gradient(
 
     weighted = grad_loss[:, None] * rows
     for chunk, s in _softmax_chunks(problem, rows, cols):
+        if col_anchors is not None:
+            of_cols = (s - col_anchors.stats[0].to(s.dtype)).exp_().mul_(col_anchors.grad_loss)
         p = s.sub_(lse[chunk, None]).exp_()
+        if col_anchors is not None:
+            grad_rows[chunk] += of_cols.addcmul_(grad_loss[chunk, None], p) @ cols
+            continue
         grad_rows[chunk] += grad_loss[chunk, None] * (p @ cols)
         if wants_cols:
             grad_cols.addmm_(p.T, weighted[chunk])

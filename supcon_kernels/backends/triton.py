@@ -179,66 +179,103 @@ def backward(
     needs_rows: bool,
     needs_cols: bool,
     needs_temperature: bool,
+    col_grad_loss: Tensor | None = None,
+    col_stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows (N, D), cols (M, D) and the temperature (0-dim); (0,) where not needed."""
+    """Gradients of rows (N, D), cols (M, D) and the temperature (0-dim); (0,) where not needed.
+
+    The columns are anchors, too, where ``col_grad_loss`` (M,) and ``col_stats`` (3, M) are given.
+    """
     call = _Call(problem).as_measured()
-    return _backward(call, grad_loss, stats, needs_rows, needs_cols, needs_temperature)
+    anchors = [(call.rows, grad_loss, stats)]
+    if col_grad_loss is not None and col_stats is not None:
+        anchors.append((call.cols, col_grad_loss, col_stats))
+    return _backward(call, anchors, needs_rows, needs_cols, needs_temperature)
 
 
 def _backward(
     call: _Call,
-    grad_loss: Tensor,
-    stats: Tensor,
+    anchors: list[tuple[_Side, Tensor, Tensor]],
     needs_rows: bool,
     needs_cols: bool,
     needs_temperature: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``backward``; ``anchors`` are the sides that have losses, with gradients and statistics."""
     plan, rows, cols = call.plan, call.rows, call.cols
     grad_rows = grad_cols = rows.features.new_empty(0)
-    grad_tau = grad_loss.new_empty(0, dtype=torch.float32)
+    grad_tau = torch.empty(0, dtype=torch.float32, device=call.device)
     with call.on_device():
         rows.prepare(call)
         if cols is not rows:
             cols.prepare(call)
-        weights, factor = _weights(call, grad_loss, stats)
+        of_sides, factor = _weights(call, anchors)
+        both = plan.square or len(of_sides) == 2
+        weights, of_cols = of_sides[0], of_sides[-1] if both else None
         if needs_rows or needs_temperature:
-            gradient, dots = _gradient(call, weights, factor, of_columns=False)
+            gradient, dots = _gradient(call, weights, of_cols, factor, of_columns=False)
             grad_rows = gradient if needs_rows else grad_rows
         if needs_cols:
-            grad_cols, _ = _gradient(call, weights, factor, of_columns=True)
+            grad_cols, _ = _gradient(call, None, weights, factor, of_columns=True)
     if needs_temperature:
-        share = 0.5 if plan.square else 1.0  # every pair is in the gradient of both its rows
+        share = 0.5 if both else 1.0  # every pair is in the gradient of both its rows
         grad_tau = (-share / call.fold * dots.sum() / call.tau).to(torch.float32)
     return grad_rows, grad_cols, grad_tau
 
 
-def _weights(call: _Call, grad_loss: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+def _weights(
+    call: _Call, anchors: list[tuple[_Side, Tensor, Tensor]]
+) -> tuple[list[Tensor], Tensor]:
     """(4, padded rows) what each anchor weighs, and the factor that was taken out, 0-dim float64."""
-    grad_loss = grad_loss.to(torch.float32)
-    peak = grad_loss.masked_fill(stats[1] == math.inf, 0.0).abs()
-    peak = peak.amax() if len(peak) else peak.sum()
-    padded = triton_launch.padded_rows(call.plan.num_rows)
-    weights = torch.empty(4, padded, dtype=torch.float32, device=call.device)
-    _run(
-        call.plan.weights(),
-        upstream_ptr=grad_loss,
-        peak_ptr=peak,
-        stats_ptr=stats.contiguous(),
-        order_ptr=call.rows.order,
-        weights_ptr=weights,
-        num_rows=call.plan.num_rows,
-        padded_rows=padded,
-        upstream_stride=grad_loss.stride(0),
-        headroom=HEADROOM,
-    )
-    return weights, peak.double() / (HEADROOM * call.fold * call.tau)
+    peaks = []
+    for _, grad_loss, stats in anchors:
+        sizes = grad_loss.to(torch.float32).masked_fill(stats[1] == math.inf, 0.0).abs()
+        peaks.append(sizes.amax() if len(sizes) else sizes.sum())
+    peak = peaks[0] if len(peaks) == 1 else torch.maximum(*peaks)
+    of_sides = []
+    for side, grad_loss, stats in anchors:
+        upstream, n = grad_loss.to(torch.float32), len(side.order)
+        plan = dataclasses.replace(call.plan, num_rows=n) if side is not call.rows else call.plan
+        padded = triton_launch.padded_rows(n)
+        weights = torch.empty(4, padded, dtype=torch.float32, device=call.device)
+        _run(
+            plan.weights(),
+            upstream_ptr=upstream,
+            peak_ptr=peak,
+            stats_ptr=stats.contiguous(),
+            order_ptr=side.order,
+            weights_ptr=weights,
+            num_rows=n,
+            padded_rows=padded,
+            upstream_stride=upstream.stride(0),
+            headroom=HEADROOM,
+        )
+        of_sides.append(weights)
+    return of_sides, peak.double() / (HEADROOM * call.fold * call.tau)
 
 
 def _gradient(
-    call: _Call, weights: Tensor, factor: Tensor, *, of_columns: bool
+    call: _Call,
+    of_owner: Tensor | None,
+    of_streamed: Tensor | None,
+    factor: Tensor,
+    *,
+    of_columns: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the features of one side, and (rows,) dot products with its prepared rows."""
+    """The gradient of the features of one side, and (rows,) dot products with its prepared rows.
+
+    Args:
+        call: the call.
+        of_owner, of_streamed: what the anchors of that side and of the other weigh; None: it has no
+            anchors.
+        factor: what was taken out of the weights.
+        of_columns: whether the side is the columns'.
+    """
     plan = call.plan
+    both_anchor = of_owner is not None and of_streamed is not None
+    given = of_owner if of_streamed is None else of_streamed
+    assert given is not None
+    owner_weights = given if of_owner is None else of_owner  # what is not there is not read
+    streamed_weights = given
     owner, streamed = (call.cols, call.rows) if of_columns else (call.rows, call.cols)
     band = call.band_of_cols if of_columns else call.band_of_rows
     in_tiles, by_class = call.divided(band, owner) if plan.by_class else (band, band)
@@ -248,11 +285,11 @@ def _gradient(
         splits + plan.by_class, *owner.prepared.shape, dtype=torch.float32, device=call.device
     )
     _run(
-        plan.backward(of_columns=of_columns),
+        plan.backward(of_columns=of_columns, both_anchor=both_anchor),
         rows_ptr=owner.prepared,
         cols_ptr=streamed.prepared,
-        row_weights_ptr=weights,
-        col_weights_ptr=weights,
+        row_weights_ptr=owner_weights,
+        col_weights_ptr=streamed_weights,
         num_valid_rows_ptr=owner.num_valid,
         num_valid_cols_ptr=streamed.num_valid,
         scale_ptr=call.scale,
@@ -262,17 +299,17 @@ def _gradient(
         **in_tiles,
     )
     if plan.by_class:
-        pull, sums = weights[2], []
-        if not of_columns:
+        col_pull, sums = streamed_weights[2], []
+        if of_owner is not None:
             sums.append(streamed.chunk_sums(plan, None))
-        if of_columns or plan.square:
-            sums.append(streamed.chunk_sums(plan, pull))
+        if of_streamed is not None:
+            sums.append(streamed.chunk_sums(plan, col_pull))
         _run(
-            plan.attraction(of_columns=of_columns),
+            plan.attraction(of_columns=of_columns, both_anchor=both_anchor),
             rows_ptr=owner.prepared,
             cols_ptr=streamed.prepared,
-            row_pull_ptr=pull,
-            col_pull_ptr=pull,
+            row_pull_ptr=owner_weights[2],
+            col_pull_ptr=col_pull,
             sums_ptr=sums[0],
             weighted_sums_ptr=sums[-1],
             num_valid_ptr=owner.num_valid,
@@ -313,7 +350,8 @@ def _measure(call: _Call) -> Plan:
 
     def backward_seconds(tile: Tile) -> float:
         return _seconds(
-            call.with_tiles(plan.forward_tile, tile), lambda c: _backward(c, ones, stats, *wanted)
+            call.with_tiles(plan.forward_tile, tile),
+            lambda c: _backward(c, [(c.rows, ones, stats)], *wanted),
         )
 
     tiles = (

@@ -1,0 +1,462 @@
+"""The loss over the rows of every rank of a process group: what ranks tell each other, and its gradient.
+
+The forward gathers the rows and, after each rank has computed the losses of its own anchors, three
+numbers of each anchor. With those every rank makes the whole gradient of its own rows, so that the
+backward sends nothing. docs/scaling.md counts the bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from supcon_kernels import op
+from supcon_kernels.problem import Problem, accumulation_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# The first collective of every call: whether the rank failed, what must agree, and its sizes.
+_FAILED, _DIGEST, _LENGTH, _NUM_ROWS, _NUM_COLS, _NEEDS = range(6)
+# The name that torch has given it, and the one of versions before.
+_all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+_ALIGNMENT = 8  # bytes: of the widest elements that are sent
+_ROWS, _COLS, _TEMPERATURE, _NUM_TENSORS = 0, 1, 5, 6
+
+
+@_disable_dynamo
+def loss_of_all(
+    build: Callable[[], tuple[Problem, str]], call: Mapping[str, Any], group: ProcessGroup
+) -> tuple[Problem, Tensor]:
+    """The rank's own problem, and the reduced loss of the rows of all ranks, the same bits on each.
+
+    Args:
+        build: validates the rank's arguments, makes its problem and chooses its backend.
+        call: the arguments of ``supcon_loss``, whose kinds and values must agree between ranks.
+        group: every rank of it makes this call.
+
+    Raises:
+        ValueError: on every rank, where an argument disagrees or was refused on one of them.
+        TypeError: ``group`` is no process group.
+    """
+    membership = _Membership.of(group)
+    problem, backend, text, failure = None, "", "", None
+    numbers = [0, 0, 0]
+    try:
+        problem, backend = build()
+        _check(problem, backend, call["reduction"], membership)
+        text = _text({**call, "backend": backend})
+        contrasts, _ = _contrasts(problem)
+        needs = torch.is_grad_enabled() and contrasts.requires_grad
+        numbers = [problem.rows.shape[0], problem.num_cols, int(needs)]
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        failure = error
+    records = _agree(membership, text, failure, numbers)
+    assert problem is not None
+
+    if call["labels"] is None:  # every rank has numbered its samples for itself
+        first = sum(record[_NUM_COLS] for record in records[: membership.rank])
+        problem = _renumbered(problem, first)
+    first_views = call["contrast_features"] is None
+    others = _Others.of(problem, first_views, membership, records)
+    loss: Tensor = _Differentiable.apply(
+        *problem.operands(), others, membership, backend, call["reduction"]
+    )
+    return problem, loss
+
+
+@_disable_dynamo
+def rows_of_all(
+    build: Callable[[], tuple[Tensor, Tensor]], group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """The features (N, D) and labels (N,) of all ranks, in the order of the ranks.
+
+    Args:
+        build: validates the rank's arguments and gives its features (n, D) and labels (n,).
+        group: every rank of it makes this call.
+
+    Raises:
+        ValueError: on every rank, where an argument disagrees or was refused on one of them.
+        TypeError: ``group`` is no process group.
+    """
+    membership = _Membership.of(group)
+    rows, text, failure = None, "", None
+    try:
+        rows = build()
+        membership.check_device(rows[0])
+        text = _text(dict(zip(("features", "labels"), rows)))
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        failure = error
+    records = _agree(membership, text, failure, [len(rows[0]) if rows else 0, 0, 0])
+    assert rows is not None
+    lengths = [record[_NUM_ROWS] for record in records]
+    features, labels = membership.gather([(x.detach(), lengths) for x in rows])
+    return torch.cat(features), torch.cat(labels)
+
+
+# --- what ranks tell each other
+
+
+@dataclasses.dataclass(frozen=True)
+class _Membership:
+    """This process in a group."""
+
+    group: ProcessGroup
+    rank: int
+    size: int
+    devices: list[str]  # types of devices whose tensors the group takes
+
+    @staticmethod
+    def of(group: Any) -> _Membership:
+        if not dist.is_available():
+            raise ValueError("group must be None where torch.distributed is not available")
+        if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group must contain this process, got one that it is no member of")
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}"
+            )
+        if not dist.is_initialized():
+            raise ValueError("group must be initialised, got one that was destroyed")
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise ValueError("group must contain this process, got one that it is no member of")
+        config = dist.get_backend_config(group).split(",")
+        devices = [pair.partition(":")[0] for pair in config]
+        return _Membership(group, rank, dist.get_world_size(group), devices)
+
+    def check_device(self, features: Tensor) -> None:
+        """The group takes tensors of the features' device."""
+        if features.device.type not in self.devices:
+            raise ValueError(
+                f"group must take tensors on the device of features ({features.device}), "
+                f"got one for {' and '.join(self.devices)}"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where small tensors are sent from: the same kind of device on every rank."""
+        return torch.device("cpu" if "cpu" in self.devices else self.devices[0])
+
+    def without_own(self, by_rank: list[Tensor]) -> Tensor:
+        """What the other ranks sent, in their order."""
+        return torch.cat([x[:0] if rank == self.rank else x for rank, x in enumerate(by_rank)])
+
+    def gather(self, parts: Sequence[tuple[Tensor, list[int]]]) -> list[list[Tensor]]:
+        """Each tensor from every rank, by tensor and by rank, in one collective.
+
+        Args:
+            parts: tensors, each with how many of its first rows every rank sends; the rest of
+                their shapes, their dtypes and their device are the same on all ranks.
+        """
+        places, end = [], 0
+        for x, lengths in parts:
+            places.append(end)
+            num_bytes = max(lengths) * _bytes_of_row(x)
+            end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        end = max(end, _ALIGNMENT)  # where nobody has a row, too
+        sent = torch.zeros(end, dtype=torch.uint8, device=parts[0][0].device)
+        for (x, lengths), place in zip(parts, places):
+            flat = x[: lengths[self.rank]].contiguous().view(-1).view(torch.uint8)
+            sent[place : place + len(flat)] = flat
+        received = sent.new_empty(self.size * end)
+        _all_gather(received, sent, group=self.group)
+        by_rank = received.view(self.size, end)
+        return [
+            [
+                by_rank[rank, place : place + length * _bytes_of_row(x)]
+                .view(x.dtype)
+                .view(length, *x.shape[1:])
+                for rank, length in enumerate(lengths)
+            ]
+            for (x, lengths), place in zip(parts, places)
+        ]
+
+
+def _bytes_of_row(x: Tensor) -> int:
+    return math.prod(x.shape[1:]) * x.element_size()
+
+
+def _check(problem: Problem, backend: str, reduction: str, membership: _Membership) -> None:
+    """What a call of one process may be and one of a group may not."""
+    if reduction == "none":
+        raise ValueError(
+            "reduction must be 'mean', 'positive_mean' or 'sum' with group, got 'none'"
+        )
+    if problem.weights is not None:
+        raise ValueError(
+            "mask must be None with group, got one: it says nothing of other ranks' rows"
+        )
+    if backend == "reference":
+        raise ValueError(
+            "backend must be None, 'native', 'triton' or 'tiled' with group, got 'reference', "
+            "which is the loss of one process"
+        )
+    membership.check_device(problem.rows)
+
+
+def _text(alike: Mapping[str, object]) -> str:
+    """What must agree, one argument a line."""
+    return "\n".join(f"{name}: {_kind(name, value)}" for name, value in alike.items())
+
+
+def _kind(name: str, value: Any) -> str:
+    if name == "self_offset" and value is not None:
+        return "one"
+    if not isinstance(value, Tensor):
+        return repr(float(value) if name.endswith("temperature") and value is not None else value)
+    if value.ndim == 0:
+        return "a tensor"
+    if not value.is_floating_point():
+        return "integers"
+    shape = ", ".join(["·", *map(str, value.shape[1:])])
+    return f"{value.dtype} of shape ({shape}) on {value.device.type}"
+
+
+def _agree(
+    membership: _Membership, text: str, failure: Exception | None, numbers: list[int]
+) -> list[list[int]]:
+    """Every rank's record, given that all have the same ``text`` and none has failed.
+
+    One collective of a few numbers; only where something is wrong do the ranks send their texts.
+    """
+    encoded = (text if failure is None else f"{type(failure).__name__}: {failure}").encode()
+    digest = int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big", signed=True)
+    record = torch.tensor([failure is not None, digest, len(encoded), *numbers])
+    one_each = [len(record)] * membership.size
+    (gathered,) = membership.gather([(record.to(membership.device), one_each)])
+    records: list[list[int]] = torch.stack(gathered).tolist()
+    if failure is None and all(r[:_LENGTH] == records[0][:_LENGTH] for r in records):
+        return records
+    sent = torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(membership.device)
+    (texts,) = membership.gather([(sent, [record[_LENGTH] for record in records])])
+    if failure is not None:
+        raise failure
+    said = [bytes(text.tolist()).decode() for text in texts]
+    raise ValueError(_refusal([bool(record[_FAILED]) for record in records], said))
+
+
+def _refusal(failed: list[bool], said: list[str]) -> str:
+    """What was wrong, for those whose own arguments were right."""
+    if any(failed):
+        reasons = [f"rank {rank} ({said[rank]})" for rank, it in enumerate(failed) if it]
+        return f"group must have every rank's arguments right, got errors from {', '.join(reasons)}"
+    by_rank = [dict(line.split(": ", 1) for line in text.split("\n")) for text in said]
+    names = dict.fromkeys(name for kinds in by_rank for name in kinds)
+    sentences = []
+    for name in names:
+        ranks: dict[str, list[int]] = {}
+        for rank, kinds in enumerate(by_rank):
+            ranks.setdefault(kinds.get(name, "nothing"), []).append(rank)
+        if len(ranks) > 1:
+            came = "; ".join(f"{kind} on {_named(those)}" for kind, those in ranks.items())
+            sentences.append(f"{name} must be alike on every rank of group, got {came}")
+    return ". ".join(sentences)
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+# --- the loss and its gradient
+
+
+def _renumbered(problem: Problem, first: int) -> Problem:
+    """The problem with its samples numbered from ``first`` on."""
+    assert problem.row_labels is not None
+    of_cols = problem.col_labels
+    return dataclasses.replace(
+        problem,
+        row_labels=problem.row_labels + first,
+        col_labels=None if of_cols is None else of_cols + first,
+    )
+
+
+def _contrasts(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The columns and their labels, which may be the rows'."""
+    cols = problem.rows if problem.cols is None else problem.cols
+    labels = problem.row_labels if problem.cols is None else problem.col_labels
+    assert labels is not None
+    return cols, labels
+
+
+@dataclasses.dataclass(frozen=True)
+class _Others:
+    """What the other ranks have sent, in the order of the ranks.
+
+    Attributes:
+        cols: (M - m, D) contrasts.
+        col_labels: (M - m,) or (M - m, C).
+        rows: (N - n, D) anchors, and
+        row_labels: (N - n,) or (N - n, C); may be missing where no gradient needs them.
+        num_rows: how many anchors each rank has, this one too; 0 where no gradient needs them.
+    """
+
+    cols: Tensor
+    col_labels: Tensor
+    rows: Tensor
+    row_labels: Tensor
+    num_rows: list[int]
+
+    @staticmethod
+    def of(
+        problem: Problem, first_views: bool, membership: _Membership, records: list[list[int]]
+    ) -> _Others:
+        """Gathers the contrasts; with them the anchors, if needed and not among the contrasts.
+
+        Args:
+            problem: this rank's own.
+            first_views: whether the anchors are the first of the contrasts.
+            membership, records: of all ranks.
+        """
+        assert problem.row_labels is not None
+        needed = any(record[_NEEDS] for record in records)
+        num_rows = [record[_NUM_ROWS] if needed else 0 for record in records]
+        num_cols = [record[_NUM_COLS] for record in records]
+        parts = [(x.detach(), num_cols) for x in _contrasts(problem)]
+        own = [problem.rows.detach(), problem.row_labels]
+        if needed and not (problem.square or first_views):
+            parts += [(x, num_rows) for x in own]
+        gathered = membership.gather(parts)
+        if first_views and not problem.square:
+            gathered += [[x[:n] for x, n in zip(xs, num_rows)] for xs in gathered]
+        cols, col_labels, *rows = [membership.without_own(xs) for xs in gathered]
+        if not rows:
+            rows = [cols, col_labels] if problem.square else [x[:0] for x in own]
+        return _Others(cols, col_labels, rows[0], rows[1], num_rows)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The fields that are tensors, in order."""
+        return self.cols, self.col_labels, self.rows, self.row_labels
+
+
+class _Differentiable(torch.autograd.Function):
+    """The loss of all ranks' anchors, whose gradient is of this rank's rows, times the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *operands, others, membership, backend, reduction = arguments
+        problem = Problem(*operands)
+        loss, *_, stats = op.forward(*_against_all(problem, others).operands(), backend)
+        is_anchor, contributes = ~problem.row_ignored(), stats[1] != torch.inf
+        exact = accumulation_dtype(loss)
+        sums = torch.stack([x.sum(dtype=exact) for x in (loss, is_anchor, contributes)])
+        parts = [(sums, [len(sums)] * membership.size), (stats.T, others.num_rows)]
+        sums_by_rank, stats_by_rank = membership.gather(parts)
+        # In the order of the ranks, so that all have the same bits.
+        total, num_anchors, num_contributing = functools.reduce(torch.add, sums_by_rank)
+        counts = {"mean": num_anchors, "positive_mean": num_contributing}
+        count = counts.get(reduction, torch.ones_like(total)).clamp(min=1)
+        other_stats = membership.without_own(stats_by_rank).T.contiguous()
+
+        ctx.save_for_backward(
+            count, stats, other_stats, *others.tensors(), *operands[:_NUM_TENSORS]
+        )
+        ctx.options = operands[_NUM_TENSORS:]
+        ctx.backend, ctx.num_ranks, ctx.num_arguments = backend, membership.size, len(arguments)
+        mean: Tensor = (total / count).to(loss.dtype)
+        return mean
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        count, stats, other_stats, *tensors = ctx.saved_tensors
+        others, inputs = tensors[:-_NUM_TENSORS], tensors[-_NUM_TENSORS:]
+        wanted = [ctx.needs_input_grad[k] for k in (_ROWS, _COLS, _TEMPERATURE)]
+        weight = grad * (ctx.num_ranks / count).to(grad.dtype)
+        problem = Problem(*inputs, *ctx.options)
+        grads = _gradients(problem, others, weight, stats, other_stats, wanted, ctx.backend)
+        result: list[Tensor | None] = [None] * ctx.num_arguments
+        for index, want, gradient in zip((_ROWS, _COLS, _TEMPERATURE), wanted, grads):
+            if want:
+                result[index] = gradient.to(inputs[index])
+        return tuple(result)
+
+
+def _against_all(problem: Problem, others: _Others) -> Problem:
+    """The rank's anchors against the contrasts of all, its own first."""
+    if not len(others.cols):
+        return problem
+    cols, labels = _contrasts(problem)
+    return dataclasses.replace(
+        problem,
+        cols=torch.cat((cols, others.cols)),
+        col_labels=torch.cat((labels, others.col_labels)),
+    )
+
+
+def _gradients(
+    problem: Problem,
+    others: Sequence[Tensor],
+    weight: Tensor,
+    stats: Tensor,
+    other_stats: Tensor,
+    wanted: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of this rank's rows (n, D) and cols (m, D), of its own and of all others' losses.
+
+    A pair with an anchor or a contrast of this rank is one of its own anchors and contrasts, of its
+    anchors and the others' contrasts, or of the others' anchors and its contrasts. An anchor meets
+    itself among the first alone. Where anchors are contrasts, the others are computed together,
+    and each rank has half of what they give to the temperature.
+
+    Args:
+        problem: this rank's own.
+        others: the tensors of ``_Others``.
+        weight: 0-dim gradient of every anchor's loss.
+        stats: (3, n) of this rank's anchors.
+        other_stats: (3, N - n) of the others'; none where no rank wants its contrasts' gradient.
+        wanted: whether the rows', the cols' and the temperature's gradients are.
+        backend: made the statistics.
+    """
+    wants_rows, wants_cols, wants_temperature = wanted
+    if backend != "triton":  # the others widen anyway; so the parts are rounded once, in the end
+        problem = _widened(problem)
+    cols, labels = _contrasts(problem)
+    other_cols, other_col_labels, other_rows, other_row_labels = others
+    num_others = other_stats.shape[1]
+
+    def block(problem: Problem, stats: Tensor, needs: Sequence[bool], *of_cols: Tensor) -> Any:
+        grad_loss = weight.expand(stats.shape[1])
+        grads = op.backward(grad_loss, stats, *needs, *problem.operands(), backend, *of_cols)
+        return [grad.to(problem.dtype) for grad in grads]
+
+    grad_rows, grad_cols, grad_tau = block(problem, stats, wanted)
+    if len(other_cols) and (wants_rows or wants_temperature):
+        against_others = dataclasses.replace(
+            problem, cols=other_cols.to(cols), col_labels=other_col_labels, self_offset=None
+        )
+        of_cols = (weight.expand(num_others), other_stats) if problem.square and num_others else ()
+        needs = (wants_rows, False, wants_temperature)
+        more = block(against_others, stats, needs, *of_cols)
+        grad_rows, grad_tau = grad_rows + more[0], grad_tau + more[2]
+    if num_others and wants_cols:
+        of_others = dataclasses.replace(
+            problem,
+            rows=other_rows.to(cols),
+            row_labels=other_row_labels,
+            cols=cols,
+            col_labels=labels,
+            self_offset=None,
+        )
+        grad_cols = grad_cols + block(of_others, other_stats, (False, True, False))[1]
+    return grad_rows, grad_cols, grad_tau
+
+
+def _widened(problem: Problem) -> Problem:
+    """The problem with features of the working dtype."""
+    cols = problem.cols
+    return dataclasses.replace(
+        problem,
+        rows=problem.rows.to(problem.dtype),
+        cols=None if cols is None else cols.to(problem.dtype),
+    )

@@ -1,0 +1,369 @@
+"""The ranks of tests/test_distributed.py: one process of four, which leaves what it found in a file.
+
+Every check runs on the first ranks of the four, in a group of their own. They are few processes
+for many checks, since starting them takes longer than all checks together.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cases import CASES, VARIANTS, Arguments, by_id, takes
+from compare import LEAVES
+from supcon_kernels import LabelQueue, SupConLoss, supcon_loss
+
+REDUCTIONS = ("mean", "positive_mean", "sum")
+# No two ranks have equally many rows, and one has none.
+FRACTIONS = {1: (1.0,), 2: (0.35, 1.0), 3: (0.4, 0.4, 1.0), 4: (0.2, 0.7, 0.7, 1.0)}
+CHECKS: list[tuple[str, int, Callable[[Any], Any]]] = []
+
+
+def check(world: int) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """Run the function on the first ``world`` ranks, with their group, and keep what it returns."""
+
+    def enter(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        CHECKS.append((function.__name__, world, function))
+        return function
+
+    return enter
+
+
+# --- a call of the table, shared out
+
+
+def plan() -> list[tuple[Any, ...]]:
+    """(world, case, variant, reduction, backend, dtype): every case on three ranks, some on others."""
+    calls = []
+    reductions = itertools.cycle(REDUCTIONS)
+    for k, case in enumerate(CASES):
+        if "mask" in case.arguments():
+            continue
+        for j, variant in enumerate([("out", "all"), VARIANTS[1 + k % 5]]):
+            for backend in ("tiled", "native"):
+                dtype = (torch.float64, torch.float32)[(j + (backend == "native")) % 2]
+                calls.append((3, case.id, variant, next(reductions), backend, dtype))
+    for world, name, dtype in (
+        (1, "two_views", torch.float64),
+        (2, "self_in_memory", torch.float64),
+        (2, "ragged", torch.float32),
+        (4, "ragged", torch.float64),
+        (4, "first_view_anchors", torch.float64),
+        (4, "towers", torch.float64),
+        (4, "ignored_garbage", torch.float32),
+        (4, "half_empty_memory", torch.float32),
+        (4, "unlabelled_views", torch.bfloat16),
+        (4, "memory", torch.float16),
+    ):
+        for variant, backend in itertools.product(VARIANTS, ("tiled", "native")):
+            calls.append((world, name, variant, next(reductions), backend, dtype))
+    return [call for call in calls if takes(call[-2], arguments_of(call))]
+
+
+def interpreted_plan() -> list[tuple[Any, ...]]:
+    """The same for the Triton kernels, under their interpreter."""
+    two = [(2, name, ("out", "all")) for name in ("two_views", "self_in_memory", "three_features")]
+    two += [(2, "singleton", variant) for variant in VARIANTS]
+    return [
+        (*call, reduction, "triton", (torch.float32, torch.bfloat16)[k % 2])
+        for k, (call, reduction) in enumerate(zip(two, itertools.cycle(REDUCTIONS)))
+    ]
+
+
+def arguments_of(call: tuple[Any, ...]) -> Arguments:
+    _, name, (summation, denominator), reduction, _, _ = call
+    options = {"summation": summation, "denominator": denominator, "reduction": reduction}
+    return {**by_id(name).arguments(), **options}
+
+
+def shares(arguments: Arguments, world: int) -> list[tuple[Tensor, Tensor, int | None]]:
+    """Of every rank its samples and its contrasts, as indices, and its ``self_offset``."""
+    samples = _parts(torch.arange(arguments["features"].shape[0]), world)
+    if (contrasts := arguments.get("contrast_features")) is None:
+        return [(own, own, None) for own in samples]
+    first = arguments.get("self_offset")
+    paired = first is not None or arguments.get("labels") is None
+    own_cols = [own + (first or 0) if paired else own[:0] for own in samples]
+    taken = torch.zeros(len(contrasts), dtype=torch.bool)
+    taken[torch.cat(own_cols)] = True
+    free = _parts((~taken).nonzero()[:, 0].flip(0), world)
+    if first is None:
+        return [
+            (own, torch.cat((cols, rest)), None) for own, cols, rest in zip(samples, own_cols, free)
+        ]
+    halves = [len(rest) // 2 for rest in free]
+    return [
+        (own, torch.cat((rest[:half], cols, rest[half:])), half)
+        for own, cols, rest, half in zip(samples, own_cols, free, halves)
+    ]
+
+
+def _parts(indices: Tensor, world: int) -> list[Tensor]:
+    ends = [0, *(round(len(indices) * fraction) for fraction in FRACTIONS[world])]
+    return [indices[begin:end] for begin, end in itertools.pairwise(ends)]
+
+
+def own_part(arguments: Arguments, world: int, rank: int, dtype: torch.dtype) -> Arguments:
+    """What the rank passes: leaves require grad."""
+    samples, contrasts, offset = shares(arguments, world)[rank]
+    part = {**arguments, "features": arguments["features"][samples]}
+    if arguments.get("labels") is not None:
+        part["labels"] = arguments["labels"][samples]
+    for name in ("contrast_features", "contrast_labels"):
+        if arguments.get(name) is not None:
+            part[name] = arguments[name][contrasts]
+    if offset is not None:
+        part["self_offset"] = offset
+    for name in ("features", "contrast_features"):
+        if name in part:
+            part[name] = part[name].to(dtype).requires_grad_()
+    if arguments.get("base_temperature") is None:
+        tau = torch.tensor(arguments["temperature"], dtype=torch.float64)
+        part["temperature"] = tau.requires_grad_()
+    return part
+
+
+def table(calls: list[tuple[Any, ...]], rank: int, groups: dict[int, Any]) -> list[Any]:
+    """The rank's loss and gradients of every call; None where it takes no part."""
+    results: list[Any] = []
+    for call in calls:
+        world, *_, backend, dtype = call
+        if rank >= world:
+            results.append(None)
+            continue
+        part = own_part(arguments_of(call), world, rank, dtype)
+        loss = supcon_loss(**part, backend=backend, group=groups[world])
+        loss.backward()
+        leaves = {name: part[name] for name in LEAVES if isinstance(part.get(name), Tensor)}
+        assert all(leaf.grad.dtype == leaf.dtype for leaf in leaves.values())
+        results.append((loss.detach(), {name: leaf.grad for name, leaf in leaves.items()}))
+    return results
+
+
+# --- other checks
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(3)
+    layers = torch.nn.Linear(7, 11), torch.nn.Tanh(), torch.nn.Linear(11, 5)
+    return torch.nn.Sequential(*layers).double()
+
+
+class Learner(torch.nn.Module):
+    """A network whose temperature is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = network()
+        self.temperature = torch.nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network(x.flatten(0, 1)).view(*x.shape[:2], 5), self.temperature.clone()
+
+
+def training_data() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(5)
+    return torch.randn(24, 2, 7, generator=g).double(), torch.randint(4, (24,), generator=g)
+
+
+@check(3)
+def parameter_gradients(group):
+    model = torch.nn.parallel.DistributedDataParallel(Learner(), process_group=group)
+    x, labels = training_data()
+    own = shares({"features": x}, 3)[dist.get_rank(group)][0]
+    features, temperature = model(x[own])
+    supcon_loss(features, labels[own], temperature=temperature, group=group).backward()
+    return [p.grad for p in model.parameters()]
+
+
+class Counter(TorchDispatchMode):
+    """Every collective and what it was given to send, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            assert "allgather_base" in func._opname, f"{func} was not foreseen"
+            self.sent.append((func._opname, args[1].nbytes))
+        return func(*args, **(kwargs or {}))
+
+
+@check(3)
+def bytes_sent(group):
+    found = {}
+    rank = dist.get_rank(group)
+    for num_rows, dim, dtype in ((32, 16, torch.float32), (48, 20, torch.bfloat16)):
+        features = torch.randn(num_rows - rank, dim, dtype=dtype, requires_grad=True)
+        labels = torch.arange(num_rows - rank) % 4
+        with Counter() as forward:
+            loss = supcon_loss(features, labels, group=group)
+        with Counter() as backward:
+            loss.backward()
+        with Counter() as evaluation:
+            supcon_loss(features.detach(), labels, group=group)
+        found[num_rows, dim, dtype] = forward.sent, backward.sent, evaluation.sent
+    return found
+
+
+def refusal(call: Callable[[], object]) -> tuple[str, str, float]:
+    """The error that the call raises, and after how many seconds."""
+    start = time.perf_counter()
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error), time.perf_counter() - start
+    return "", "", time.perf_counter() - start
+
+
+DISAGREEMENTS: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 0.2},
+    "summation": {"summation": "in"},
+    "denominator": {"denominator": "one_positive"},
+    "contrast_mode": {"contrast_mode": "one"},
+    "reduction": {"reduction": "sum"},
+    "normalize": {"normalize": False},
+    "ignore_index": {"ignore_index": -1},
+    "base_temperature": {"base_temperature": 0.07},
+    "backend": {"backend": "tiled"},
+    "labels": {"labels": torch.rand(6, 3)},
+    "features": {"features": torch.randn(6, 2, 5)},
+    "contrast_features": {
+        "contrast_features": torch.randn(6, 4),
+        "contrast_labels": torch.arange(6) % 2,
+    },
+}
+FAILURES: dict[str, dict[str, Any]] = {
+    "features": {"features": [[1.0]]},
+    "labels": {"labels": torch.zeros(5, dtype=torch.int64)},
+    "temperature": {"temperature": -1.0},
+    "mask": {"labels": None, "mask": torch.ones(6, 6)},
+    "reduction": {"reduction": "none"},
+    "backend": {"backend": "reference"},
+}
+
+
+@check(3)
+def disagreements(group):
+    own: dict[str, Any] = {"features": torch.randn(6, 2, 4), "labels": torch.arange(6) % 2}
+    found = {}
+    for kind, table in (("disagrees", DISAGREEMENTS), ("fails", FAILURES)):
+        for name, change in table.items():
+            changed = {**own, **(change if dist.get_rank(group) == 1 else {})}
+            found[kind, name] = refusal(lambda c=changed: supcon_loss(**c, group=group))
+            loss = supcon_loss(**own, group=group)  # the group is as good as before
+            assert loss.isfinite()
+    queue = LabelQueue(8, 4 + dist.get_rank(group) // 2)
+    rows = torch.randn(2, queue.features.shape[1])
+    found["disagrees", "queue"] = refusal(
+        lambda: queue.enqueue(rows, torch.zeros(2).long(), group=group)
+    )
+    return found
+
+
+@check(3)
+def queues(group):
+    rank = dist.get_rank(group)
+    queue = LabelQueue(10, 3, dtype=torch.float64)
+    for step, lengths in enumerate(([2, 0, 1], [1, 4, 3], [0, 0, 0])):
+        rows = torch.full((lengths[rank], 3), 10.0 * step + rank)
+        queue.enqueue(rows, torch.full((lengths[rank],), rank), group=group)
+    return queue.features, queue.labels
+
+
+@check(2)
+def gradients_that_few_want(group):
+    """Only some ranks, or only the temperature, require grad."""
+    rank = dist.get_rank(group)
+    arguments = by_id("memory").arguments()
+    found = []
+    for names in (["features"], ["contrast_features"], ["temperature"], []):
+        part = own_part(arguments, 2, rank, torch.float64)
+        for name in LEAVES:
+            part[name].requires_grad_(name in names and (rank == 1 or name != "contrast_features"))
+        loss = supcon_loss(**part, group=group)
+        if loss.requires_grad:
+            loss.backward()
+        found.append({name: part[name].grad for name in names if part[name].requires_grad})
+    with torch.no_grad():
+        assert not supcon_loss(**part, group=group).requires_grad
+    return found
+
+
+@check(2)
+def machinery(group):
+    """The module, autocast, compilation, and differentiating twice."""
+    torch.manual_seed(dist.get_rank(group))
+    features = torch.randn(6, 2, 4, requires_grad=True)
+    labels = torch.arange(6) % 3
+    criterion = SupConLoss(0.1, group=group)
+    loss = criterion(features, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = criterion(features, labels)
+    (gradient,) = torch.autograd.grad(loss, features, create_graph=True)
+    twice = refusal(lambda: gradient.sum().backward())
+
+    def step(x: Tensor) -> Tensor:
+        return criterion(x * 2, labels) * 3
+
+    (expected,) = torch.autograd.grad(step(features), features)
+    compiled = torch.compile(step, backend="aot_eager")
+    (traced,) = torch.autograd.grad(compiled(features), features)
+    torch._dynamo.reset()
+    in_one_graph = torch.compile(step, backend="aot_eager", fullgraph=True)
+    whole = refusal(lambda: in_one_graph(features))
+    return loss.detach(), under_autocast.detach(), twice, expected, traced, whole
+
+
+@check(4)
+def groups_that_are_none(group):
+    features, labels = torch.randn(4, 3), torch.arange(4) % 2
+    pair = dist.new_group([0, 1])
+    found = [refusal(lambda: supcon_loss(features, labels, group="world"))]
+    if dist.get_rank() >= 2:
+        found.append(refusal(lambda: supcon_loss(features, labels, group=pair)))
+    return found
+
+
+@check(4)
+def a_rank_that_stays_away(group):
+    """The others raise after the group's timeout. The last check: the group is of no use after it."""
+    dist.barrier()  # its timeout is that of its making, too
+    impatient = dist.new_group(timeout=datetime.timedelta(seconds=3))
+    if dist.get_rank() == 1:
+        time.sleep(5)
+        return None
+    return refusal(lambda: supcon_loss(torch.randn(4, 3), torch.arange(4) % 2, group=impatient))
+
+
+def main(rank: int, num_ranks: int, directory: pathlib.Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(directory / "store"), num_ranks)
+    timeout = datetime.timedelta(seconds=90)
+    dist.init_process_group("gloo", rank=rank, world_size=num_ranks, store=store, timeout=timeout)
+    groups = {world: dist.new_group(list(range(world))) for world in range(1, num_ranks + 1)}
+    found: dict[str, Any] = {}
+    if os.environ.get("TRITON_INTERPRET"):
+        found["table"] = table(interpreted_plan(), rank, groups)
+    else:
+        found["table"] = table(plan(), rank, groups)
+        for name, world, function in CHECKS:
+            if rank < world:
+                found[name] = function(groups[world])
+    torch.save(found, directory / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]))

@@ -1,0 +1,232 @@
+"""The loss over a process group against one process with the whole batch, and what ranks send.
+
+The ranks are processes (tests/ranks.py) that are started once and run every check. Here their
+results are put together and compared.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import ranks
+from cases import by_id
+from compare import LEAVES, assert_close
+from supcon_kernels import distributed, supcon_loss
+
+TESTS = pathlib.Path(__file__).parent
+# As docs/scaling.md counts them.
+RECORD_BYTES, SUM_BYTES, STATISTICS_BYTES, LABEL_BYTES = 48, 24, 24, 8
+
+
+def run_ranks(num_ranks: int, directory: pathlib.Path, **environment: str) -> list[dict]:
+    """What every rank has found."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(TESTS / "ranks.py"), str(rank), str(num_ranks), str(directory)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    failed = [k for k, process in enumerate(processes) if process.returncode != 0]
+    assert not failed, "\n".join(f"rank {k}: {said[k]}" for k in failed)
+    return [
+        torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(num_ranks)
+    ]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run_ranks(4, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    return run_ranks(2, tmp_path_factory.mktemp("ranks"), TRITON_INTERPRET="1")
+
+
+class _Found(torch.autograd.Function):
+    """A loss that was computed elsewhere, with its gradients."""
+
+    @staticmethod
+    def forward(ctx, loss, grads, *leaves):
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None, *[g if g is None else g * grad for g in ctx.grads]
+
+
+def whole(results: list, call: tuple):
+    """The loss function that gives what the ranks found for this call, put together."""
+    world, dtype = call[0], call[-1]
+    shares = ranks.shares(ranks.arguments_of(call), world)
+
+    def loss_function(**arguments):
+        loss = results[0][0]
+        leaves = {name: arguments.get(name) for name in LEAVES}
+        grads = dict.fromkeys(LEAVES)
+        for name, leaf in leaves.items():
+            if name not in results[0][1]:
+                continue
+            of_ranks = [grads_of_rank[name] for _, grads_of_rank in results]
+            if name == "temperature":
+                grads[name] = torch.stack(of_ranks).mean(dim=0)
+                continue
+            grads[name] = torch.zeros_like(leaf)
+            for (samples, contrasts, _), grad in zip(shares, of_ranks):
+                own = samples if name == "features" else contrasts
+                grads[name][own] = (grad / world).to(dtype)
+        leaves = [x if isinstance(x, torch.Tensor) else None for x in leaves.values()]
+        return _Found.apply(loss, list(grads.values()), *leaves)
+
+    return loss_function
+
+
+def name_of(call: tuple) -> str:
+    world, name, variant, reduction, backend, dtype = call
+    dtype = str(dtype).removeprefix("torch.")
+    return f"{world}-{name}-{'/'.join(variant)}-{reduction}-{backend}-{dtype}"
+
+
+def compare(found: list[dict], k: int, call: tuple) -> None:
+    results = [of_rank["table"][k] for of_rank in found[: call[0]]]
+    assert all(torch.equal(loss, results[0][0]) or loss.isnan() for loss, _ in results)
+    assert_close(whole(results, call), ranks.arguments_of(call), call[-1])
+
+
+PLAN = list(enumerate(ranks.plan()))
+INTERPRETED = list(enumerate(ranks.interpreted_plan()))
+
+
+@pytest.mark.parametrize("k, call", PLAN, ids=lambda x: name_of(x) if isinstance(x, tuple) else "")
+def test_ranks_have_the_loss_of_the_whole_batch(found, k, call):
+    compare(found, k, call)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    "k, call", INTERPRETED, ids=lambda x: name_of(x) if isinstance(x, tuple) else ""
+)
+def test_ranks_of_interpreted_kernels(interpreted, k, call):
+    compare(interpreted, k, call)
+
+
+def test_averaged_parameter_gradients_are_those_of_one_process(found):
+    learner = ranks.Learner()
+    x, labels = ranks.training_data()
+    features, temperature = learner(x)
+    loss = supcon_loss(features, labels, temperature=temperature, backend="reference")
+    expected = torch.autograd.grad(loss, list(learner.parameters()))
+    for of_rank in found[:3]:
+        got = of_rank["parameter_gradients"]
+        torch.testing.assert_close(got, list(expected), rtol=0, atol=1e-10)
+
+
+def test_what_is_sent(found):
+    for of_rank in found[:3]:
+        for (num_rows, dim, dtype), sent in of_rank["bytes_sent"].items():
+            forward, backward, evaluation = sent
+            rows = num_rows * (dim * dtype.itemsize + LABEL_BYTES)
+            statistics = num_rows * STATISTICS_BYTES
+            assert [x for _, x in forward] == [RECORD_BYTES, rows, SUM_BYTES + statistics]
+            assert backward == []
+            assert [x for _, x in evaluation] == [RECORD_BYTES, rows, SUM_BYTES]
+
+
+@pytest.mark.parametrize("name", ranks.DISAGREEMENTS)
+def test_ranks_that_disagree_are_told_so(found, name):
+    for of_rank in found[:3]:
+        error, message, seconds = of_rank["disagreements"]["disagrees", name]
+        assert error == "ValueError"
+        assert f"{name} must be alike on every rank of group, got " in message
+        assert "on ranks 0, 2; " in message
+        assert "on rank 1" in message
+        assert seconds < 30
+
+
+@pytest.mark.parametrize("name", ranks.FAILURES)
+def test_a_rank_that_fails_is_named_to_the_others(found, name):
+    own, said, _ = found[1]["disagreements"]["fails", name]
+    assert said.startswith(f"{name} must ")
+    for rank in (0, 2):
+        error, message, seconds = found[rank]["disagreements"]["fails", name]
+        assert error == "ValueError"
+        assert message.endswith(f"got errors from rank 1 ({own}: {said})")
+        assert seconds < 30
+
+
+def test_queues_stay_equal(found):
+    rows = [0, 0, 2, 10, 11, 11, 11, 11, 12, 12, 12][-10:]
+    for of_rank in found[:3]:
+        features, labels = of_rank["queues"]
+        assert features[:, 0].tolist() == rows
+        assert labels.tolist() == [row % 10 for row in rows]
+        assert "features must be alike" in of_rank["disagreements"]["disagrees", "queue"][1]
+
+
+def test_gradients_that_only_some_want(found):
+    arguments = by_id("memory").arguments()
+    shares = ranks.shares(arguments, 2)
+    leaves = [
+        torch.as_tensor(arguments[name], dtype=torch.float64).requires_grad_() for name in LEAVES
+    ]
+    loss = supcon_loss(**{**arguments, **dict(zip(LEAVES, leaves))}, backend="reference")
+    features, contrasts, temperature = torch.autograd.grad(loss, leaves)
+    results = [of_rank["gradients_that_few_want"] for of_rank in found[:2]]
+    for rank, result in enumerate(results):
+        torch.testing.assert_close(result[0]["features"], 2 * features[shares[rank][0]])
+        assert result[3] == {}
+    assert results[0][1] == {}
+    torch.testing.assert_close(results[1][1]["contrast_features"], 2 * contrasts[shares[1][1]])
+    mean = (results[0][2]["temperature"] + results[1][2]["temperature"]) / 2
+    torch.testing.assert_close(mean, temperature)
+
+
+def test_module_autocast_compilation_and_second_derivatives(found):
+    for of_rank in found[:2]:
+        loss, under_autocast, twice, expected, traced, in_one_graph = of_rank["machinery"]
+        assert torch.equal(loss, found[0]["machinery"][0])
+        assert torch.equal(loss, under_autocast)
+        assert "differentiated twice" in twice[1]
+        torch.testing.assert_close(traced, expected)
+        assert in_one_graph[0] == "Unsupported"  # a graph break, which fullgraph=True refuses
+
+
+def test_a_group_is_a_group_that_one_is_in(found):
+    for rank, of_rank in enumerate(found):
+        no_group, *not_ours = of_rank["groups_that_are_none"]
+        assert no_group[0] == "TypeError"
+        assert no_group[1].startswith("group must be a torch.distributed.ProcessGroup or None")
+        assert len(not_ours) == (rank >= 2)
+        for error, message, _ in not_ours:
+            assert error == "ValueError"
+            assert message.startswith("group must contain this process")
+
+
+def test_a_rank_that_stays_away_ends_the_others_after_the_timeout(found):
+    for rank in (0, 2, 3):
+        error, _, seconds = found[rank]["a_rank_that_stays_away"]
+        assert error
+        assert seconds < 30
+
+
+def test_without_torch_distributed(monkeypatch):
+    features, labels = torch.randn(4, 3), torch.arange(4) % 2
+    monkeypatch.setattr(distributed, "dist", types.SimpleNamespace(is_available=lambda: False))
+    assert math.isfinite(supcon_loss(features, labels))
+    with pytest.raises(ValueError, match=r"^group must be None where torch\.distributed is"):
+        supcon_loss(features, labels, group=object())
