@@ -196,7 +196,7 @@ def test_missing_checkpoint_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("now", "then", "message"),
     [
-        ({"world_size": 1, "threads": 1}, {"world_size": 4, "threads": 1}, "--nproc-per-node 4"),
+        ({"world_size": 1, "threads": 1}, {"world_size": 4, "threads": 1}, "4 processes in all"),
         ({"world_size": 1, "threads": 2}, {"world_size": 1, "threads": 8}, "OMP_NUM_THREADS=8"),
         # The number of threads changes nothing on a GPU.
         ({"world_size": 1, "threads": None}, {"world_size": 1, "threads": 8}, None),

@@ -10,6 +10,7 @@ from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from checkpoint import load_checkpoint
+from clock import PHASES
 from config import PretrainConfig
 from health import gradient_norm
 from sources import load_data
@@ -31,20 +32,22 @@ def small_start(monkeypatch):
 
 def trainer_and_batch(**options):
     config = PretrainConfig(
-        model="resnet10", width=4, image_size=8, warmup_epochs=0, device="cpu", **options
+        **{"model": "resnet10", "width": 4, "image_size": 8, **options},
+        warmup_epochs=0,
+        device="cpu",
     )
     data = load_data(config)
     trainer = Trainer(config, data, steps_per_epoch=10, total_steps=100, device=torch.device("cpu"))
     return trainer, data.train.images[:64], data.train.labels[:64]
 
 
+@pytest.mark.parametrize("chunk", [(), ("--grad_cache_chunk", 100)], ids=["whole", "chunks"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_resumes_to_the_bit(tmp_path, precision):
-    whole = pretrain(tmp_path / "whole", *SHORT, "--precision", precision)
-    other = pretrain(tmp_path / "other", *SHORT, "--precision", precision)
-    resumed = pretrain(
-        tmp_path / "other", *SHORT, "--precision", precision, "--resume", other / "step-4.pt"
-    )
+def test_resumes_to_the_bit(tmp_path, precision, chunk):
+    options = (*SHORT, "--precision", precision, *chunk)
+    whole = pretrain(tmp_path / "whole", *options)
+    other = pretrain(tmp_path / "other", *options)
+    resumed = pretrain(tmp_path / "other", *options, "--resume", other / "step-4.pt")
     assert metrics(resumed) == metrics(whole)
     expected = weights(whole)
     assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
@@ -128,6 +131,43 @@ def test_compiled_trains_the_same_under_plain_names(monkeypatch, options):
     moved = saved["encoder.conv1.weight"] - plain.state_dict()["model"]["encoder.conv1.weight"]
     assert moved.abs().max() < 1e-3
     plain.load_state_dict(compiled.state_dict())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "fp32"},
+        {"precision": "fp16", "clip_grad": 1.0},
+        {"num_views": 3, "queue_size": 256, "ema_decay": 0.9, "probe": True},
+        {"num_views": 3, "method": "simclr", "probe": True},
+    ],
+    ids=["fp32", "fp16", "queue", "simclr"],
+)
+def test_chunks_train_as_the_whole_batch_does(options):
+    # Without batch norm, whose statistics are those of a chunk.
+    options = {"model": "test_convnext", "stem": "standard", "image_size": 32, **options}
+    (whole, images, labels), (chunked, *_) = (
+        trainer_and_batch(**options, **chunk) for chunk in ({}, {"grad_cache_chunk": 50})
+    )
+    begun = whole.model.head[0].weight.detach().clone()
+    widths = set()
+    chunked.model.register_forward_pre_hook(lambda module, views: widths.add(len(views[0])))
+    losses = [[t.step(images, labels, n).item() for n in range(3)] for t in (whole, chunked)]
+    tolerance = 1e-4 if options.get("precision") == "fp16" else 1e-5
+    assert losses[1] == pytest.approx(losses[0], rel=10 * tolerance)
+    # The rounding of fp16 is seen in the loss before it is in the weights.
+    states = [{**t.state_dict(), "scaler": None, "optimizer": None} for t in (chunked, whole)]
+    torch.testing.assert_close(*states, rtol=tolerance, atol=tolerance)
+    assert (whole.model.head[0].weight - begun).abs().max() > 50 * tolerance
+    num_rows = 64 * (1 if chunked.memory else whole.config.num_views)
+    assert widths == {50, num_rows % 50}
+
+
+def test_phases_of_a_step_by_chunks():
+    trainer, images, labels = trainer_and_batch(grad_cache_chunk=50)
+    trainer.clock.begin()
+    trainer.step(images, labels, 0)
+    assert [name for name, _ in trainer.clock.marks] == ["", *PHASES[:-1]]
 
 
 class OneConvolution(nn.Module):

@@ -1,6 +1,6 @@
 """What the network sees of an image: random views in training, the plain centre in evaluation.
 
-A view is a pure function of (seed, step, view): kornia draws the parameters of a whole
+A view is a pure function of (seed, step, view), and of the process of several: kornia draws the parameters of a whole
 batch under a seed of its own, and the global random state is left as it was.
 """
 
@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from config import PretrainConfig, UserError
 from data import ImageData
+from ranks import ALONE, Ranks
 from seeds import seed_of
 
 # Each holds a change that needs three channels.
@@ -37,6 +38,7 @@ class Views:
         mean: Sequence[float],
         std: Sequence[float],
         seed: int,
+        seed_key: tuple[int, ...] = (),
         memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
         self.pipeline = pipeline
@@ -44,6 +46,7 @@ class Views:
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
         self.seed = seed
+        self.seed_key = seed_key
         self.memory_format = memory_format
 
     @torch.no_grad()
@@ -51,7 +54,7 @@ class Views:
         """One random view of each image; `step` counts from the start of the run."""
         cuda = [images.device] if images.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(seed_of(self.seed, step, view))
+            torch.manual_seed(seed_of(self.seed, step, view, *self.seed_key))
             return self._normalize(self.pipeline(images.float() / 255))
 
     @torch.no_grad()
@@ -65,7 +68,7 @@ class Views:
         return images.contiguous(memory_format=self.memory_format)
 
 
-def build_views(config: PretrainConfig, data: ImageData) -> Views:
+def build_views(config: PretrainConfig, data: ImageData, ranks: Ranks = ALONE) -> Views:
     """The views that a config asks for.
 
     Raises:
@@ -85,6 +88,7 @@ def build_views(config: PretrainConfig, data: ImageData) -> Views:
         mean=data.mean,
         std=data.std,
         seed=config.seed,
+        seed_key=ranks.seed_key,
         memory_format=config.memory_format,
     )
 

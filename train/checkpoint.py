@@ -24,7 +24,8 @@ BEST = "best.pt"
 STEP = "step-{}.pt"
 # A run may be moved, renamed, or given other workers and checkpoints; every other option shapes it.
 FREE_OPTIONS = {
-    "data_root", "workers", "device", "save_every", "keep", "output_dir", "name", "resume",
+    "data_root", "workers", "device", "timeout_minutes", "save_every", "keep", "output_dir", "name",
+    "resume",
 }  # fmt: skip
 
 
@@ -139,10 +140,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
         ) from error
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
+def describe_machine(device: torch.device, world_size: int) -> dict[str, Any]:
     """What, besides the options, the last bits of a run depend on."""
     return {
-        "world_size": 1,
+        "world_size": world_size,
         # A sum on the CPU is divided among its threads.
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
     }
@@ -164,7 +165,7 @@ def check_same_run(
             f"(--config {path.parent / 'config.yaml'} repeats them)"
         )
     for name, kind, remedy in (
-        ("world_size", "processes", "torchrun --nproc-per-node {}"),
+        ("world_size", "processes", "torchrun, {} processes in all,"),
         ("threads", "CPU threads", "OMP_NUM_THREADS={}"),
     ):
         now, then = machine[name], saved["machine"][name]

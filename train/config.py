@@ -66,7 +66,7 @@ class PretrainConfig:
         pretrained: Start from timm's weights for the model, downloaded (standard stem only).
         init_from: Start from the encoder of another run of the same model: PATH of its checkpoint,
             its encoder.safetensors, or its folder (its last.pt).
-        batch_size: Images per step, each in num_views views.
+        batch_size: Images per step, of all processes together, each in num_views views.
         classes_per_batch: Have every batch hold so many classes, with equally many images of each.
             Default: batches are drawn from all images alike.
         epochs: Passes over the training images.
@@ -90,11 +90,19 @@ class PretrainConfig:
         precision: Of the network in training: fp32, or by autocast bf16 or fp16, whose gradients are
             scaled, and a step whose gradient overflows skipped. The loss is always in float32.
         compile: Compile the network for training (torch.compile); checkpoints are the same.
+        grad_cache_chunk: For batches that no memory holds: embed so many rows (an image in one view is
+            one) at a time, without a graph, and once more with it for the gradient, which is that
+            of the whole batch; but batch norm takes the statistics of each chunk by itself. Of
+            several processes each goes by its own rows. Default: all rows at once.
+        sync_batchnorm: Have batch norm take the statistics of all processes' rows (CUDA only); else
+            they are each process's own, and the first one's are evaluated and saved.
         channels_last: Keep images and filters with the channels innermost, which convolutions are
             mostly faster with.
         workers: Processes that load (and for imagefolder and webdataset decode) images; 0: the main
             process. The results do not depend on it.
-        device: auto takes cuda, then mps, then cpu.
+        device: auto takes cuda, then mps, then cpu. Of several processes each takes a GPU to itself.
+        timeout_minutes: How long one of several processes waits for another before it ends with an
+            error; the first of each host may be downloading the data set meanwhile.
         seed: Of weights, order and augmentation.
         probe: Train a linear classifier on the embeddings, too, without gradient to the encoder, and
             evaluate it with k-NN.
@@ -150,9 +158,12 @@ class PretrainConfig:
     decay_epochs: list[float] | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
+    grad_cache_chunk: int | None = None
+    sync_batchnorm: bool = False
     channels_last: bool = True
     workers: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    timeout_minutes: float = 10.0
     seed: int = 0
     probe: bool = False
     knn_every: int = 10
@@ -308,7 +319,7 @@ class PretrainConfig:
         least: dict[str, int] = {
             "image_size": 8, "num_views": 2, "width": 4, "batch_size": 2, "epochs": 1, "max_steps": 1,
             "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0,
-            "knn_every": 0, "knn_bank": 0, "save_every": 0, "keep": 1,
+            "knn_every": 0, "knn_bank": 0, "save_every": 0, "keep": 1, "grad_cache_chunk": 1,
         }  # fmt: skip
         values = asdict(self)
         found = [
@@ -318,7 +329,7 @@ class PretrainConfig:
         ]
         return found + [
             f"--{option} {values[option]}: must be greater than 0"
-            for option in ("temperature", "learning_rate", "clip_grad")
+            for option in ("temperature", "learning_rate", "clip_grad", "timeout_minutes")
             if values[option] is not None and not values[option] > 0
         ]
 

@@ -4,6 +4,7 @@ The order of training is a pure function of (seed, epoch), whatever the number o
 processes share out the batches that one would see.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -237,10 +238,17 @@ def training_batches(
 
 
 def sequential_batches(
-    split: Split, *, batch_size: int, workers: int
+    split: Split, *, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Every image once, in order."""
+    """Every image once, in order; of several processes as many batches each, one after another.
+
+    Where they do not come out even, the last batch is repeated after itself.
+    """
     batches = [part.tolist() for part in torch.arange(len(split)).split(batch_size)]
+    share = math.ceil(len(batches) / world_size)
+    batches = [
+        batches[min(number, len(batches) - 1)] for number in range(rank * share, (rank + 1) * share)
+    ]
     in_memory = isinstance(split.images, Tensor)
     return _loader(split, batches, 0 if in_memory else workers)
 

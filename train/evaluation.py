@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -29,16 +30,22 @@ class Evaluation:
         self.num_classes = len(data.classes)
         self.bank = subset(data.train, trainer.config.knn_bank)
         self.before_batch = before_batch
-        self.places = {"device": trainer.device, "workers": trainer.config.workers}
+        self.places: dict[str, Any] = {
+            "device": trainer.device,
+            "workers": trainer.config.workers,
+        }
+        self.ranks = trainer.ranks
 
     def baselines(self) -> RunState:
         """The state of a run before its first step."""
+        self.trainer.copy_statistics()
         untrained = accuracy(self.predictions(), self.test.labels)
         raw_pixels = accuracy(self._knn(pixels), self.test.labels)
         return RunState(raw_pixels=raw_pixels, untrained=untrained, accuracy=untrained)
 
     def measure(self, state: RunState) -> None:
         """Bring the accuracies in a run's state up to date."""
+        self.trainer.copy_statistics()
         state.accuracy = accuracy(self.predictions(), self.test.labels)
         if self.trainer.probe is not None:
             # Of the very encoder that it is trained on, beside which there may be an average.
@@ -51,11 +58,17 @@ class Evaluation:
 
     def embed(self, split: Split) -> Tensor:
         """The (N, F) embeddings of a split."""
-        return embed(partial(self._encode, self.trainer.measured), split, **self.places)
+        encode = partial(self._encode, self.trainer.measured)
+        return embed(encode, split, ranks=self.ranks, **self.places)
 
     def _knn(self, encode: Callable[[Tensor], Tensor]) -> Tensor:
         return knn_predictions(
-            encode, self.test, self.bank, num_classes=self.num_classes, **self.places
+            encode,
+            self.test,
+            self.bank,
+            num_classes=self.num_classes,
+            ranks=self.ranks,
+            **self.places,
         )
 
     def _encode(self, model: Embedder, images: Tensor) -> Tensor:

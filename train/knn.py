@@ -12,6 +12,7 @@ from torch import Tensor
 from augment import Views
 from data import Split, sequential_batches
 from model import Embedder
+from ranks import ALONE, Ranks
 
 NEIGHBOURS = 20
 VOTE_TEMPERATURE = 0.07
@@ -71,18 +72,31 @@ def pixels(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embed(
-    encode: Callable[[Tensor], Tensor], split: Split, *, device: torch.device, workers: int
+    encode: Callable[[Tensor], Tensor],
+    split: Split,
+    *,
+    device: torch.device,
+    workers: int,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Encode every image of a split, in order.
 
     Args:
         encode: (B, C, S, S) uint8 on `device` to (B, F).
+        ranks: share the work, in the very batches that one process would encode.
 
     Returns:
         (N, F) on `device`.
     """
-    batches = sequential_batches(split, batch_size=EMBED_BATCH_SIZE, workers=workers)
-    return torch.cat([encode(images.to(device)) for images, _ in batches])
+    batches = sequential_batches(
+        split,
+        batch_size=EMBED_BATCH_SIZE,
+        workers=workers,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    rows = torch.cat([encode(images.to(device)) for images, _ in batches])
+    return ranks.gather_rows(rows, len(batches) * EMBED_BATCH_SIZE)[: len(split)]
 
 
 def knn_predictions(
@@ -93,11 +107,12 @@ def knn_predictions(
     num_classes: int,
     device: torch.device,
     workers: int,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """The classes that their neighbours in `bank` vote for of N test images: (N,) on the CPU."""
     predictions = knn_predict(
-        embed(encode, test, device=device, workers=workers),
-        embed(encode, bank, device=device, workers=workers),
+        embed(encode, test, device=device, workers=workers, ranks=ranks),
+        embed(encode, bank, device=device, workers=workers, ranks=ranks),
         bank.labels.to(device),
         num_classes=num_classes,
     )

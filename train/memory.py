@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from config import PretrainConfig
 from model import PROJECTION_DIM, Embedder
+from ranks import ALONE, Ranks
 from supcon_kernels import LabelQueue
 
 
@@ -18,9 +19,10 @@ class Memory(nn.Module):
     Args:
         model: the network that is trained, on the device of the queue to be.
         config: with a queue_size.
+        ranks: whose queues hold the keys of all.
     """
 
-    def __init__(self, model: Embedder, config: PretrainConfig) -> None:
+    def __init__(self, model: Embedder, config: PretrainConfig, ranks: Ranks = ALONE) -> None:
         super().__init__()
         assert config.queue_size is not None
         self.average = ModelEmaV3(model, decay=config.queue_momentum)
@@ -28,14 +30,18 @@ class Memory(nn.Module):
         self.average.module.train()
         if config.compile:
             self.average.module.compile(dynamic=False)
+        self.group = ranks.group
+        self.chunk = config.grad_cache_chunk
         device = next(model.parameters()).device
         self.queue = LabelQueue(config.queue_size, PROJECTION_DIM, device=device)
 
     @torch.no_grad()
     def remember(self, views: Tensor, labels: Tensor) -> None:
         """Enqueue the keys of (K*B, C, s, s) views, view by view, of images with (B,) labels."""
-        _, keys = self.average(views)
-        self.queue.enqueue(keys, labels.repeat(len(views) // len(labels)))
+        keys = torch.cat(
+            [self.average(chunk)[1] for chunk in views.split(self.chunk or len(views))]
+        )
+        self.queue.enqueue(keys, labels.repeat(len(views) // len(labels)), group=self.group)
 
     def contrast(self) -> dict[str, Tensor]:
         """The arguments of supcon_loss that contrast queries with the queue."""

@@ -44,6 +44,12 @@ class Embedder(nn.Module):
         return embedded, self.head(seen)
 
 
+def sync_batch_norms(model: Embedder) -> Embedder:
+    """The model, whose batch norms take the statistics of all processes' rows; weights stay."""
+    synced: Embedder = timm.layers.convert_sync_batchnorm(model)
+    return synced
+
+
 def encoder_recipe(config: PretrainConfig, *, channels: int) -> tuple[str, dict[str, Any]]:
     """The name and the options from which timm.create_model builds a config's encoder."""
     options: dict[str, Any] = {"in_chans": channels, "num_classes": 0}

@@ -3,6 +3,7 @@
 python train/pretrain.py
 python train/pretrain.py --dataset fashion_mnist --data_root DIR
 python train/pretrain.py --config train/recipes/cifar10.yaml --resume auto
+torchrun --nproc-per-node 8 train/pretrain.py ...
 
 Without arguments it trains on scikit-learn's handwritten digits: real images, no network needed.
 What it reaches there, in what time, on which hardware, with which versions and seeds, stands in
@@ -16,8 +17,10 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from checkpoint import (
     LAST,
@@ -34,6 +37,7 @@ from encoder import ENCODER, EXPORT, load_first_weights, write_encoder
 from evaluation import Evaluation
 from model import Embedder
 from pictures import MAX_POINTS, PICTURES, draw_confusion, draw_curves, draw_embedding
+from ranks import ALONE, Ranks, joined
 from report import Report
 from requeue import Requests
 from rundir import open_run, removed_if_empty
@@ -47,20 +51,24 @@ DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
 def main(argv: list[str] | None = None) -> Path:
     """Run what the command line asks for; returns the folder of the run."""
     config = parse(PretrainConfig, argv, prog="train/pretrain.py", description=DESCRIPTION)
-    return pretrain(config)
-
-
-def pretrain(config: PretrainConfig) -> Path:
-    """Train, evaluate and write one run; returns its folder."""
-    # The data, in batches whose order is a pure function of (seed, epoch).
     device = pick_device(config.device)
-    data = load_data(config)
+    with joined(device, timeout_minutes=config.timeout_minutes) as ranks:
+        return pretrain(config, ranks.own_device(device), ranks)
+
+
+def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE) -> Path:
+    """Train, evaluate and write one run; returns its folder. Every process of it makes the call."""
+    # The data, in batches whose order is a pure function of (seed, epoch).
+    with ranks.one_per_host_first():
+        data = load_data(config)
     order, batches = training_batches(
         data.train,
         batch_size=config.batch_size,
         seed=config.seed,
         workers=config.workers,
         classes_per_batch=config.classes_per_batch,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
     )
     steps_per_epoch = len(order)
     total_steps = config.epochs * steps_per_epoch
@@ -68,24 +76,28 @@ def pretrain(config: PretrainConfig) -> Path:
     num_epochs = math.ceil(total_steps / steps_per_epoch)
 
     trainer = Trainer(
-        config, data, steps_per_epoch=steps_per_epoch, total_steps=total_steps, device=device
+        config,
+        data,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        device=device,
+        ranks=ranks,
     )
 
     # A new run, or the state of one that stopped.
-    folder, checkpoints = open_run(config)
+    folder, checkpoints = ranks.from_first(partial(open_run, config))
     config = replace(config, name=folder.name, resume="none", image_size=data.image_size)
     state: RunState | None = None
     with removed_if_empty(folder):
         if checkpoints:
             state = go_on(trainer, checkpoints, config)
         else:
-            load_first_weights(trainer.model.encoder, config, channels=data.channels)
-            trainer.restart_averages()
+            begin(trainer, config, data)
 
     with (
         room_needed(folder),
-        Requests(folder) as requests,
-        Report(folder, state, total_steps, config, trainer.clock) as report,
+        Requests(folder, ranks) as requests,
+        Report(folder, state, total_steps, config, trainer.clock, writes=ranks.is_main) as report,
     ):
 
         def save(*, best: bool = False) -> None:
@@ -96,7 +108,8 @@ def pretrain(config: PretrainConfig) -> Path:
             write_checkpoint(folder, config, data, state, trainer, best=best)
 
         evaluation = Evaluation(trainer, data, before_batch=partial(requests.check, save))
-        replace_text(folder / "config.yaml", to_yaml(config))
+        if ranks.is_main:
+            replace_text(folder / "config.yaml", to_yaml(config))
         if state is None:
             state = evaluation.baselines()
             report.accuracy(state)
@@ -126,17 +139,37 @@ def pretrain(config: PretrainConfig) -> Path:
             report.end_epoch(state, evaluated=evaluated)
             save(best=best)
 
-        draw(folder, data, state, evaluation)
-        write_results(folder, config, data, state, trainer.measured)
+        pictures = evaluation.embed(subset(data.test, MAX_POINTS)), evaluation.predictions()
+        if ranks.is_main:
+            draw(folder, data, state, *pictures)
+            write_results(folder, config, data, state, trainer.measured)
     return folder
+
+
+def begin(trainer: Trainer, config: PretrainConfig, data: ImageData) -> None:
+    """Give a new run the weights that it starts from."""
+    encoder = trainer.model.encoder
+    trainer.ranks.from_first(
+        partial(load_first_weights, encoder, config, channels=data.channels),
+    )
+    trainer.ranks.copy_first(trainer.model.state_dict().values())
+    trainer.restart_averages()
 
 
 def go_on(trainer: Trainer, checkpoints: list[Path], config: PretrainConfig) -> RunState:
     """Put a trainer where the newest whole checkpoint of its run was written."""
-    checkpoint, saved = load_newest(checkpoints)
-    check_same_run(checkpoint, saved, config, describe_machine(trainer.device))
+    machine = describe_machine(trainer.device, trainer.ranks.world_size)
+
+    def read() -> dict[str, Any]:
+        checkpoint, saved = load_newest(checkpoints)
+        check_same_run(checkpoint, saved, config, machine)
+        return saved
+
+    saved = trainer.ranks.from_first(read)
     trainer.load_state_dict(saved)
-    set_random_state(saved["random_state"], trainer.device)
+    # One for each process.
+    states = saved.get("random_states") or [saved["random_state"]]
+    set_random_state(states[trainer.ranks.rank], trainer.device)
     return RunState(**saved["state"])
 
 
@@ -149,15 +182,18 @@ def write_checkpoint(
     *,
     best: bool,
 ) -> None:
-    """Save all that `go_on` and the linear stage need."""
+    """Save all that `go_on` and the linear stage need, on the first process."""
+    random_states = trainer.ranks.gather(random_state(trainer.device))
+    if not trainer.ranks.is_main:
+        return
     save_checkpoint(
         folder,
         state,
         keep=config.keep,
         best=best,
         config=asdict(config),
-        machine=describe_machine(trainer.device),
-        random_state=random_state(trainer.device),
+        machine=describe_machine(trainer.device, trainer.ranks.world_size),
+        random_states=random_states,
         data={
             "classes": data.classes,
             "channels": data.channels,
@@ -186,16 +222,19 @@ def describe(folder: Path, data: ImageData, device: torch.device, state: RunStat
     )
 
 
-def draw(folder: Path, data: ImageData, state: RunState, evaluation: Evaluation) -> None:
-    """Draw the curves of a run, how it embeds the test images, and which classes k-NN confuses."""
-    points = subset(data.test, MAX_POINTS)
+def draw(
+    folder: Path, data: ImageData, state: RunState, embeddings: Tensor, predictions: Tensor
+) -> None:
+    """Draw the curves of a run, how it embeds test images, and which classes k-NN confuses.
+
+    Args:
+        embeddings: (N, F), of up to MAX_POINTS test images.
+        predictions: (M,), of all test images.
+    """
+    labels = subset(data.test, MAX_POINTS).labels
     title = f"{folder.name}: test images, k-NN {state.accuracy:.2%}"
-    draw_embedding(
-        evaluation.embed(points), points.labels, data.classes, folder / "embedding.png", title
-    )
-    draw_confusion(
-        evaluation.predictions(), data.test.labels, data.classes, folder / "confusion.png", title
-    )
+    draw_embedding(embeddings, labels, data.classes, folder / "embedding.png", title)
+    draw_confusion(predictions, data.test.labels, data.classes, folder / "confusion.png", title)
     draw_curves(folder / "metrics.csv", folder / "curves.png", folder.name, state)
 
 

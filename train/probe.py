@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from data import Split
 from knn import accuracy, embed
+from ranks import ALONE, Ranks
 
 LEARNING_RATE = 1e-3
 
@@ -19,7 +20,9 @@ class Probe:
     It draws no random number: with or without it the encoder trains the same.
     """
 
-    def __init__(self, num_features: int, num_classes: int, device: torch.device) -> None:
+    def __init__(
+        self, num_features: int, num_classes: int, device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
         # Built without its first weights, which nn.Linear would draw.
         layer = nn.utils.skip_init(nn.Linear, num_features, num_classes, device=device)
         nn.init.zeros_(layer.weight)
@@ -27,6 +30,7 @@ class Probe:
         scale = nn.BatchNorm1d(num_features, affine=False, device=device)
         self.classifier = nn.Sequential(scale, layer)
         self.optimizer = torch.optim.Adam(layer.parameters(), lr=LEARNING_RATE)
+        self.ranks = ranks
 
     def step(self, embedded: Tensor, labels: Tensor) -> None:
         """Train on (V*B, F) embeddings, view by view, of images with (B,) labels."""
@@ -34,6 +38,9 @@ class Probe:
         loss = F.cross_entropy(logits, labels.repeat(len(embedded) // len(labels)))
         self.optimizer.zero_grad()
         loss.backward()
+        for weight in self.classifier.parameters():
+            assert weight.grad is not None
+            weight.grad = self.ranks.mean(weight.grad)
         self.optimizer.step()
 
     def accuracy(
@@ -46,6 +53,7 @@ class Probe:
             test,
             device=device,
             workers=workers,
+            ranks=self.ranks,
         )
         return accuracy(logits.argmax(1).cpu(), test.labels)
 

@@ -7,11 +7,12 @@ import csv
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -68,6 +69,10 @@ class Table:
         self.file.flush()
         os.fsync(self.file.fileno())
 
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
 
 def _is_past(line: str, columns: tuple[str, ...], state: RunState) -> bool:
     # The process may have died in the middle of a row, whose "1" was to be "12".
@@ -76,6 +81,13 @@ def _is_past(line: str, columns: tuple[str, ...], state: RunState) -> bool:
     row = dict(zip(columns, line.rstrip("\n").split(",")))
     closed = state.epoch if not row.get("loss") else math.inf
     return int(row["step"]) <= state.step and int(row["epoch"]) <= closed
+
+
+class Nowhere:
+    """What a process that does not write has instead of a table, a board or a progress line."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **options: None
 
 
 class ProgressLine:
@@ -117,9 +129,16 @@ class ProgressLine:
         """Print a line that stays, above the bar if there is one."""
         self.bar.console.print(text, highlight=False, soft_wrap=True)
 
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.bar.stop()
+
 
 class Report:
-    """The records of one run, continued from `resumed` (None: begun anew)."""
+    """The records of one run, continued from `resumed` (None: begun anew).
+
+    Of several processes each checks the health of the run, and one writes.
+    """
 
     def __init__(
         self,
@@ -128,13 +147,20 @@ class Report:
         total_steps: int,
         config: PretrainConfig,
         phases: PhaseClock,
+        *,
+        writes: bool = True,
     ) -> None:
-        self.metrics = Table(folder / "metrics.csv", METRICS, resumed=resumed)
-        self.timings = Table(folder / "timings.csv", TIMINGS, resumed=resumed)
-        step = 0 if resumed is None else resumed.step
-        purge = 0 if resumed is None else step + 1
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
-        self.progress = ProgressLine(step=step, total_steps=total_steps)
+        self.metrics: Any = Nowhere()
+        self.timings: Any = Nowhere()
+        self.board: Any = Nowhere()
+        self.progress: Any = Nowhere()
+        if writes:
+            self.metrics = Table(folder / "metrics.csv", METRICS, resumed=resumed)
+            self.timings = Table(folder / "timings.csv", TIMINGS, resumed=resumed)
+            step = 0 if resumed is None else resumed.step
+            purge = 0 if resumed is None else step + 1
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            self.progress = ProgressLine(step=step, total_steps=total_steps)
         self.images_per_step = config.batch_size
         self.health = Health(
             config.queue_size or config.num_views * config.batch_size - 1,
@@ -158,10 +184,8 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.progress.bar.stop()
-        self.metrics.file.close()
-        self.timings.file.close()
-        self.board.close()
+        for record in (self.progress, self.metrics, self.timings, self.board):
+            record.close()
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:

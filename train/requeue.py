@@ -1,6 +1,7 @@
 """Leaving when the scheduler asks: a signal is noted, and acted on between two steps.
 
-SIGTERM and SIGUSR1 are what Slurm, Kubernetes and torchrun send ahead of SIGKILL.
+SIGTERM and SIGUSR1 are what Slurm, Kubernetes and torchrun send ahead of SIGKILL. A signal to one
+of several processes stops all of them after the same step.
 """
 
 import signal
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+from ranks import ALONE, Ranks
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 MARK = "REQUEUE"
@@ -28,13 +31,19 @@ class Requests:
         getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
     )
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ranks: Ranks = ALONE) -> None:
         self.mark = folder / MARK
-        self.received: str | None = None
+        self.ranks = ranks
+        self.received = 0
 
     def check(self, save: Callable[[], object]) -> None:
-        """Save and raise Requeue if a signal has come; called where the state of a run is whole."""
-        if self.received is not None:
+        """Save and raise Requeue if a signal has come; called where the state of a run is whole.
+
+        Every process calls it: a signal to one is for all.
+        """
+        agreed = self.ranks.largest(self.received)
+        if agreed:
+            self.received = agreed
             save()
             raise Requeue
 
@@ -51,14 +60,18 @@ class Requests:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, Requeue):
+            if self.ranks.is_main:
+                self.mark.touch()
+                name = signal.Signals(self.received).name
+                print(
+                    f"{name}: stopped after saving; --resume {self.mark.parent} goes on",
+                    file=sys.stderr,
+                )
+            # The first that ends has torchrun end the others, who must not be saving any more.
+            self.ranks.largest(0)
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if isinstance(error, Requeue):
-            self.mark.touch()
-            print(
-                f"{self.received}: stopped after saving; --resume {self.mark.parent} goes on",
-                file=sys.stderr,
-            )
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        self.received = number

@@ -1,5 +1,6 @@
 """One step of training: random views of a batch, their loss, and the weights that follow."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,13 +9,15 @@ from torch import Tensor, nn
 
 from augment import build_views
 from clock import PhaseClock
-from config import PretrainConfig
+from config import PretrainConfig, UserError
 from data import ImageData
 from memory import Memory
-from model import Embedder, build_model
+from model import Embedder, build_model, sync_batch_norms
 from optim import build_optimizer, build_schedule
 from probe import Probe
-from supcon_kernels import supcon_loss
+from ranks import ALONE, Ranks
+from seeds import seed_of
+from supcon_kernels import grad_cache_backward, supcon_loss
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,6 +30,7 @@ class Trainer:
         data: what the images are like.
         steps_per_epoch: of the learning rate's schedule, as total_steps.
         device: where everything is.
+        ranks: the processes that train together, each on its share of every batch.
     """
 
     def __init__(
@@ -37,27 +41,37 @@ class Trainer:
         steps_per_epoch: int,
         total_steps: int,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
+        if config.sync_batchnorm and device.type != "cuda":
+            raise UserError(f"--sync_batchnorm needs --device cuda, and this is {device.type}")
         torch.manual_seed(config.seed)
         model = build_model(config, channels=data.channels)
+        if ranks.seed_key:
+            # The weights are the same; what the network draws itself is not.
+            torch.manual_seed(seed_of(config.seed, *ranks.seed_key))
+        if config.sync_batchnorm:
+            model = sync_batch_norms(model)
         self.model = model.to(device).to(memory_format=config.memory_format)
         # For training alone, whose batches have one size: evaluation stays as exact as without, and
         # what it sees cannot lead to another program for training. The names of the weights are the
         # model's own.
-        self.network = torch.compile(self.model, dynamic=False) if config.compile else self.model
-        self.views = build_views(config, data)
+        network = torch.compile(self.model, dynamic=False) if config.compile else self.model
+        self.network = ranks.parallel(network)
+        self.views = build_views(config, data, ranks)
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, steps_per_epoch, total_steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.average: ModelEmaV3 | None = None
         if config.ema_decay is not None:
             self.average = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True)
-        self.memory = None if config.queue_size is None else Memory(self.model, config)
+        self.memory = None if config.queue_size is None else Memory(self.model, config, ranks)
         self.probe: Probe | None = None
         if config.probe:
-            self.probe = Probe(self.model.encoder.num_features, len(data.classes), device)
+            self.probe = Probe(self.model.encoder.num_features, len(data.classes), device, ranks)
         self.clock = PhaseClock(device)
         self.device = device
+        self.ranks = ranks
         self.config = config
 
     @property
@@ -90,10 +104,12 @@ class Trainer:
         self.schedule.step_update(step)
         images, labels = images.to(self.device), labels.to(self.device)
         self.clock.mark("data")
-        loss = self.loss(images, labels, step)
-        self.clock.mark("loss")
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        if self.config.grad_cache_chunk is None:
+            loss = self.loss(images, labels, step)
+            self.scaler.scale(loss).backward()
+        else:
+            loss = self.chunked_backward(images, labels, step, self.config.grad_cache_chunk)
         self.clock.mark("backward")
         self.scaler.unscale_(self.optimizer)
         if self.config.clip_grad is not None:
@@ -105,33 +121,83 @@ class Trainer:
         if self.memory is not None:
             self.memory.average.update(self.model)
         self.clock.mark("optimizer")
-        return loss.detach()
+        # Without a queue it is that of the rows of all.
+        return loss.detach() if self.memory is None else self.ranks.mean(loss.detach())
 
     def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """The loss of a batch on the device: (B, C, S, S) uint8 images in random views.
 
         A memory takes the keys of the batch in, and a probe learns from its embeddings.
         """
+        views, loss_of = self._prepare(images, labels, step)
+        return loss_of(*self._encode(views))
+
+    def chunked_backward(self, images: Tensor, labels: Tensor, step: int, num_rows: int) -> Tensor:
+        """`loss` and its backward, where the network holds the activations of `num_rows` views.
+
+        The time of its second forward is counted as "backward".
+        """
+        views, loss_of = self._prepare(images, labels, step)
+        embedded = []
+
+        def encode(chunk: Tensor) -> Tensor:
+            of_chunk, rows = self._encode(chunk)
+            if not torch.is_grad_enabled():  # the first of two times
+                embedded.append(of_chunk)
+            return rows
+
+        return grad_cache_backward(
+            encode,
+            views.split(num_rows),
+            lambda rows: loss_of(torch.cat(embedded), rows),
+            model=self.network,
+            scale=self.scaler.scale,
+        )
+
+    def _prepare(
+        self, images: Tensor, labels: Tensor, step: int
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+        """The views that the network is to embed, and the loss of (embeddings, projections)."""
         num_views = self.config.num_views
         seen = [self.views.random(images, step=step, view=view) for view in range(num_views)]
         classes = labels
         if self.config.method == "simclr":
             # Each image its own class, which no other has, be it of another step in a queue.
-            classes = torch.arange(len(labels), device=self.device) + step * len(labels)
-        dtype = AUTOCAST.get(self.config.precision)
-        contrast: dict[str, Tensor] = {}
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            if self.memory is None:
-                embedded, rows = self.network(torch.cat(seen))
-            else:
-                embedded, rows = self.network(seen[0])
+            share = step * self.ranks.world_size + self.ranks.rank
+            classes = torch.arange(len(labels), device=self.device) + share * len(labels)
+        # What a queue holds is the same for all processes; their rows are their own.
+        group, contrast = self.ranks.group, {}
+        if self.memory is not None:
+            with self._autocast():
                 self.memory.remember(torch.cat(seen[1:]), classes)
-                contrast = self.memory.contrast()
-        if self.probe is not None:
-            self.probe.step(embedded, labels)
-        features = rows.float().unflatten(0, (-1, len(images))).transpose(0, 1)
-        self.clock.mark("forward")
-        return supcon_loss(features, classes, temperature=self.config.temperature, **contrast)
+            group, contrast, seen = None, self.memory.contrast(), seen[:1]
+
+        def loss_of(embedded: Tensor, rows: Tensor) -> Tensor:
+            if self.probe is not None:
+                self.probe.step(embedded, labels)
+            features = rows.float().unflatten(0, (-1, len(images))).transpose(0, 1)
+            self.clock.mark("forward")
+            temperature = self.config.temperature
+            loss = supcon_loss(features, classes, temperature=temperature, group=group, **contrast)
+            self.clock.mark("loss")
+            return loss
+
+        return torch.cat(seen), loss_of
+
+    def _encode(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            embedded, rows = self.network(views)
+        return embedded, rows
+
+    def _autocast(self) -> torch.autocast:
+        dtype = AUTOCAST.get(self.config.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def copy_statistics(self) -> None:
+        """Have every process evaluate by the first one's running statistics."""
+        for module in (self.model, self.measured, self.probe and self.probe.classifier):
+            if module is not None:
+                self.ranks.copy_first(module.buffers())
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""

@@ -1,0 +1,200 @@
+"""Training by two processes: together they do what one does, and they stop and go on together.
+
+Most of it is done by processes that are started once (tests/train_ranks.py); those that are
+signalled or killed here are pretrain.py as torchrun starts it.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_ranks
+from augment import Views
+from checkpoint import load_checkpoint
+from config import PretrainConfig, UserError
+from model import build_model, sync_batch_norms
+from train_fixtures import TINY, TRAIN, metrics, pretrain
+from train_ranks import CARRYING, OPTIONS, STEPS
+
+SECONDS = 120
+
+
+def torchrun(script: Path, *arguments: object, options: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Start two processes of a script."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.Popen(
+        [*command, *options, str(script), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the processes of train_ranks.py have left."""
+    folder = tmp_path_factory.mktemp("ranks")
+    started = torchrun(Path(train_ranks.__file__), folder)
+    said, _ = started.communicate(timeout=300)
+    assert started.returncode == 0, said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """What each of them has found."""
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def assert_same(run, whole):
+    """The bits of all that a run carries, and of metrics.csv, are the same."""
+    assert (run / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    saved, expected = (load_checkpoint(path / "last.pt") for path in (run, whole))
+    for part in ("model", "ema", "memory", "probe", "optimizer", "random_states", "state"):
+        torch.testing.assert_close(saved[part], expected[part], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "queue"])
+def test_resumed_run_ends_like_one_never_stopped(found, folder, name):
+    assert metrics(folder / name)[-1]["step"] == "30"
+    assert_same(folder / f"{name}-resumed", folder / name)
+
+
+def test_each_process_draws_its_own(found, folder):
+    one, other = load_checkpoint(folder / "plain" / "last.pt")["random_states"]
+    assert not torch.equal(one["cpu"], other["cpu"])
+    assert not torch.equal(found[0]["view"], found[1]["view"])
+
+
+def test_first_process_alone_speaks(found):
+    assert [of_rank["speaks"] for of_rank in found] == [True, False]
+    kind, text = found[0]["name taken"]
+    assert kind == "UserError" and "already holds a run" in text
+    assert found[1]["name taken"] == ("SystemExit", "1")
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "batch norm"])
+def test_trains_as_one_process_does(found, monkeypatch, name):
+    monkeypatch.setattr(Views, "random", train_ranks.plain_view)
+    alone = train_ranks.train(STEPS[name])
+    begun = build_model(alone.config, channels=1).state_dict()
+    for losses, state in (of_rank[name] for of_rank in found):
+        assert losses == found[0][name][0]
+        assert losses == pytest.approx(alone.losses, rel=1e-5)
+        for key, value in state["model"].items():
+            torch.testing.assert_close(value, alone.model.state_dict()[key], rtol=1e-4, atol=1e-5)
+        moved = state["model"]["head.0.weight"] - begun["head.0.weight"]
+        assert moved.abs().max() > 1e-3
+        if alone.memory is not None:
+            queue = state["memory"]["queue.features"], state["memory"]["queue.labels"]
+            assert torch.equal(queue[0], found[0][name][1]["memory"]["queue.features"])
+            ours, theirs = (
+                labels.sort().values for labels in (queue[1], alone.memory.queue.labels)
+            )
+            assert torch.equal(ours, theirs)
+
+
+def test_all_have_the_same_weights(found):
+    one, other = (of_rank["batch norm"][1] for of_rank in found)
+    for part in ("model", "ema"):
+        for key, value in one[part].items():
+            assert torch.equal(value, other[part][key]) or "running" in key, key
+    probes = [state["probe"]["classifier"]["1.weight"] for state in (one, other)]
+    assert torch.equal(*probes) and probes[0].any()
+
+
+def test_evaluates_as_one_process_does(found, folder):
+    trainer = train_ranks.train(STEPS["batch norm"])
+    state = found[0]["batch norm"][1]
+    trainer.load_state_dict(state)
+    expected = train_ranks.predictions(trainer)
+    assert torch.equal(found[0]["predictions"], expected)
+    assert torch.equal(found[1]["predictions"], expected)
+
+
+def test_gradient_by_chunks_is_that_of_one_process(found):
+    loss, expected = train_ranks.gradient_by_chunks()
+    for of_rank in found:
+        torch.testing.assert_close(of_rank["gradient"], (loss, expected), rtol=0, atol=1e-10)
+
+
+def test_one_that_vanishes_ends_the_other_with_the_reason(found, folder):
+    text = (folder / "lost.txt").read_text()
+    assert text.startswith("process 0 of 2 lost the others: one has ended, cannot be reached")
+
+
+def test_another_number_of_processes_is_refused(found, folder):
+    options = (*OPTIONS, *CARRYING, "--resume", folder / "plain")
+    with pytest.raises(UserError, match=r"1 processes, .* with 2: sums.*torchrun, 2 processes in"):
+        pretrain(folder, *options)
+
+
+def test_batch_norms_become_those_of_all_processes():
+    config = PretrainConfig(model="resnet10", width=4)
+    plain = build_model(config, channels=1)
+    names = {name for name, part in plain.named_modules() if isinstance(part, torch.nn.BatchNorm2d)}
+    state = {key: value.clone() for key, value in plain.state_dict().items()}
+    synced = sync_batch_norms(plain)
+    parts = dict(synced.named_modules())
+    assert names and all(isinstance(parts[name], torch.nn.SyncBatchNorm) for name in names)
+    torch.testing.assert_close(dict(synced.state_dict()), state, rtol=0, atol=0)
+
+
+def test_batch_norms_of_all_processes_need_a_gpu(tmp_path):
+    with pytest.raises(UserError, match="--sync_batchnorm needs --device cuda, and this is cpu"):
+        pretrain(tmp_path, "--sync_batchnorm", "true")
+
+
+def wait_for(path: Path, started: subprocess.Popen) -> None:
+    """Until a file is there."""
+    for _ in range(100 * SECONDS):
+        if path.exists():
+            return
+        assert started.poll() is None, started.stdout.read()
+        time.sleep(0.01)
+    raise AssertionError(f"{path} did not come")
+
+
+def process_of(started: subprocess.Popen, rank: int) -> int:
+    """The process of that rank that torchrun has started."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        parent = int(status.read_text().rpartition(")")[2].split()[1])
+        variables = status.with_name("environ")
+        if parent == started.pid and f"\0RANK={rank}\0" in variables.read_text():
+            return int(status.parent.name)
+    raise AssertionError(f"there is no process of rank {rank}")
+
+
+def test_signalled_then_killed_and_restarted_ends_like_one_never_stopped(found, folder, tmp_path):
+    arguments = [*TINY, *OPTIONS, *CARRYING, f"--output_dir={tmp_path}", "--name=plain"]
+    arguments += ["--resume=auto", "--timeout_minutes=1"]
+    run = tmp_path / "plain"
+
+    # A signal to one stops both after the same step.
+    started = torchrun(TRAIN / "pretrain.py", *arguments)
+    wait_for(run / "step-3.pt", started)
+    os.kill(process_of(started, 1), signal.SIGTERM)
+    said, _ = started.communicate(timeout=SECONDS)
+    assert started.returncode == 1
+    # The first that ended; torchrun ends the other.
+    assert "SIGTERM: stopped after saving" in said and "exitcode  : 75" in said, said
+    assert (run / "REQUEUE").exists()
+    step = load_checkpoint(run / "last.pt")["state"]["step"]
+    assert 3 <= step < 30
+
+    # One killed ends both, and torchrun starts them again.
+    started = torchrun(TRAIN / "pretrain.py", *arguments, options=("--max-restarts=1",))
+    wait_for(run / f"step-{3 * (step // 3 + 1)}.pt", started)
+    os.kill(process_of(started, 1), signal.SIGKILL)
+    said, _ = started.communicate(timeout=SECONDS)
+    assert started.returncode == 0, said
+    assert said.count("going on after step") == 2, said
+    assert not (run / "REQUEUE").exists()
+    assert_same(run, folder / "plain")

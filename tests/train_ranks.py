@@ -1,0 +1,148 @@
+"""The processes of tests/test_train_ranks.py: torchrun starts them once for many short trainings.
+
+Each leaves what it found in a file. To import torch and timm takes longer than all of it.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+import train_fixtures  # noqa: F401  puts train/ on the path
+from augment import Views, build_views
+from config import PretrainConfig, UserError, parse
+from data import training_batches
+from evaluation import Evaluation
+from pretrain import pretrain
+from ranks import ALONE, Ranks, joined
+from sources import load_data
+from step import Trainer
+from supcon_kernels import grad_cache_backward, supcon_loss
+from train_fixtures import TINY
+
+# Three epochs of ten steps.
+OPTIONS = ["--batch_size=128", "--epochs=3", "--knn_every=2", "--save_every=3", "--keep=99"]
+CARRYING = ["--ema_decay=0.9", "--probe=true"]
+QUEUE = ["--queue_size=512", "--queue_momentum=0.9"]
+NUM_STEPS = 4
+# Without batch statistics what several processes compute is what one does.
+NO_STATISTICS = {"model": "test_convnext", "stem": "standard", "image_size": 32}
+STEPS: dict[str, dict[str, Any]] = {
+    "views": NO_STATISTICS,
+    "queue": {**NO_STATISTICS, "queue_size": 256, "queue_momentum": 0.9, "num_views": 3},
+    "simclr": {**NO_STATISTICS, "method": "simclr", "optimizer": "lars", "clip_grad": 1.0},
+    "chunks": {**NO_STATISTICS, "grad_cache_chunk": 24},
+    "queue by chunks": {**NO_STATISTICS, "queue_size": 128, "grad_cache_chunk": 24},
+    "batch norm": {"model": "resnet10", "width": 4, "ema_decay": 0.9, "probe": True},
+}
+
+
+def run(folder: Path, ranks: Ranks, *options: object) -> Path:
+    """One run of pretrain.py by processes that are there already."""
+    arguments = [*TINY, *OPTIONS, f"--output_dir={folder}", *map(str, options)]
+    config = parse(PretrainConfig, arguments, prog="", description="")
+    return pretrain(config, torch.device("cpu"), ranks)
+
+
+def train(options: dict[str, Any], ranks: Ranks = ALONE) -> Trainer:
+    """A trainer after some steps."""
+    config = PretrainConfig(
+        batch_size=64, warmup_epochs=0, learning_rate=0.05, device="cpu", **options
+    )
+    data = load_data(config)
+    trainer = Trainer(
+        config, data, steps_per_epoch=9, total_steps=9, device=torch.device("cpu"), ranks=ranks
+    )
+    place = {"rank": ranks.rank, "world_size": ranks.world_size}
+    _, batches = training_batches(data.train, batch_size=64, seed=0, workers=0, **place)
+    trainer.losses = []
+    for step, (images, labels) in zip(range(NUM_STEPS), batches):
+        trainer.losses.append(trainer.step(images, labels, step).item())
+    return trainer
+
+
+def predictions(trainer: Trainer) -> torch.Tensor:
+    """Of the test images, as a run measures them."""
+    evaluation = Evaluation(trainer, load_data(trainer.config), before_batch=lambda: None)
+    state = evaluation.baselines()
+    evaluation.measure(state)
+    return torch.cat([evaluation.predictions(), torch.tensor([state.accuracy, state.probe or 0])])
+
+
+def gradient_by_chunks(ranks: Ranks = ALONE) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss and the gradient of a batch, of which each process has encoded its rows by chunks."""
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 5)).double()
+    images, labels = torch.randn(2, 24, 7).double(), torch.arange(24) % 4
+    own = slice(ranks.rank, None, ranks.world_size)
+    images, labels = images[:, own], labels[own]
+    loss = grad_cache_backward(
+        ranks.parallel(network),
+        images.flatten(0, 1).split(5),
+        lambda rows: supcon_loss(rows.view(2, -1, 5).transpose(0, 1), labels, group=ranks.group),
+    )
+    return loss, [weight.grad for weight in network.parameters()]
+
+
+def outcome(act: Callable[[], object]) -> tuple[str, str]:
+    """The kind and the text of the error that ends an act."""
+    try:
+        act()
+    except (Exception, SystemExit) as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    try:
+        with joined(torch.device("cpu"), timeout_minutes=1) as ranks, patch("pretrain.draw"):
+            torch.save(check_all(folder, ranks), folder / f"rank{ranks.rank}.pt")
+            # One ends without a word in the middle of a run.
+            if ranks.rank == 1:
+                Trainer.loss = lambda *arguments: os._exit(0)
+            run(folder, ranks, "--name=lost")
+    except UserError as error:
+        (folder / "lost.txt").write_text(str(error))
+
+
+def check_all(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """What this process finds."""
+    found: dict[str, Any] = {"speaks": sys.stdout is sys.__stdout__}
+
+    # Runs, each of which goes on once from a checkpoint in an epoch; and one that may not begin.
+    for name, options in (("plain", CARRYING), ("queue", [*CARRYING, *QUEUE])):
+        whole, resumed = run(folder, ranks, *options, f"--name={name}"), folder / f"{name}-resumed"
+        ranks.from_first(partial(shutil.copytree, whole, resumed))
+        run(folder, ranks, *options, f"--resume={resumed / 'step-12.pt'}")
+    found["name taken"] = outcome(lambda: run(folder, ranks, "--name=plain"))
+
+    config = PretrainConfig(image_size=8)
+    images = torch.arange(4 * 64, dtype=torch.uint8).view(4, 1, 8, 8)
+    views = build_views(config, load_data(config), ranks)
+    found["view"] = views.random(images, step=1, view=0)
+
+    # Steps, without augmentation, to be compared with those of one process.
+    Views.random = plain_view
+    for name, options in STEPS.items():
+        trainer = train(options, ranks)
+        found[name] = trainer.losses, trainer.state_dict()
+    found["predictions"] = predictions(trainer)
+    found["gradient"] = gradient_by_chunks(ranks)
+    return found
+
+
+def plain_view(views: Views, images: torch.Tensor, *, step: int, view: int) -> torch.Tensor:
+    """In the place of a random one."""
+    return views.plain(images)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
