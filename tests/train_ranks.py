@@ -40,6 +40,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "simclr": {**NO_STATISTICS, "method": "simclr", "optimizer": "lars", "clip_grad": 1.0},
     "chunks": {**NO_STATISTICS, "grad_cache_chunk": 24},
     "queue by chunks": {**NO_STATISTICS, "queue_size": 128, "grad_cache_chunk": 24},
+    "compiled by chunks": {**NO_STATISTICS, "compile": True, "grad_cache_chunk": 24},
     "batch norm": {"model": "resnet10", "width": 4, "ema_decay": 0.9, "probe": True},
 }
 
@@ -57,9 +58,11 @@ def train(options: dict[str, Any], ranks: Ranks = ALONE) -> Trainer:
         batch_size=64, warmup_epochs=0, learning_rate=0.05, device="cpu", **options
     )
     data = load_data(config)
-    trainer = Trainer(
-        config, data, steps_per_epoch=9, total_steps=9, device=torch.device("cpu"), ranks=ranks
-    )
+    # Without the minutes of a C++ compiler.
+    with patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+        trainer = Trainer(
+            config, data, steps_per_epoch=9, total_steps=9, device=torch.device("cpu"), ranks=ranks
+        )
     place = {"rank": ranks.rank, "world_size": ranks.world_size}
     _, batches = training_batches(data.train, batch_size=64, seed=0, workers=0, **place)
     trainer.losses = []

@@ -5,6 +5,8 @@ A process alone hears of nobody and waits for nobody: what it does reads the sam
 
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -163,7 +165,11 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
             torch.cuda.set_device(local_rank)
         timeout = timedelta(minutes=timeout_minutes)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout)
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        store = _of_this_start(store, rank, world_size, timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
         control = dist.new_group(backend="gloo", timeout=timeout)
         ranks = Ranks(rank, world_size, local_rank, dist.group.WORLD, control)
         with (
@@ -182,6 +188,33 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
         ) from error
     # Not after an error: it would wait for processes that are gone.
     dist.destroy_process_group()
+
+
+def _of_this_start(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The part of a store that holds nothing of processes that ended.
+
+    torchrun keeps its store when it starts processes again, and with it the addresses of those
+    before; how often it did so its hosts count differently. So the first process names the part, in
+    answer to a word of each other that was never said before.
+    """
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello {rank}", name)
+        store.wait([f"welcome {name}"], timeout)
+        name = store.get(f"welcome {name}").decode()
+        store.set(f"{name} {rank}", "")
+        return dist.PrefixStore(name, store)
+    missing, deadline = set(range(1, world_size)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in list(missing):
+            if store.check([f"{name} {other}"]):
+                missing.remove(other)
+            elif store.check([f"hello {other}"]):  # perhaps of one that ended; then another comes
+                store.set(f"welcome {store.get(f'hello {other}').decode()}", name)
+        if time.monotonic() > deadline:
+            raise dist.DistError(f"processes {sorted(missing)} did not come")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def _is_of_others(error: RuntimeError) -> bool:
