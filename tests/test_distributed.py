@@ -1,6 +1,6 @@
 """The loss over a process group against one process with the whole batch, and what ranks send.
 
-The ranks are processes (tests/ranks.py) that are started once and run every check. Here their
+The ranks are processes (tests/loss_ranks.py) that are started once and run every check. Here their
 results are put together and compared.
 """
 
@@ -17,7 +17,7 @@ import types
 import pytest
 import torch
 
-import ranks
+import loss_ranks
 from cases import by_id
 from compare import LEAVES, assert_close
 from supcon_kernels import distributed, supcon_loss
@@ -31,7 +31,13 @@ def run_ranks(num_ranks: int, directory: pathlib.Path, **environment: str) -> li
     """What every rank has found."""
     processes = [
         subprocess.Popen(
-            [sys.executable, str(TESTS / "ranks.py"), str(rank), str(num_ranks), str(directory)],
+            [
+                sys.executable,
+                str(TESTS / "loss_ranks.py"),
+                str(rank),
+                str(num_ranks),
+                str(directory),
+            ],
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -73,7 +79,7 @@ class _Found(torch.autograd.Function):
 def whole(results: list, call: tuple):
     """The loss function that gives what the ranks found for this call, put together."""
     world, dtype = call[0], call[-1]
-    shares = ranks.shares(ranks.arguments_of(call), world)
+    shares = loss_ranks.shares(loss_ranks.arguments_of(call), world)
 
     def loss_function(**arguments):
         loss = results[0][0]
@@ -105,11 +111,11 @@ def name_of(call: tuple) -> str:
 def compare(found: list[dict], k: int, call: tuple) -> None:
     results = [of_rank["table"][k] for of_rank in found[: call[0]]]
     assert all(torch.equal(loss, results[0][0]) or loss.isnan() for loss, _ in results)
-    assert_close(whole(results, call), ranks.arguments_of(call), call[-1])
+    assert_close(whole(results, call), loss_ranks.arguments_of(call), call[-1])
 
 
-PLAN = list(enumerate(ranks.plan()))
-INTERPRETED = list(enumerate(ranks.interpreted_plan()))
+PLAN = list(enumerate(loss_ranks.plan()))
+INTERPRETED = list(enumerate(loss_ranks.interpreted_plan()))
 
 
 @pytest.mark.parametrize("k, call", PLAN, ids=lambda x: name_of(x) if isinstance(x, tuple) else "")
@@ -126,8 +132,8 @@ def test_ranks_of_interpreted_kernels(interpreted, k, call):
 
 
 def test_averaged_parameter_gradients_are_those_of_one_process(found):
-    learner = ranks.Learner()
-    x, labels = ranks.training_data()
+    learner = loss_ranks.Learner()
+    x, labels = loss_ranks.training_data()
     features, temperature = learner(x)
     loss = supcon_loss(features, labels, temperature=temperature, backend="reference")
     expected = torch.autograd.grad(loss, list(learner.parameters()))
@@ -147,7 +153,7 @@ def test_what_is_sent(found):
             assert [x for _, x in evaluation] == [RECORD_BYTES, rows, SUM_BYTES]
 
 
-@pytest.mark.parametrize("name", ranks.DISAGREEMENTS)
+@pytest.mark.parametrize("name", loss_ranks.DISAGREEMENTS)
 def test_ranks_that_disagree_are_told_so(found, name):
     for of_rank in found[:3]:
         error, message, seconds = of_rank["disagreements"]["disagrees", name]
@@ -158,7 +164,7 @@ def test_ranks_that_disagree_are_told_so(found, name):
         assert seconds < 30
 
 
-@pytest.mark.parametrize("name", ranks.FAILURES)
+@pytest.mark.parametrize("name", loss_ranks.FAILURES)
 def test_a_rank_that_fails_is_named_to_the_others(found, name):
     own, said, _ = found[1]["disagreements"]["fails", name]
     assert said.startswith(f"{name} must ")
@@ -180,7 +186,7 @@ def test_queues_stay_equal(found):
 
 def test_gradients_that_only_some_want(found):
     arguments = by_id("memory").arguments()
-    shares = ranks.shares(arguments, 2)
+    shares = loss_ranks.shares(arguments, 2)
     leaves = [
         torch.as_tensor(arguments[name], dtype=torch.float64).requires_grad_() for name in LEAVES
     ]
