@@ -31,8 +31,10 @@ def grad_cache_backward(
     once, to rounding, where rows do not see each other in the network. With batch norm they do: each
     chunk is a statistics group of its own, and updates the running statistics once.
 
-    Under DistributedDataParallel gradients are averaged once, in the last chunk's backward. Every
-    process needs at least one chunk; and as many as the others, where the network itself talks to
+    Under DistributedDataParallel the network's gradients are averaged once, in the last chunk's
+    backward; those of the loss's own parameters, such as a temperature, are not: average them by
+    hand, and keep them out of the network. The running statistics are those of the first process,
+    as DDP has it. Every process needs at least one chunk; and as many as the others, where the network itself talks to
     them, as SyncBatchNorm does. With ``supcon_loss(..., group=...)`` the rows are those of all
     processes.
 

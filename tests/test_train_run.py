@@ -14,8 +14,10 @@ from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from clock import PHASES
+from config import UserError
+from knn import pixels
 from pictures import PICTURES
-from train_fixtures import metrics, pretrain, weights
+from train_fixtures import metrics, pretrain, weights, write_images
 
 ARTEFACTS = {
     "config.yaml",
@@ -283,3 +285,30 @@ def test_linear_refuses_a_data_root_that_it_would_not_use(run):
 
     with pytest.raises(UserError, match="--data_root contradicts --dataset digits"):
         main(["--checkpoint", str(run), "--data_root", "elsewhere"])
+
+
+def test_other_images_are_no_images_to_go_on_with(tmp_path):
+    images = tmp_path / "images"
+    write_images(images, {"cat": 8, "dog": 8})
+    options = ("--dataset", f"imagefolder:{images}", "--val_fraction", 0.1, "--batch_size", 4)
+    options += ("--max_steps", 2, "--name", "run", "--resume", "auto")
+    pretrain(tmp_path, *options)
+    write_images(tmp_path / "more", {"owl": 4})
+    (tmp_path / "more" / "owl").rename(images / "owl")
+    with pytest.raises(UserError, match="another classes, num_images"):
+        pretrain(tmp_path, *options)
+
+
+def test_a_single_test_image_can_be_drawn(tmp_path):
+    write_images(tmp_path / "images", {"cat": 5})
+    options = ("--dataset", f"imagefolder:{tmp_path / 'images'}", "--val_fraction", 0.1)
+    run = pretrain(tmp_path, *options, "--method", "simclr", "--batch_size", 4, "--max_steps", 1)
+    assert (run / "embedding.png").is_file()
+    assert (run / "results.json").is_file()
+
+
+def test_raw_pixels_of_large_images_are_a_small_picture():
+    large = torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8)
+    assert pixels(large).shape == (2, 3 * 32 * 32)
+    small = large[..., :16, :16]
+    assert torch.equal(pixels(small), small.flatten(1).float())

@@ -178,6 +178,17 @@ def check_same_run(
             )
 
 
+def check_same_data(path: Path, saved: dict[str, Any], data: dict[str, Any]) -> None:
+    """Refuse to go on from `path` with other images than it was trained on."""
+    theirs = saved["data"]
+    changed = [name for name in data if theirs.get(name, data[name]) != data[name]]
+    if changed:
+        raise UserError(
+            f"cannot resume {path}: the images are not those that it was trained on (another "
+            f"{', '.join(changed)}); --init_from {path} starts a new run from its encoder"
+        )
+
+
 def _steps_saved(folder: Path) -> list[int]:
     prefix, suffix = STEP.split("{}")
     names = [path.name[len(prefix) : -len(suffix)] for path in folder.glob(STEP.format("*"))]

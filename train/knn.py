@@ -17,6 +17,7 @@ from ranks import ALONE, Ranks
 NEIGHBOURS = 20
 VOTE_TEMPERATURE = 0.07
 EMBED_BATCH_SIZE = 512
+BASELINE_SIZE = 32
 
 
 def knn_predict(
@@ -66,8 +67,12 @@ def encode_stored(model: Embedder, views: Views, images: Tensor) -> Tensor:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The baseline that learns nothing: (B, C, S, S) uint8 to (B, C*S*S)."""
-    return images.flatten(1).float()
+    """The baseline that learns nothing: (B, C, S, S) uint8 to (B, C*s*s), s at most BASELINE_SIZE."""
+    images = images.float()
+    if images.shape[-1] > BASELINE_SIZE:
+        # Whole sets of large images would not fit in memory.
+        images = F.adaptive_avg_pool2d(images, BASELINE_SIZE)
+    return images.flatten(1)
 
 
 @torch.no_grad()

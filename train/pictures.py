@@ -66,9 +66,11 @@ def draw_embedding(
 ) -> None:
     """Draw the t-SNE of L2-normalised (N, F) features, coloured by (N,) labels."""
     features = F.normalize(features, dim=1).cpu()
-    map_ = TSNE(
-        perplexity=min(30.0, (len(features) - 1) / 3), init="random", random_state=0
-    ).fit_transform(features.numpy())
+    map_ = np.zeros((len(features), 2))
+    if len(features) > 1:
+        perplexity = min(30.0, (len(features) - 1) / 3)
+        tsne = TSNE(perplexity=perplexity, init="random", random_state=0)
+        map_ = tsne.fit_transform(features.numpy())
 
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     axes = figure.subplots()

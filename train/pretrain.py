@@ -25,6 +25,7 @@ from torch import Tensor
 from checkpoint import (
     LAST,
     RunState,
+    check_same_data,
     check_same_run,
     describe_machine,
     load_newest,
@@ -90,7 +91,7 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
     state: RunState | None = None
     with removed_if_empty(folder):
         if checkpoints:
-            state = go_on(trainer, checkpoints, config)
+            state = go_on(trainer, checkpoints, config, data)
         else:
             begin(trainer, config, data)
 
@@ -156,13 +157,16 @@ def begin(trainer: Trainer, config: PretrainConfig, data: ImageData) -> None:
     trainer.restart_averages()
 
 
-def go_on(trainer: Trainer, checkpoints: list[Path], config: PretrainConfig) -> RunState:
+def go_on(
+    trainer: Trainer, checkpoints: list[Path], config: PretrainConfig, data: ImageData
+) -> RunState:
     """Put a trainer where the newest whole checkpoint of its run was written."""
     machine = describe_machine(trainer.device, trainer.ranks.world_size)
 
     def read() -> dict[str, Any]:
         checkpoint, saved = load_newest(checkpoints)
         check_same_run(checkpoint, saved, config, machine)
+        check_same_data(checkpoint, saved, describe_data(data))
         return saved
 
     saved = trainer.ranks.from_first(read)
@@ -194,15 +198,21 @@ def write_checkpoint(
         config=asdict(config),
         machine=describe_machine(trainer.device, trainer.ranks.world_size),
         random_states=random_states,
-        data={
-            "classes": data.classes,
-            "channels": data.channels,
-            "stored_size": data.train.stored_size,
-            "mean": data.mean,
-            "std": data.std,
-        },
+        data=describe_data(data),
         **trainer.state_dict(),
     )
+
+
+def describe_data(data: ImageData) -> dict[str, Any]:
+    """What a checkpoint says of the images that it was trained on."""
+    return {
+        "classes": data.classes,
+        "num_images": len(data.train),
+        "channels": data.channels,
+        "stored_size": data.train.stored_size,
+        "mean": data.mean,
+        "std": data.std,
+    }
 
 
 def is_due(count: int, every: int) -> bool:
