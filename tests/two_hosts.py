@@ -1,6 +1,6 @@
 """Training on two hosts, one of which loses its network: network namespaces of this machine.
 
-Needs root, and Debian's iproute2.
+Run by hand, as root, with Debian's iproute2: pytest -n0 tests/two_hosts.py. It takes minutes.
 """
 
 import os
@@ -17,7 +17,7 @@ from train_fixtures import TINY, TRAIN, metrics
 
 FIRST, SECOND = "supcon-host-0", "supcon-host-1"
 ADDRESSES = {FIRST: "10.177.93.1", SECOND: "10.177.93.2"}
-NUM_STEPS = 400
+NUM_STEPS = 200
 # A process waits half a minute for another; the rest is for torchrun and a busy machine.
 SECONDS_TO_END = 150
 
