@@ -237,6 +237,28 @@ def saturated_soft_labels(g):
     return {"features": randn(g, 36, 16), "labels": logits.softmax(dim=1)}
 
 
+@case("soft labels so sharp that the weight of a pair is 1e-39, below float32")
+def tiny_weights(g):
+    rows = torch.eye(6)[torch.tensor([0, 0, 1, 1, 2, 3])]
+    return {"features": randn(g, 6, 4), "labels": (90 * rows).softmax(dim=1)}
+
+
+@case("labels that are not scaled: the weight of a pair is 1e50, beyond float32")
+def huge_weights(g):
+    return {"features": randn(g, 12, 4), "labels": torch.rand(12, 3, generator=g) * 1e25}
+
+
+@case("integer labels as a column")
+def column_labels(g):
+    return {"features": randn(g, 15, 2, 8), "labels": classes(g, 15, 3)[:, None]}
+
+
+@case("one-hot labels as booleans")
+def boolean_labels(g):
+    hot = torch.nn.functional.one_hot(classes(g, 30, 3), 3).bool()
+    return {"features": randn(g, 30, 8), "labels": hot}
+
+
 # --- masks
 
 

@@ -126,7 +126,7 @@ def _row_scale(name: str, arguments: dict[str, Any]) -> Tensor | float:
 
 
 def _floor(name: str, exact: Tensor, arguments: dict[str, Any], dtype: torch.dtype) -> float:
-    """What roundings alone may cost: of the similarities, and of outputs in 16 bits.
+    """What roundings alone may cost: of exponents, and of outputs in 16 bits.
 
     A quantity may be tiny because its terms cancel, so its size is at least that of one term: of
     a similarity for the loss, of one anchor's share of the mean for a gradient.
@@ -138,6 +138,10 @@ def _floor(name: str, exact: Tensor, arguments: dict[str, Any], dtype: torch.dty
         other = arguments.get("contrast_features")
         for x in (arguments["features"], arguments["features"] if other is None else other):
             reach *= x[x.isfinite().all(dim=-1)].norm(dim=-1).amax().item() if x.numel() else 1.0
+    labels = arguments.get("labels")
+    if arguments.get("summation") == "in" and labels is not None and labels.is_floating_point():
+        weights = labels.double() @ labels.double().T  # their logarithms are part of exponents
+        reach = max(reach, weights[weights > 0].log().abs().max().item())
     term = {"loss": 1.0, "temperature": 1.0 / tau}.get(name, 1.0 / num_anchors)
     size = exact.abs().max().item()
     working = torch.float64 if dtype == torch.float64 else torch.float32

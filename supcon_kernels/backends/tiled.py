@@ -23,8 +23,9 @@ from supcon_kernels.problem import (
     statistics_dtype,
 )
 
-# Similarities in flight at a time: 4 MiB of float32.
-TILE_PAIRS = 1 << 20
+# Similarities in flight at a time: 4 MiB of float32 stay in a CPU's cache; elsewhere 128 MiB, so
+# that a chunk is work enough for the device.
+CPU_CHUNK_PAIRS, DEVICE_CHUNK_PAIRS = 1 << 20, 1 << 25
 MIN_CHUNK, MAX_CHUNK = 32, 2048
 
 
@@ -131,7 +132,8 @@ def _to_input(problem: Problem, x: Tensor, grad: Tensor) -> Tensor:
 
 def _chunks(problem: Problem) -> Iterator[tuple[int, int]]:
     n = problem.rows.shape[0]
-    size = min(max(TILE_PAIRS // max(problem.num_cols, 1), MIN_CHUNK), MAX_CHUNK)
+    pairs = CPU_CHUNK_PAIRS if problem.rows.device.type == "cpu" else DEVICE_CHUNK_PAIRS
+    size = min(max(pairs // max(problem.num_cols, 1), MIN_CHUNK), MAX_CHUNK)
     for start in range(0, n, size):
         yield start, min(start + size, n)
 
@@ -199,9 +201,8 @@ def _attraction(problem: Problem, s: Tensor, w: Tensor, lse: Tensor, normaliser:
 
 def _derivative(problem: Problem, s: Tensor, w: Tensor, anchors: _Anchors) -> Tensor:
     """(n, M) derivative of the total loss of anchors by their similarities ``s``, over τ."""
-    lse, normaliser, softmax_weight = anchors.stats.to(s.dtype)
-    if problem.summation == "out":
-        normaliser = anchors.stats[1].to(w.dtype)  # the total of tiny soft labels
+    lse, _, softmax_weight = anchors.stats.to(s.dtype)
+    normaliser = anchors.stats[1].to(w.dtype)  # of weights that may be tiny or huge
     softmax = softmax_weight[:, None] * (s - lse[:, None]).exp()
     softmax = torch.where(w >= 0 if problem.denominator == "all" else w == 0, softmax, 0.0)
     g = softmax - _attraction(problem, s, w, lse, normaliser)
@@ -242,29 +243,40 @@ def _positives_by_class(problem: Problem) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Classes:
-    """Labels as consecutive class numbers; ignored rows and columns carry weight zero."""
+    """Labels as consecutive class numbers; ignored rows and columns carry weight zero.
+
+    There is room for a class for every row and column: to count the classes, the host would wait
+    for the device.
+    """
 
     of_row: Tensor  # (N,)
     of_col: Tensor  # (M,)
     row_counts: Tensor  # (N,) 1, or 0 where ignored
     col_counts: Tensor  # (M,) 1, or 0 where ignored
-    num_classes: int
 
     @staticmethod
     def of(problem: Problem) -> _Classes:
         row_labels = problem.row_labels
         assert row_labels is not None
-        col_labels = row_labels if problem.cols is None else problem.col_labels
+        col_labels = row_labels[:0] if problem.cols is None else problem.col_labels
         assert col_labels is not None
-        names, inverse = torch.unique(torch.cat((row_labels, col_labels)), return_inverse=True)
+        labels, order = torch.cat((row_labels, col_labels)).sort()
+        is_new = torch.zeros_like(labels)
+        is_new[1:] = labels[1:] != labels[:-1]
+        classes = torch.empty_like(labels).scatter_(0, order, is_new.cumsum(0))
+        of_row = classes[: len(row_labels)]
         exact = accumulation_dtype(problem.rows)
         return _Classes(
-            inverse[: len(row_labels)],
-            inverse[len(row_labels) :],
+            of_row,
+            of_row if problem.cols is None else classes[len(row_labels) :],
             (~problem.row_ignored()).to(exact),
             (~problem.col_ignored()).to(exact),
-            len(names),
         )
+
+    @property
+    def num_classes(self) -> int:
+        """An upper bound."""
+        return len(self.of_row) + (0 if self.of_col is self.of_row else len(self.of_col))
 
     def row_sums(self, x: Tensor) -> Tensor:
         """(num_classes, …) sums over the rows of each class of ``x`` (N, …)."""
