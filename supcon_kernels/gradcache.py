@@ -26,7 +26,7 @@ def grad_cache_backward(
     gradient on. The network runs forward twice; its activations are those of one chunk.
 
     The second time draws the same random numbers (of the CPU and of the current CUDA device) and
-    begins with the same buffers. So the gradients are those of the line above to the bit, but for
+    begins with the same buffers; in the end the random state is the one after the loss. So the gradients are those of the line above to the bit, but for
     the order in which chunks add to a parameter's gradient; and those of the whole batch encoded at
     once, to rounding, where rows do not see each other in the network. With batch norm they do: each
     chunk is a statistics group of its own, and updates the running statistics once.
@@ -54,8 +54,11 @@ def grad_cache_backward(
         ``Tensor.backward``.
 
     Raises:
-        TypeError: chunks that can be gone through only once; embeddings that are no tensor.
-        ValueError: no chunk.
+        TypeError: chunks that can be gone through only once; embeddings that are no tensor; a loss
+            that is no 0-dim tensor.
+        ValueError: no chunk; a loss that does not depend on the embeddings.
+        Where anything raises, random state, buffers and gradients are what they were before the
+        call. So gradients that are there already are copied once.
 
     Example:
         >>> loss = grad_cache_backward(
@@ -74,32 +77,96 @@ def grad_cache_backward(
     if model is None and isinstance(encode, nn.Module):
         model = encode
 
-    states, parts = [], []
-    with torch.no_grad(), _buffers_restored(model):
-        for chunk in chunks:
-            states.append(_random_state())
-            parts.append(_checked(encode(chunk)))
+    with _Undo(model) as undo:
+        states, parts = [], []
+        with torch.no_grad():
+            for chunk in chunks:
+                states.append(_random_state())
+                parts.append(_checked(encode(chunk)))
+        undo.restore_buffers()
 
-    rows = torch.cat(parts).requires_grad_()
-    sizes = [len(part) for part in parts]
-    del parts
-    loss = loss_function(rows)
-    torch.autograd.backward(loss if scale is None else scale(loss))
-    assert rows.grad is not None
-    gradients = torch.split(rows.grad, sizes)
+        rows = torch.cat(parts).requires_grad_()
+        sizes = [len(part) for part in parts]
+        del parts
+        loss = _checked_loss(loss_function(rows))
+        drawn = _random_state()
+        undo.keep_gradients(loss)
+        torch.autograd.backward(loss if scale is None else scale(loss))
+        if rows.grad is None:
+            raise ValueError("loss_function must return a loss that depends on the embeddings")
 
-    for k, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients)):
-        _set_random_state(state)
-        is_last = k == len(chunks) - 1
-        with contextlib.nullcontext() if is_last else _no_sync(model):
-            torch.autograd.backward(encode(chunk), gradient)
+        for k, (chunk, gradient) in enumerate(zip(chunks, torch.split(rows.grad, sizes))):
+            _set_random_state(states[k])
+            is_last = k == len(chunks) - 1
+            with contextlib.nullcontext() if is_last else _no_sync(model):
+                embeddings = encode(chunk)
+                undo.keep_gradients(embeddings)
+                torch.autograd.backward(embeddings, gradient)
+        _set_random_state(drawn)
     return loss.detach()
+
+
+class _Undo:
+    """Puts random state, buffers and gradients back to what they were where the block raises."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._buffers = [(b, b.clone()) for b in ([] if model is None else model.buffers())]
+        self._random_state = _random_state()
+        self._gradients: dict[Tensor, Tensor | None] = {}
+
+    def __enter__(self) -> _Undo:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            return
+        self.restore_buffers()
+        _set_random_state(self._random_state)
+        for leaf, gradient in self._gradients.items():
+            if gradient is None or leaf.grad is None:
+                leaf.grad = gradient
+            else:
+                leaf.grad.copy_(gradient)
+
+    def restore_buffers(self) -> None:
+        """The buffers of the model, such as running statistics, as they were."""
+        with torch.no_grad():
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
+
+    def keep_gradients(self, root: Tensor) -> None:
+        """Remember the gradients that the backward of ``root`` will add to."""
+        for leaf in _leaves(root):
+            if leaf not in self._gradients:
+                self._gradients[leaf] = None if leaf.grad is None else leaf.grad.clone()
+
+
+def _leaves(root: Tensor) -> Iterator[Tensor]:
+    """The leaves of the graph of ``root``."""
+    seen, todo = set(), [root.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            yield leaf
+        todo += [following for following, _ in node.next_functions]
 
 
 def _checked(embeddings: object) -> Tensor:
     if not isinstance(embeddings, Tensor):
         raise TypeError(f"encode must return a tensor of embeddings (n, D), got {type(embeddings)}")
     return embeddings
+
+
+def _checked_loss(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
+        raise TypeError(f"loss_function must return a 0-dim tensor, got {came}")
+    if not loss.requires_grad:
+        raise ValueError("loss_function must return a loss that depends on the embeddings")
+    return loss
 
 
 def _random_state() -> list[Tensor]:
@@ -116,19 +183,10 @@ def _set_random_state(state: list[Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _buffers_restored(model: nn.Module | None) -> Iterator[None]:
-    """Leave the buffers of ``model``, such as running statistics, as they were."""
-    buffers = [] if model is None else list(model.buffers())
-    saved = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(buffers, saved):
-            buffer.copy_(value)
-
-
-def _no_sync(model: nn.Module | None) -> contextlib.AbstractContextManager[Any]:
+def _no_sync(model: nn.Module | None) -> Iterator[None]:
     """Where gradients are averaged among processes, let them be added up first."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.no_sync()
-    return contextlib.nullcontext()
+    with contextlib.ExitStack() as stack:
+        for module in [] if model is None else model.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield

@@ -127,15 +127,95 @@ def test_autocast_around_the_call_loses_no_gradient():
     assert len(gradients(network)) == 4
 
 
-def test_a_network_that_fails_keeps_its_running_statistics():
+def test_random_numbers_go_on_after_those_of_the_loss():
     images, _ = make_batch()
-    network = make_network(batch_norm=True)
-    before = [buffer.clone() for buffer in network.buffers()]
-    with pytest.raises(RuntimeError):
-        grad_cache_backward(network, [*images.split(6), torch.randn(2, 3).double()], loss_of)
-    for found, expected in zip(network.buffers(), before, strict=True):
-        assert torch.equal(found, expected)
-    assert not gradients(network)
+
+    def loss_with_noise(rows):
+        return loss_of(rows + torch.rand_like(rows))
+
+    torch.manual_seed(5)
+    network = make_network(dropout=0.5)
+    loss_with_noise(torch.cat([network(chunk) for chunk in images.split(6)]))
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    grad_cache_backward(make_network(dropout=0.5), images.split(6), loss_with_noise)
+    assert torch.equal(torch.rand(3), expected)
+
+
+class FailsAt(nn.Module):
+    """A network that raises at its k-th call."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.network, self.calls_left = make_network(batch_norm=True, dropout=0.5), k
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.network(x)
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            raise RuntimeError("out of memory")
+        return rows
+
+
+@pytest.mark.parametrize("accumulated", [True, False], ids=["gradients before", "none before"])
+@pytest.mark.parametrize("call", [3, 6], ids=["first pass", "second pass"])
+def test_a_failure_leaves_everything_as_it_was(call, accumulated):
+    images, labels = make_batch()
+    model = FailsAt(call)
+    temperature = nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+    leaves = [*model.parameters(), temperature]
+    for leaf in leaves if accumulated else []:
+        leaf.grad = torch.ones_like(leaf)
+    before = [buffer.clone() for buffer in model.buffers()]
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        grad_cache_backward(
+            model, images.split(6), lambda rows: supcon_loss(rows, labels, temperature=temperature)
+        )
+    assert model.calls_left == 0
+    assert torch.equal(torch.rand(3), expected)
+    for found, value in zip(model.buffers(), before, strict=True):
+        assert torch.equal(found, value)
+    for leaf in leaves:
+        assert torch.equal(leaf.grad, torch.ones_like(leaf)) if accumulated else leaf.grad is None
+
+
+def test_a_compiled_network_that_averages_gradients_does_so_once(tmp_path):
+    images, _ = make_batch()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        averaged = []
+
+        def hook(_, bucket):
+            averaged.append(bucket.index())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        ddp = nn.parallel.DistributedDataParallel(make_network())
+        ddp.register_comm_hook(None, hook)
+        grad_cache_backward(torch.compile(ddp, backend="aot_eager"), images.split(6), loss_of)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert averaged == [0]
+
+
+@pytest.mark.parametrize(
+    "loss_function, error, said",
+    [
+        (lambda rows: torch.tensor(1.0), ValueError, "depends on the embeddings"),
+        (lambda rows: nn.Parameter(torch.tensor(1.0)) * 2, ValueError, "depends on the embeddings"),
+        (lambda rows: rows, TypeError, "0-dim"),
+        (lambda rows: 1.0, TypeError, "0-dim"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(loss_function, error, said):
+    images, _ = make_batch()
+    with pytest.raises(error, match=f"^loss_function must .*{said}"):
+        grad_cache_backward(make_network(), images.split(6), loss_function)
 
 
 def test_what_cannot_be_encoded_twice_is_refused():
