@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,39 @@ _ALIGNMENT = 8  # bytes: of the widest elements that are sent
 _ROWS, _COLS, _TEMPERATURE, _NUM_TENSORS = 0, 1, 5, 6
 
 
+def resolved(group: ProcessGroup | str | None) -> ProcessGroup | None:
+    """The process group that an argument ``group`` means now; None: this process alone.
+
+    Raises:
+        ValueError: a string that is neither "world" nor "local".
+    """
+    if not isinstance(group, str):
+        return group
+    if group not in ("world", "local"):
+        raise ValueError(
+            f"group must be a torch.distributed.ProcessGroup, 'world', 'local' or None, got {group!r}"
+        )
+    is_alone = group == "local" or not (dist.is_available() and dist.is_initialized())
+    return None if is_alone else dist.group.WORLD
+
+
+def warn_if_local() -> None:
+    """Say once, on rank 0, that a loss without a group leaves out the other ranks' rows."""
+    if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
+        return
+    if dist.get_world_size() > 1 and dist.get_rank() == 0:
+        _warn_of_local_rows()
+
+
+@functools.cache
+def _warn_of_local_rows() -> None:
+    warnings.warn(
+        f"supcon_loss contrasts each of the {dist.get_world_size()} ranks with its own rows only: "
+        "pass group='world' to contrast with the rows of all ranks, or group='local' if this is meant",
+        stacklevel=4,
+    )
+
+
 @_disable_dynamo
 def loss_of_all(
     build: Callable[[], tuple[Problem, str]], call: Mapping[str, Any], group: ProcessGroup
@@ -48,7 +82,7 @@ def loss_of_all(
         ValueError: on every rank, where an argument disagrees or was refused on one of them.
         TypeError: ``group`` is no process group.
     """
-    membership = _Membership.of(group)
+    membership = _Membership.of(group, call["features"])
     problem, backend, text, failure = None, "", "", None
     numbers = [0, 0, 0]
     try:
@@ -76,24 +110,27 @@ def loss_of_all(
 
 @_disable_dynamo
 def rows_of_all(
-    build: Callable[[], tuple[Tensor, Tensor]], group: ProcessGroup
+    build: Callable[[], tuple[Tensor, Tensor]],
+    queue: Tensor,
+    group: ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
     """The features (N, D) and labels (N,) of all ranks, in the order of the ranks.
 
     Args:
         build: validates the rank's arguments and gives its features (n, D) and labels (n,).
+        queue: (size, D) where they go, alike on all ranks.
         group: every rank of it makes this call.
 
     Raises:
         ValueError: on every rank, where an argument disagrees or was refused on one of them.
         TypeError: ``group`` is no process group.
     """
-    membership = _Membership.of(group)
+    membership = _Membership.of(group, queue)
     rows, text, failure = None, "", None
     try:
         rows = build()
         membership.check_device(rows[0])
-        text = _text(dict(zip(("features", "labels"), rows)))
+        text = _text({**dict(zip(("features", "labels"), rows)), "size": len(queue)})
     except Exception as error:  # whatever it is, the other ranks must hear of it
         failure = error
     records = _agree(membership, text, failure, [len(rows[0]) if rows else 0, 0, 0])
@@ -114,16 +151,19 @@ class _Membership:
     rank: int
     size: int
     devices: list[str]  # types of devices whose tensors the group takes
+    device: torch.device  # where small tensors are sent from: the same type on every rank
 
     @staticmethod
-    def of(group: Any) -> _Membership:
+    def of(group: Any, features: Any) -> _Membership:
+        """This process in ``group``, which sends from the device of ``features`` where it can."""
         if not dist.is_available():
             raise ValueError("group must be None where torch.distributed is not available")
         if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("group must contain this process, got one that it is no member of")
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(
-                f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}"
+                "group must be a torch.distributed.ProcessGroup, 'world', 'local' or None, "
+                f"got {type(group).__name__}"
             )
         if not dist.is_initialized():
             raise ValueError("group must be initialised, got one that was destroyed")
@@ -132,7 +172,10 @@ class _Membership:
             raise ValueError("group must contain this process, got one that it is no member of")
         config = dist.get_backend_config(group).split(",")
         devices = [pair.partition(":")[0] for pair in config]
-        return _Membership(group, rank, dist.get_world_size(group), devices)
+        kind = "cpu" if "cpu" in devices else devices[0]
+        found = features.device if isinstance(features, Tensor) else torch.device(kind)
+        device = found if found.type == kind else torch.device(kind)
+        return _Membership(group, rank, dist.get_world_size(group), devices, device)
 
     def check_device(self, features: Tensor) -> None:
         """The group takes tensors of the features' device."""
@@ -141,11 +184,6 @@ class _Membership:
                 f"group must take tensors on the device of features ({features.device}), "
                 f"got one for {' and '.join(self.devices)}"
             )
-
-    @property
-    def device(self) -> torch.device:
-        """Where small tensors are sent from: the same kind of device on every rank."""
-        return torch.device("cpu" if "cpu" in self.devices else self.devices[0])
 
     def own_first(self, by_rank: list[Tensor]) -> Tensor:
         """What this rank sent, then what the others sent in their order."""

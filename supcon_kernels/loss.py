@@ -34,7 +34,7 @@ def supcon_loss(
     normalize: bool = True,
     reduction: str = "mean",
     ignore_index: int = -100,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | str | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Supervised contrastive loss, computed without a matrix of all pairs.
@@ -54,14 +54,14 @@ def supcon_loss(
     Args:
         features: (N, D), or (B, V, D) for V views of each of B samples, which become N = V·B
             rows ordered view by view. float16, bfloat16, float32 or float64.
-        labels: (N,) or (B,) integers; or (N, C) or (B, C) floats >= 0, soft or multi-hot, the
-            dot product of two rows being the weight of the pair; or None: the views of a
-            sample are each other's positives (SimCLR's NT-Xent).
+        labels: (N,) or (B,) integers, also as a column (N, 1); or (N, C) or (B, C) floats >= 0
+            or booleans, soft or multi-hot, the dot product of two rows being the weight of the
+            pair; or None: the views of a sample are each other's positives (SimCLR's NT-Xent).
         mask: (B, B), (N, N), or (N, M) with ``contrast_features``, any real dtype: > 0 positive
             with that weight, 0 negative, < 0 ignored. Instead of labels.
-        contrast_features: (M, D), dtype and device of ``features``: contrast the anchors with
-            these rows instead of with each other. Only first views are anchors then. Without
-            labels row i is the positive of anchor i.
+        contrast_features: (M, D), on the device of ``features`` and converted to their dtype:
+            contrast the anchors with these rows instead of with each other. Only first views are
+            anchors then. Without labels row i is the positive of anchor i.
         contrast_labels: (M,) or (M, C), as ``labels``.
         self_offset: with ``contrast_features``: its row ``self_offset + i`` is anchor i itself
             and is left out of every sum.
@@ -78,17 +78,22 @@ def supcon_loss(
             under "only_negatives", a negative), "sum", or "none".
         ignore_index: a sample with this integer label is neither anchor nor contrast, and what
             its row holds never touches a result.
-        group: a ``torch.distributed`` process group, of which every rank makes this call with rows
-            of its own, any number of them: the loss is that of all ranks' rows together, to the
-            same bits on every rank. See below.
+        group: "world" or a ``torch.distributed`` process group, of which every rank makes this call
+            with rows of its own, any number of them: the loss is that of all ranks' rows together,
+            to the same bits on every rank. See below. "world" is every process there is at the
+            call, this one alone where torch.distributed is not initialised. "local": this rank's
+            rows alone; None: the same, with a warning where there are other ranks.
         backend: None: the best that takes the call; or one of ``available_backends()``.
 
     Returns:
         0-dim loss, or with ``reduction="none"`` one per anchor: (N,), (V·B,) in the order of the
         rows, (B,) for ``contrast_mode="one"``. float32, float64 for float64 features. An anchor
         without positives has loss 0; a non-finite element in a row that takes part makes it NaN.
+        So do negative or non-finite soft labels and a non-finite mask where they are not on the
+        CPU: there they are no ValueError, for which the host would wait for the device.
 
-    Only ``backend="reference"`` can be differentiated twice, in forward mode or by torch.func.
+    Under ``torch.func`` and in forward mode the default backend is "reference", the only one that
+    these can differentiate. To differentiate twice by ``backward``, name it.
 
     With ``group`` of W ranks the gradients of a rank's features are W times those that one process
     with all rows would give them, and the mean of the ranks' gradients of the temperature is the
@@ -118,10 +123,10 @@ def supcon_loss(
     """
     call: dict[str, Any] = {
         "features": features,
-        "labels": labels,
+        "labels": _canonical(labels),
         "mask": mask,
         "contrast_features": contrast_features,
-        "contrast_labels": contrast_labels,
+        "contrast_labels": _canonical(contrast_labels),
         "self_offset": self_offset,
         "temperature": temperature,
         "base_temperature": base_temperature,
@@ -132,8 +137,10 @@ def supcon_loss(
         "reduction": reduction,
         "ignore_index": ignore_index,
     }
-    if group is not None:
-        problem, loss = distributed.loss_of_all(lambda: _prepared(backend, **call), call, group)
+    if group is None:
+        distributed.warn_if_local()
+    if (ranks := distributed.resolved(group)) is not None:
+        problem, loss = distributed.loss_of_all(lambda: _prepared(backend, **call), call, ranks)
     else:
         problem, chosen = _prepared(backend, **call)
         if chosen == "reference":
@@ -180,6 +187,8 @@ def _prepared(
         features, labels, mask, contrast_features, contrast_labels, self_offset
     )
 
+    if contrast_features is not None:
+        contrast_features = contrast_features.to(features.dtype)
     rows, cols = _rows_and_cols(features, contrast_features, contrast_mode)
     if contrast_features is None:
         self_offset = 0  # the anchors are the contrasts, or the first of them
@@ -226,6 +235,16 @@ def _rows_and_cols(
     return (first, all_views) if contrast_mode == "one" else (all_views, None)
 
 
+def _canonical(labels: Tensor | None) -> Tensor | None:
+    """A column of integers as a vector, multi-hot booleans as floats."""
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return labels
+    if labels.dtype == torch.bool:
+        return labels.float()
+    is_column = labels.shape[1] == 1 and labels.dtype in validation.INTEGERS
+    return labels.squeeze(1) if is_column else labels
+
+
 def _repeated(labels: Tensor | None, num_views: int) -> Tensor | None:
     """The labels of the samples once for each view, integers as int64."""
     if labels is None:
@@ -261,7 +280,7 @@ class SupConLoss(nn.Module):
         normalize: bool = True,
         reduction: str = "mean",
         ignore_index: int = -100,
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | str | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()

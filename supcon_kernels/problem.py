@@ -114,12 +114,27 @@ class Problem:
         return normalize(x) if self.normalize else x
 
     def poison(self) -> Tensor:
-        """0-dim: 0, or NaN where a row or column that takes part holds a non-finite element."""
+        """0-dim: 0, or NaN where a row or column that takes part is not finite, or ``target_poison`` is."""
         poison = (self.rows.to(self.dtype).masked_fill(self.row_ignored()[:, None], 0.0) * 0).sum()
         if self.cols is not None:
             cols = self.cols.to(self.dtype).masked_fill(self.col_ignored()[:, None], 0.0)
             poison = poison + (cols * 0).sum()
-        return poison.detach()
+        return poison.detach() + self.target_poison()
+
+    def target_poison(self) -> Tensor:
+        """0-dim: 0, or NaN where soft labels are negative, or they or a mask are not finite.
+
+        Validation refuses such values where the host may read them.
+        """
+        poison = torch.zeros((), dtype=self.dtype, device=self.rows.device)
+        for x in (self.row_labels, self.col_labels, self.weights):
+            if x is not None and x.is_floating_point() and x.numel():
+                lowest, highest = torch.aminmax(x)
+                wrong = ~(lowest.isfinite() & highest.isfinite())
+                if x is not self.weights:
+                    wrong = wrong | (lowest < 0)
+                poison = poison.masked_fill(wrong, torch.nan)
+        return poison
 
     def pair_weights(self, start: int, stop: int) -> Tensor:
         """(stop - start, M) weights of anchors start…stop-1: > 0 positive, 0 negative, < 0 ignored.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from supcon_kernels import distributed
+from supcon_kernels.validation import FLOATS, INTEGERS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -57,29 +58,33 @@ class LabelQueue(nn.Module):
         empty = torch.full((size,), ignore_index, dtype=torch.int64, device=device)
         self.register_buffer("labels", empty)
 
+    # Buffers made under inference_mode could not be part of a loss that is differentiated later.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def enqueue(
-        self, features: Tensor, labels: Tensor, *, group: ProcessGroup | None = None
+        self, features: Tensor, labels: Tensor, *, group: ProcessGroup | str | None = None
     ) -> None:
         """Append a batch and drop the oldest entries; of a batch beyond ``size`` the last are kept.
 
         Args:
             features: (N, D), cast to the queue's dtype and detached.
             labels: (N,) integers.
-            group: a ``torch.distributed`` process group, of which every rank makes this call: the
-                rows of all ranks are appended in the order of the ranks, any number from each, so
-                that queues that were equal stay so.
+            group: a ``torch.distributed`` process group, or "world", of which every rank makes this
+                call: the rows of all ranks are appended in the order of the ranks, any number from
+                each, so that queues that were equal stay so. None or "local": these rows alone.
 
         Raises:
-            ValueError: shapes or dtypes that do not fit; with ``group``, on any of its ranks.
+            ValueError: shapes, dtypes or values of labels that do not fit; with ``group``, on any of
+                its ranks, and where the ranks' queues are of different sizes.
             TypeError: ``group`` is no process group.
         """
         size = len(self.labels)
+        group = distributed.resolved(group)
         if group is None:
             features, labels = self._checked(features, labels)
         else:
             features, labels = distributed.rows_of_all(
-                lambda: self._checked(features, labels), group
+                lambda: self._checked(features, labels), self.features, group
             )
         self.features = torch.cat((self.features, features))[-size:]
         self.labels = torch.cat((self.labels, labels))[-size:]
@@ -87,9 +92,12 @@ class LabelQueue(nn.Module):
     def _checked(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The batch as the queue holds it."""
         dim = self.features.shape[1]
-        if features.ndim != 2 or features.shape[1] != dim:
-            raise ValueError(f"features must have shape (N, {dim}), got {tuple(features.shape)}")
-        if labels.shape != features.shape[:1] or labels.is_floating_point():
+        if features.dtype not in FLOATS or features.ndim != 2 or features.shape[1] != dim:
+            raise ValueError(
+                f"features must be floating-point of shape (N, {dim}), "
+                f"got {features.dtype} of shape {tuple(features.shape)}"
+            )
+        if labels.shape != features.shape[:1] or labels.dtype not in INTEGERS:
             raise ValueError(
                 f"labels must be ({features.shape[0]},) integers, "
                 f"got {labels.dtype} of shape {tuple(labels.shape)}"

@@ -1,7 +1,8 @@
 """What a call may look like: every check of the public arguments, each with a message that names one.
 
-A message says which argument, what came and what is accepted. Values are read only where that
-does not stop a trace or a CUDA graph; on a GPU a tensor temperature is never read.
+A message says which argument, what came and what is accepted. Values are read on the CPU alone, and
+not in a trace: elsewhere the host would wait for the device. What a check of values would have found
+there makes the loss NaN instead.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def check_options(normalize: Any, ignore_index: Any, **options: Any) -> None:
 
 
 def check_features(features: Any, contrast_features: Any) -> None:
-    """Features (N, D) or (B, V, D), contrast features (M, D) of the same width, dtype and device."""
+    """Features (N, D) or (B, V, D), contrast features (M, D) of the same width and device."""
     for name, x in (("features", features), ("contrast_features", contrast_features)):
         if x is None and name == "contrast_features":
             continue
@@ -65,11 +66,6 @@ def check_features(features: Any, contrast_features: Any) -> None:
         raise ValueError(
             "contrast_features must have as many columns as features have "
             f"({features.shape[-1]}), got shape {tuple(contrast_features.shape)}"
-        )
-    if contrast_features.dtype != features.dtype:
-        raise ValueError(
-            f"contrast_features must have the dtype of features ({features.dtype}), "
-            f"got {contrast_features.dtype}"
         )
     _check_device("contrast_features", contrast_features, features)
 
@@ -190,7 +186,7 @@ def _check_labels(name: str, labels: Any, length: int, features: Tensor) -> None
     ):
         raise ValueError(
             f"{name} must be a tensor of ({length},) integers or ({length}, C) floats, C > 0, "
-            f"got {_described(labels)}"
+            f"got {_described(labels)}{_conversion(name, labels)}"
         )
     _check_no_grad(name, labels)
     _check_device(name, labels, features)
@@ -200,6 +196,17 @@ def _check_labels(name: str, labels: Any, length: int, features: Tensor) -> None
         and not bool(((labels >= 0) & labels.isfinite()).all())
     ):
         raise ValueError(f"{name} must be >= 0 and finite where they are soft, got others")
+
+
+def _conversion(name: str, labels: Any) -> str:
+    """What the caller may have meant, where the dtype alone is wrong."""
+    if not isinstance(labels, Tensor) or labels.is_complex():
+        return ""
+    if labels.ndim == 1:
+        return f": if these are class numbers, pass {name}.long()"
+    if labels.ndim == 2 and not labels.is_floating_point():
+        return f": if these are one-hot or multi-hot, pass {name}.float()"
+    return ""
 
 
 def _check_mask(mask: Any, shapes: list[tuple[int, int]], features: Tensor) -> None:
@@ -234,7 +241,6 @@ def _check_device(name: str, x: Tensor, features: Tensor) -> None:
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether the host may look at the values: not in a trace, nor while a CUDA graph is captured."""
-    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
-        return False
-    return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    """Whether the host has the values without waiting for a device."""
+    traced = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+    return x.device.type == "cpu" and not traced

@@ -7,11 +7,13 @@ for many checks, since starting them takes longer than all checks together.
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import os
 import pathlib
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import CASES, VARIANTS, Arguments, by_id, takes
 from compare import LEAVES
-from supcon_kernels import LabelQueue, SupConLoss, supcon_loss
+from supcon_kernels import LabelQueue, SupConLoss, distributed, supcon_loss
 
 REDUCTIONS = ("mean", "positive_mean", "sum")
 # No two ranks have equally many rows, and one has none.
 FRACTIONS = {1: (1.0,), 2: (0.35, 1.0), 3: (0.4, 0.4, 1.0), 4: (0.2, 0.7, 0.7, 1.0)}
+# Made before the process group.
+EARLY = {name: SupConLoss(base_temperature=None, group=name) for name in ("world", "local")}
 CHECKS: list[tuple[str, int, Callable[[Any], Any]]] = []
 
 
@@ -265,11 +269,11 @@ def disagreements(group):
             found[kind, name] = refusal(lambda c=changed: supcon_loss(**c, group=group))
             loss = supcon_loss(**own, group=group)  # the group is as good as before
             assert loss.isfinite()
-    queue = LabelQueue(8, 4 + dist.get_rank(group) // 2)
-    rows = torch.randn(2, queue.features.shape[1])
-    found["disagrees", "queue"] = refusal(
-        lambda: queue.enqueue(rows, torch.zeros(2).long(), group=group)
-    )
+    uneven = dist.get_rank(group) // 2
+    for name, queue in (("dim", LabelQueue(8, 4 + uneven)), ("size", LabelQueue(8 + uneven, 4))):
+        rows = torch.randn(2, queue.features.shape[1])
+        enqueue = functools.partial(queue.enqueue, rows, torch.zeros(2).long(), group=group)
+        found["disagrees", name] = refusal(enqueue)
     return found
 
 
@@ -331,10 +335,26 @@ def machinery(group):
 def groups_that_are_none(group):
     features, labels = torch.randn(4, 3), torch.arange(4) % 2
     pair = dist.new_group([0, 1])
-    found = [refusal(lambda: supcon_loss(features, labels, group="world"))]
+    found = [refusal(lambda name=g: supcon_loss(features, labels, group=name)) for g in (0, "all")]
     if dist.get_rank() >= 2:
         found.append(refusal(lambda: supcon_loss(features, labels, group=pair)))
     return found
+
+
+@check(4)
+def groups_by_name(group):
+    """The loss of all, from criteria made before there was a group; of this rank; and what is said."""
+    torch.manual_seed(dist.get_rank())
+    features, labels = torch.randn(6, 3), torch.arange(6) % 2
+    distributed._warn_of_local_rows.cache_clear()  # the table was made in this process
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        losses = {name: criterion(features, labels) for name, criterion in EARLY.items()}
+        said_by_names = [str(w.message) for w in said]
+        for _ in range(2):
+            losses["None"] = supcon_loss(features, labels)
+    losses["group"] = supcon_loss(features, labels, group=group)
+    return losses, said_by_names, [str(w.message) for w in said]
 
 
 @check(4)

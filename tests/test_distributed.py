@@ -16,6 +16,7 @@ import types
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import loss_ranks
 from cases import by_id
@@ -181,7 +182,9 @@ def test_queues_stay_equal(found):
         features, labels = of_rank["queues"]
         assert features[:, 0].tolist() == rows
         assert labels.tolist() == [row % 10 for row in rows]
-        assert "features must be alike" in of_rank["disagreements"]["disagrees", "queue"][1]
+        for kind, name in (("dim", "features"), ("size", "size")):
+            refusal = of_rank["disagreements"]["disagrees", kind][1]
+            assert f"{name} must be alike on every rank of group" in refusal
 
 
 def test_gradients_that_only_some_want(found):
@@ -214,13 +217,50 @@ def test_module_autocast_compilation_and_second_derivatives(found):
 
 def test_a_group_is_a_group_that_one_is_in(found):
     for rank, of_rank in enumerate(found):
-        no_group, *not_ours = of_rank["groups_that_are_none"]
+        no_group, no_name, *not_ours = of_rank["groups_that_are_none"]
         assert no_group[0] == "TypeError"
-        assert no_group[1].startswith("group must be a torch.distributed.ProcessGroup or None")
+        assert no_name[0] == "ValueError"
+        accepted = "group must be a torch.distributed.ProcessGroup, 'world', 'local' or None, got "
+        assert no_group[1] == accepted + "int"
+        assert no_name[1] == accepted + "'all'"
         assert len(not_ours) == (rank >= 2)
         for error, message, _ in not_ours:
             assert error == "ValueError"
             assert message.startswith("group must contain this process")
+
+
+def test_a_group_by_its_name(found):
+    for rank, of_rank in enumerate(found):
+        losses, said_by_names, said = of_rank["groups_by_name"]
+        assert torch.equal(losses["world"], losses["group"])
+        assert torch.equal(losses["local"], losses["None"])
+        assert not torch.equal(losses["local"], losses["group"])
+        assert said_by_names == []
+        assert len(said) == (rank == 0)  # once, and by one rank
+        assert all("group='world'" in message for message in said)
+
+
+def test_a_group_by_its_name_in_a_process_alone():
+    features, labels = torch.randn(6, 3), torch.arange(6) % 2
+    expected = supcon_loss(features, labels)
+    for name in ("world", "local"):
+        assert torch.equal(supcon_loss(features, labels, group=name), expected)
+
+
+def test_ranks_tell_each_other_from_the_device_of_their_features(monkeypatch):
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    group = torch.distributed.ProcessGroup(0, 2)
+    with FakeTensorMode():
+        features = torch.empty(2, 3, device="cuda:1")
+    for config, given, device in (
+        ("cuda:nccl", features, "cuda:1"),
+        ("cpu:gloo,cuda:nccl", features, "cpu"),
+        ("cuda:nccl", None, "cuda"),
+    ):
+        monkeypatch.setattr(distributed.dist, "get_backend_config", lambda group, c=config: c)
+        assert distributed._Membership.of(group, given).device == torch.device(device)
 
 
 def test_a_rank_that_stays_away_ends_the_others_after_the_timeout(found):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
 import subprocess
 import sys
 import types
@@ -12,7 +14,7 @@ import torch
 
 import supcon_kernels
 from cases import BACKENDS, FUSED, VARIANTS, by_id, takes
-from supcon_kernels import available_backends, backends, op, supcon_loss
+from supcon_kernels import available_backends, backends, op, supcon_loss, validation
 from supcon_kernels.problem import Problem
 
 fused = pytest.mark.parametrize("backend", FUSED)
@@ -277,6 +279,49 @@ def test_forward_mode_and_torch_func_fall_back_to_the_backend_that_can(backend):
             supcon_loss(dual, labels, backend=backend)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # torch.func's own doing
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_func_is_the_same_when_compiled():
+    torch._dynamo.reset()
+    features, labels = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 2
+    direction = torch.randn_like(features)
+
+    def derivatives(x):
+        loss = functools.partial(supcon_loss, labels=labels)
+        return torch.func.grad(loss)(x), torch.func.jvp(loss, (x,), (direction,))
+
+    compiled = torch.compile(derivatives, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(features), derivatives(features))
+
+
+def test_the_choice_can_be_traced_beside_a_gpu(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("called in a trace"))
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: pytest.fail("called in a trace"))
+    x, mask = torch.randn(4, 3), torch.ones(4, 4)
+
+    def loss(x):
+        return supcon_loss(x, mask=mask)  # native refuses a mask, so all are asked
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), loss(x))
+
+
+def test_targets_that_no_host_looks_at_make_the_loss_nan():
+    x = torch.randn(4, 3)
+    soft, mask = torch.rand(4, 2), torch.ones(4, 4)
+    targets = [{"labels": soft - 1}, {"labels": soft / 0}, {"mask": mask / 0}]
+    for backend in ("native", "tiled", "reference"):
+        for call in targets:
+            if not takes(
+                backend, {"features": x, **{k: torch.ones_like(v) for k, v in call.items()}}
+            ):
+                continue
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(validation, "_readable", lambda x: False)  # as on a GPU
+                assert supcon_loss(x, **call, backend=backend).isnan()
+
+
 def test_shapes_alone_suffice():
     with torch._subclasses.FakeTensorMode():
         features, labels = torch.randn(6, 3), torch.rand(6, 2)
@@ -318,7 +363,8 @@ def memory_events(profile):
 
 def stand_in(unavailable=None, why_not=None):
     """A backend that answers as told."""
-    return types.SimpleNamespace(unavailable=lambda: unavailable, why_not=lambda problem: why_not)
+    reason = unavailable or why_not
+    return types.SimpleNamespace(unavailable=lambda: unavailable, why_not=lambda problem: reason)
 
 
 def test_the_first_backend_without_a_reason_takes_the_call(monkeypatch):

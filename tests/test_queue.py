@@ -50,6 +50,22 @@ def test_enqueueing_between_forward_and_backward():
     assert not queue.features.requires_grad
 
 
+def test_a_queue_filled_under_inference_mode_is_trained_against():
+    queue = LabelQueue(8, 3)
+    with torch.inference_mode():
+        queue.enqueue(torch.randn(6, 3), torch.arange(6) % 3)
+    x = torch.randn(6, 3, requires_grad=True)
+    for backend in ("tiled", "reference"):
+        supcon_loss(
+            x,
+            torch.arange(6) % 3,
+            contrast_features=queue.features,
+            contrast_labels=queue.labels,
+            backend=backend,
+        ).backward()
+    assert x.grad.isfinite().all()
+
+
 def test_state_dict_round_trip():
     queue, other = LabelQueue(3, 2, dtype=torch.float64), LabelQueue(3, 2, dtype=torch.float64)
     queue.enqueue(torch.randn(2, 2), torch.tensor([4, 5]))

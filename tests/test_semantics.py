@@ -29,6 +29,20 @@ def test_views_are_ordered_view_by_view(backend):
 
 
 @backends
+def test_contrasts_of_another_dtype_are_converted(backend):
+    arguments = by_id("memory").arguments()
+    features = arguments.pop("features").bfloat16()  # as under autocast, beside a float32 queue
+    memory = arguments.pop("contrast_features").float().requires_grad_()
+    loss = supcon_loss(features, **arguments, contrast_features=memory, backend=backend)
+    converted = memory.bfloat16()
+    expected = supcon_loss(features, **arguments, contrast_features=converted, backend=backend)
+    assert torch.equal(loss, expected)
+    loss.backward()
+    assert memory.grad.dtype == torch.float32
+    assert memory.grad.any()
+
+
+@backends
 def test_one_mode_is_the_first_views_of_all_mode(backend):
     features, labels = features_of("two_views")
     options = {"reduction": "none", "backend": backend}
@@ -55,6 +69,8 @@ def test_labels_and_their_mask_and_their_one_hot_rows_agree(backend):
         {"mask": mask},
         {"mask": mask.repeat(2, 2)},
         {"labels": torch.nn.functional.one_hot(labels).float()},
+        {"labels": torch.nn.functional.one_hot(labels).bool()},
+        {"labels": labels[:, None]},
     ):
         torch.testing.assert_close(supcon_loss(features, **other, **options), expected)
 

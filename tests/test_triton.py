@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -28,12 +29,10 @@ def test_every_case_under_the_interpreter():
 
 
 def test_it_says_why_it_is_not_there(monkeypatch):
-    monkeypatch.setattr(backend, "_FOUND", True)
+    monkeypatch.setattr(backend, "_lacks", None)
     monkeypatch.setattr(backend, "_INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert available_backends()["triton"] == "there is no CUDA device."
-    with pytest.raises(ValueError, match="no CUDA device"):
-        supcon_loss(torch.randn(4, 3), torch.arange(4), backend="triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     card = types.SimpleNamespace(name="Tesla T4", major=7, minor=5)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
@@ -43,14 +42,23 @@ def test_it_says_why_it_is_not_there(monkeypatch):
     assert available_backends()["triton"] is None
     with pytest.raises(ValueError, match="the features are on cpu, and it runs on CUDA"):
         supcon_loss(torch.randn(4, 3), torch.arange(4), backend="triton")
+
+
+def test_it_says_what_the_installation_lacks(monkeypatch):
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.4.0")
+    assert backend._not_installed() is None
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "built for AMD's" in available_backends()["triton"]
-    monkeypatch.setattr(backend, "_triton_version", lambda: "3.3.1")
-    assert (
-        available_backends()["triton"] == "triton is of version 3.3.1, and it needs 3.4 or newer."
-    )
-    monkeypatch.setattr(backend, "_FOUND", False)
+    assert "built for AMD's" in backend._not_installed()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.3.1")
+    assert backend._not_installed() == "triton is of version 3.3.1, and it needs 3.4 or newer."
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert backend._not_installed() == "triton is not installed: pip install triton."
+    monkeypatch.setattr(backend, "_lacks", backend._not_installed())
     assert available_backends()["triton"] == "triton is not installed: pip install triton."
+    with pytest.raises(ValueError, match="triton is not installed"):
+        supcon_loss(torch.randn(4, 3), torch.arange(4), backend="triton")
 
 
 def test_without_triton_the_package_works():

@@ -170,7 +170,7 @@ class Trainer:
         if self.memory is not None:
             with self._autocast():
                 self.memory.remember(torch.cat(seen[1:]), classes)
-            group, contrast, seen = None, self.memory.contrast(), seen[:1]
+            group, contrast, seen = "local", self.memory.contrast(), seen[:1]
 
         def loss_of(embedded: Tensor, rows: Tensor) -> Tensor:
             if self.probe is not None:

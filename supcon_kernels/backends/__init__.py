@@ -1,7 +1,8 @@
 """The backends, best first, and the choice among them, made on metadata alone.
 
-Each backend answers in one sentence why it cannot run here (``unavailable``) or cannot take a
-call (``why_not``); the first that has nothing to say takes it.
+Each backend answers in one sentence why it cannot run here (``unavailable``) and why it cannot take
+a call (``why_not``); the first that has nothing to say to a call takes it. ``torch.compile`` traces
+``why_not``, so that it looks at the call and at what was known at import alone.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ def choose(problem: Problem, name: str | None) -> str:
         raise ValueError(f"backend must be None or one of {list(BACKENDS)}, got {name!r}")
     refusals = []
     for candidate in BACKENDS if name is None else (name,):
-        backend = BACKENDS[candidate]
-        refusal = backend.unavailable() or backend.why_not(problem)
+        refusal = BACKENDS[candidate].why_not(problem)
         if candidate != "reference" and _is_transformed(problem):
             refusal = "forward-mode derivatives and torch.func work with backend='reference' only."
         if refusal is None:
@@ -50,11 +50,9 @@ def choose(problem: Problem, name: str | None) -> str:
 
 def _is_transformed(problem: Problem) -> bool:
     """Whether a derivative is being taken that the operator has no formula for."""
-    if torch.compiler.is_compiling():
-        return False
     if torch._C._are_functorch_transforms_active():
         return True
-    return any(
+    return not torch.compiler.is_compiling() and any(
         forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
         for x in (problem.rows, problem.cols, problem.temperature_tensor)
         if isinstance(x, Tensor)

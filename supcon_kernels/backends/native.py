@@ -51,6 +51,8 @@ def description() -> str:
 
 def why_not(problem: Problem) -> str | None:
     """Why this backend cannot take ``problem``, in one sentence; None: it can."""
+    if (reason := unavailable()) is not None:
+        return reason
     if problem.rows.device.type != "cpu":
         return f"the features are on {problem.rows.device}, and it runs on the CPU."
     if problem.weights is not None:
@@ -72,6 +74,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     counts = torch.empty(2, dtype=dtype)
     stats = torch.empty(3, n, dtype=torch.float64)
     _call(problem).forward(loss.data_ptr(), total.data_ptr(), counts.data_ptr(), stats.data_ptr())
+    if not problem.has_integer_labels:
+        poison = problem.target_poison()
+        loss += poison
+        total += poison
     return loss, total, counts, stats
 
 

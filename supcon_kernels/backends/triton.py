@@ -42,31 +42,34 @@ autotune = False
 _measured: dict[Plan, Plan] = {}
 _LAST_KEY = 2**63 - 1
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_FOUND = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 # The first with triton.knobs, by which the kernels know the interpreter.
 _OLDEST_TRITON = (3, 4)
 
 
-def unavailable() -> str | None:
-    """Why this backend cannot run on this machine, in one sentence; None: it can."""
-    if not _FOUND:
+def _not_installed() -> str | None:
+    """What this installation lacks, in one sentence."""
+    if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton."
-    version = _triton_version()
+    version = importlib.metadata.version("triton")
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
         return f"triton is of version {version}, and it needs 3.4 or newer."
-    if _INTERPRETED:
-        return None
-    if torch.version.hip is not None:
+    if torch.version.hip is not None and not _INTERPRETED:
         return "its kernels are for NVIDIA's chips, and this torch is built for AMD's."
+    return None
+
+
+_lacks = _not_installed()
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run on this machine, in one sentence; None: it can."""
+    if _lacks is not None or _INTERPRETED:
+        return _lacks
     if not torch.cuda.is_available():
         return "there is no CUDA device."
     refusals = [_too_old(torch.device("cuda", k)) for k in range(torch.cuda.device_count())]
     return None if None in refusals else refusals[0]
-
-
-def _triton_version() -> str:
-    return importlib.metadata.version("triton")
 
 
 def description() -> str:
@@ -78,6 +81,8 @@ def description() -> str:
 
 def why_not(problem: Problem) -> str | None:
     """Why this backend cannot take ``problem``, in one sentence; None: it can."""
+    if _lacks is not None:
+        return _lacks
     device = problem.rows.device
     if device.type != "cuda" and not (_INTERPRETED and device.type == "cpu"):
         return f"the features are on {device}, and it runs on CUDA."
