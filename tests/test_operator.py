@@ -11,10 +11,12 @@ import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import supcon_kernels
 from cases import BACKENDS, FUSED, VARIANTS, by_id, takes
 from supcon_kernels import available_backends, backends, op, supcon_loss, validation
+from supcon_kernels.backends import tiled
 from supcon_kernels.problem import Problem
 
 fused = pytest.mark.parametrize("backend", FUSED)
@@ -320,6 +322,32 @@ def test_targets_that_no_host_looks_at_make_the_loss_nan():
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(validation, "_readable", lambda x: False)  # as on a GPU
                 assert supcon_loss(x, **call, backend=backend).isnan()
+
+
+def test_values_are_read_on_the_cpu_alone():
+    for device, readable in (("cpu", True), ("cuda:0", False), ("mps", False)):
+        x = types.SimpleNamespace(device=torch.device(device))
+        assert validation._readable(x) is readable
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses what would make the host wait for a device, and what no CUDA graph can hold."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "bincount")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._opname not in self.WAITS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
+def test_the_tiled_backend_waits_for_no_device(variant):
+    for name in ("ragged", "self_in_memory", "half_empty_memory", "soft_memory", "weighted_mask"):
+        problem = problem_of(name, **variant_of(name, variant))
+        needs = (True, problem.cols is not None, True)
+        with NothingWaits():
+            loss, _, _, stats = tiled.forward(problem)
+            tiled.backward(problem, torch.ones_like(loss), stats, *needs)
 
 
 def test_shapes_alone_suffice():
