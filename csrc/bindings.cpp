@@ -146,6 +146,7 @@ PYBIND11_MODULE(_supcon_kernels, module) {
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
   module.attr("__version__") = SUPCON_VERSION;
+  module.attr("interface") = supcon::kInterface;
 #ifdef _OPENMP
   module.attr("threading") = "OpenMP";
 #else

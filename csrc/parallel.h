@@ -90,6 +90,21 @@ class Array {
   T* data_;
 };
 
+// Memory for each thread of a team. It is there before they start: what an allocation throws in the
+// middle of the tiles has nowhere to go.
+template <typename T>
+class PerThread {
+ public:
+  PerThread(const Team& team, size_t size)
+      : size_(size), memory_(std::max(team.threads, 1) * size) {}
+  T* claim() { return memory_.get() + next_.fetch_add(1, std::memory_order_relaxed) * size_; }
+
+ private:
+  const size_t size_;
+  Array<T> memory_;
+  std::atomic<size_t> next_{0};
+};
+
 // Runs body() on every thread of the team, and throws what one of them threw.
 template <typename Body>
 void on_all(const Team& team, Body body) {
@@ -148,20 +163,23 @@ class Schedule {
                        (col_tiles + col_group_ - 1) / col_group_)),
         square_(square) {}
 
-  // Calls body(row tile, column tile), which must not throw, for every pair, on all threads.
-  template <typename Body>
-  void run(const Team& team, Body body) const {
+  // Calls body(row tile, column tile, scratch), which must not throw, for every pair, on all
+  // threads; each has scratch memory of its own, of the given size.
+  template <typename T, typename Body>
+  void run(const Team& team, size_t scratch_size, Body body) const {
     std::vector<std::atomic<int64_t>> row_rounds(size_), col_rounds(square_ ? 0 : size_);
+    PerThread<T> scratches(team, scratch_size);
     std::atomic<int64_t> next{0};
     const int64_t num_jobs = square_ ? size_ * (size_ + 1) / 2 : size_ * size_;
     const auto work = [&] {
+      T* const scratch = scratches.claim();
       for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < num_jobs;) {
         const Job job = square_ ? square_job(k) : rectangle_job(k);
         std::atomic<int64_t>& row_round = row_rounds[job.i];
         std::atomic<int64_t>& col_round = square_ ? row_rounds[job.j] : col_rounds[job.j];
         wait(row_round, job.round);
         wait(col_round, job.round);
-        run_job(job, body);
+        run_job(job, [&](int64_t i, int64_t j) { body(i, j, scratch); });
         row_round.store(job.round + 1, std::memory_order_release);
         col_round.store(job.round + 1, std::memory_order_release);
       }
@@ -178,7 +196,7 @@ class Schedule {
   };
 
   template <typename Body>
-  void run_job(const Job& job, Body& body) const {
+  void run_job(const Job& job, Body body) const {
     const int64_t row_end = std::min(row_tiles_, (job.i + 1) * row_group_);
     const int64_t col_begin = job.j * col_group_;
     const int64_t col_end = std::min(col_tiles_, col_begin + col_group_);

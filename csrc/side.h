@@ -177,11 +177,11 @@ struct Sides {
   }
 
   // Classes of the pair's rows and columns; null where they share none.
-  PerLine<Real> classes(int64_t i, int64_t j) const {
-    const Real* row = row_class.data() + rows.tile_begin(i);
-    const Real* col = (square ? row_class : col_class).data() + cols.tile_begin(j);
+  PerLine<Class<Real>> classes(int64_t i, int64_t j) const {
+    const Class<Real>* row = row_class.data() + rows.tile_begin(i);
+    const Class<Real>* col = (square ? row_class : col_class).data() + cols.tile_begin(j);
     const bool apart = row[rows.tile_size(i) - 1] < col[0] || col[cols.tile_size(j) - 1] < row[0];
-    return apart ? PerLine<Real>{nullptr, nullptr} : PerLine<Real>{row, col};
+    return apart ? PerLine<Class<Real>>{nullptr, nullptr} : PerLine<Class<Real>>{row, col};
   }
 
   // Columns of tile J that rows of tile I are themselves, into `own`; whether there are any.
@@ -229,7 +229,7 @@ struct Sides {
   const bool shifted;  // sums of 2^x need a shift for each row and column
   const bool finite;
   // Of sorted rows and columns: ascending numbers, equal where labels are. Padded to whole panels.
-  std::vector<Real> row_class, col_class;
+  std::vector<Class<Real>> row_class, col_class;
   std::vector<int64_t> own_col;  // sorted row -> sorted column that it is itself, in rectangles
 
  private:
@@ -244,7 +244,7 @@ struct Sides {
     row_class.assign(rows.padded, -1);
     if (!square) col_class.assign(cols.padded, -1);
     auto col = cols.segments.begin();
-    Real number = 0;
+    Class<Real> number = 0;
     for (const Segment& segment : rows.segments) {
       for (; !square && col != cols.segments.end() && col->label < segment.label; ++col, ++number)
         std::fill(&col_class[col->begin], &col_class[col->end - 1] + 1, number);

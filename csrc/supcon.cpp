@@ -20,11 +20,10 @@
 namespace supcon {
 namespace {
 
-// Scratch memory of a tile, one for each thread.
-template <typename Real>
-Real* tile_scratch() {
-  alignas(64) thread_local Real scratch[kMaxTile * kScratchStride];
-  return scratch;
+// Calls body(row tile, column tile, scratch tile) for every pair of tiles, on all threads.
+template <typename Real, typename Body>
+void for_each_pair(const Sides<Real>& sides, Body body) {
+  sides.schedule.template run<Real>(sides.team, kMaxTile * kScratchStride, body);
 }
 
 // What a forward pass is made with besides the pairs: numbers for each sorted row.
@@ -38,7 +37,7 @@ struct Inputs {
 template <typename Real, typename Fold>
 void reduce_pairs(const Sides<Real>& sides, Pairs pairs, Term term, const Inputs<Real>& inputs,
                   Fold fold) {
-  sides.schedule.run(sides.team, [&](int64_t i, int64_t j) {
+  for_each_pair(sides, [&](int64_t i, int64_t j, Real* scratch) {
     Real row_out[kMaxTile], col_out[kMaxTile + kMaxPanel];
     int32_t own[kMaxTile];
     TilePair<Real> t = sides.pair(i, j);
@@ -48,7 +47,7 @@ void reduce_pairs(const Sides<Real>& sides, Pairs pairs, Term term, const Inputs
     t.pairs = pairs;
     t.term = term;
     t.shifted = sides.shifted || (term != Term::kMaximum && term != Term::kExp);
-    t.scratch = tile_scratch<Real>();
+    t.scratch = scratch;
     if (inputs.lse != nullptr) t.lse = sides.lines(*inputs.lse, i, j);
     if (inputs.shifts != nullptr) t.shifts = sides.lines(*inputs.shifts, i, j);
     t.row_out = row_out;
@@ -272,7 +271,7 @@ void pair_gradients(const Sides<Real>& sides, const Upstream<Real>& upstream,
                     const Upstream<Real>* of_cols, Real* grad_rows, Real* grad_cols) {
   const Attraction attraction = attraction_of(sides.problem);
   const bool all = sides.problem.denominator == Denominator::kAll;
-  sides.schedule.run(sides.team, [&](int64_t i, int64_t j) {
+  for_each_pair(sides, [&](int64_t i, int64_t j, Real* scratch) {
     int32_t own[kMaxTile];
     const auto lines = [&](std::vector<Real> Upstream<Real>::* of) {
       const int64_t row = sides.rows.tile_begin(i), col = sides.cols.tile_begin(j);
@@ -288,7 +287,7 @@ void pair_gradients(const Sides<Real>& sides, const Upstream<Real>& upstream,
     t.attraction = pulls && t.classes.row != nullptr ? attraction : Attraction::kNone;
     t.shifted = sides.shifted || t.attraction == Attraction::kNotQ ||
                 t.attraction == Attraction::kQTimesNotQ;
-    t.scratch = tile_scratch<Real>();
+    t.scratch = scratch;
     typedef Upstream<Real> U;
     t.lse = lines(&U::lse);
     t.weight = lines(t.shifted ? &U::shifted_weight : &U::plain_weight);

@@ -6,9 +6,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <type_traits>
 #include <vector>
 
 namespace supcon {
+
+// Changes whenever the Python module's functions take or return something else.
+constexpr int kInterface = 1;
 
 enum class Summation { kOut, kIn };
 enum class Denominator { kAll, kOnePositive, kOnlyNegatives };
@@ -111,25 +115,29 @@ enum class Attraction {
 };
 
 // One number for each row of a pair of tiles, and for each column where columns want it too.
-template <typename Real>
+template <typename T>
 struct PerLine {
-  const Real* row;  // (num_rows,)
-  const Real* col;  // (padded num_cols,), zero or harmless beyond num_cols; null in rectangles
+  const T* row;  // (num_rows,)
+  const T* col;  // (padded num_cols,), zero or harmless beyond num_cols; null in rectangles
 };
+
+// Class numbers are integers as wide as Real, which vectors of both compare lane by lane.
+template <typename Real>
+using Class = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
 
 // One pair of tiles. Similarities are base-2 exponents: both sides are scaled by sqrt(log2(e)/tau).
 template <typename Real>
 struct TilePair {
   int num_rows;
-  int num_cols;           // without padding
-  ptrdiff_t dim;          // padded to whole panels
-  ptrdiff_t stride;       // of a row of a, b and their gradients
-  const Real* a;          // rows of the first tile
-  const Real* b;          // rows of the second, zero-padded to whole panels
-  const Real* b_packed;   // (panel, dim, panel width): b transposed
-  bool triangle;          // the tiles are one and the same: only columns j > i
-  const int32_t* own;     // column of this tile that is the row itself, or negative; null: none
-  PerLine<Real> classes;  // equal numbers are positives; null rows: the tiles share no class
+  int num_cols;          // without padding
+  ptrdiff_t dim;         // padded to whole panels
+  ptrdiff_t stride;      // of a row of a, b and their gradients
+  const Real* a;         // rows of the first tile
+  const Real* b;         // rows of the second, zero-padded to whole panels
+  const Real* b_packed;  // (panel, dim, panel width): b transposed
+  bool triangle;         // the tiles are one and the same: only columns j > i
+  const int32_t* own;    // column of this tile that is the row itself, or negative; null: none
+  PerLine<Class<Real>> classes;  // equal ones are positives; null rows: the tiles share none
   Pairs pairs;
   bool shifted;   // exponents are so large that sums of 2^x need a shift for each row and column
   Real* scratch;  // (kMaxTile, kScratchStride)

@@ -404,7 +404,7 @@ void test_schedule(int64_t row_tiles, int64_t col_tiles, bool square) {
   const auto meetings = [&](int threads) {
     Meetings of(row_tiles + (square ? 0 : col_tiles));
     const supcon::Schedule schedule(row_tiles, col_tiles, square);
-    schedule.run({threads, run_threads}, [&](int64_t i, int64_t j) {
+    schedule.run<int>({threads, run_threads}, 1, [&](int64_t i, int64_t j, int*) {
       of[i].push_back(j);
       if (!square) of[row_tiles + j].push_back(i);
       if (square && i != j) of[j].push_back(i);

@@ -38,7 +38,7 @@ template <>
 struct Simd<float> {
   static constexpr int kLanes = SUPCON_VECTOR_BYTES / 4;
   typedef float V __attribute__((vector_size(SUPCON_VECTOR_BYTES), aligned(4), may_alias));
-  typedef int32_t I __attribute__((vector_size(SUPCON_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(SUPCON_VECTOR_BYTES), aligned(4), may_alias));
   typedef uint32_t Bits __attribute__((vector_size(SUPCON_VECTOR_BYTES)));
   static constexpr int kMantissaBits = 23;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -50,7 +50,7 @@ template <>
 struct Simd<double> {
   static constexpr int kLanes = SUPCON_VECTOR_BYTES / 8;
   typedef double V __attribute__((vector_size(SUPCON_VECTOR_BYTES), aligned(8), may_alias));
-  typedef int64_t I __attribute__((vector_size(SUPCON_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(SUPCON_VECTOR_BYTES), aligned(8), may_alias));
   typedef uint64_t Bits __attribute__((vector_size(SUPCON_VECTOR_BYTES)));
   static constexpr int kMantissaBits = 52;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
@@ -71,6 +71,11 @@ SUPCON_INLINE V splat(Real x) {
 template <typename Real>
 SUPCON_INLINE typename Simd<Real>::V load(const Real* p) {
   return *reinterpret_cast<const typename Simd<Real>::V*>(p);
+}
+
+template <typename Real>
+SUPCON_INLINE typename Simd<Real>::I load_classes(const Class<Real>* p) {
+  return *reinterpret_cast<const typename Simd<Real>::I*>(p);
 }
 
 template <typename Real>
@@ -176,6 +181,7 @@ SUPCON_INLINE void multiply(ptrdiff_t k_size, const Real* a, ptrdiff_t a_row, pt
 }
 
 // Calls body(Int<R>, i) for blocks of R = kRows rows and a last one of fewer.
+static_assert(kRows <= 12, "a last block of more than 11 rows has no case below");
 template <typename Body>
 SUPCON_INLINE void for_each_block(int num_rows, Body body) {
   int i = 0;
@@ -225,7 +231,7 @@ struct Mask {
     I kept = (col < t.num_cols) & (col > (t.triangle ? i : -1));
     if (t.own != nullptr) kept &= col != t.own[i];
     if (pairs != Pairs::kAll && t.classes.row != nullptr) {
-      const I same = load(t.classes.col + j) == t.classes.row[i];
+      const I same = load_classes<Real>(t.classes.col + j) == t.classes.row[i];
       kept &= pairs == Pairs::kPositives ? same : ~same;
     }
     return kept ? x : other;

@@ -75,9 +75,21 @@ def test_without_the_core_the_next_backend_takes_over(monkeypatch):
     expected = supcon_loss(**arguments, backend="tiled")
     monkeypatch.setattr(native.core, "__version__", "0.0.0")
     assert "of version 0.0.0" in available_backends()["native"]
+    monkeypatch.undo()
+    monkeypatch.setattr(native.core, "interface", 0)
+    assert "(interface 0)" in available_backends()["native"]
     monkeypatch.setattr(native, "core", None)
     assert "C++17 compiler" in available_backends()["native"]
     assert torch.equal(supcon_loss(**arguments), expected)
+
+
+def test_another_default_device_changes_nothing():
+    for labels in (torch.arange(6) % 2, torch.rand(6, 3)):
+        features = torch.randn(6, 4, requires_grad=True)
+        expected = torch.autograd.grad(supcon_loss(features, labels), features)
+        with torch.device("meta"):
+            found = torch.autograd.grad(supcon_loss(features, labels), features)
+        assert torch.equal(found[0], expected[0])
 
 
 def test_what_it_leaves_to_others():

@@ -16,6 +16,9 @@ from torch import Tensor
 from supcon_kernels._version import __version__
 from supcon_kernels.problem import Problem
 
+# That of csrc/supcon.h: a core that was compiled before it changed takes other arguments.
+INTERFACE = 1
+
 
 def _load_core() -> tuple[Any, str]:
     try:
@@ -36,10 +39,11 @@ def unavailable() -> str | None:
             f"the compiled core is not there ({import_error}): install supcon-kernels again where "
             "there is a C++17 compiler (g++ or clang++)."
         )
-    if core.__version__ != __version__:
+    built = core.__version__, getattr(core, "interface", 0)
+    if built != (__version__, INTERFACE):
         return (
-            f"the compiled core is of version {core.__version__}, the package of {__version__}: "
-            "install supcon-kernels again."
+            f"the compiled core is of version {built[0]} (interface {built[1]}), the package of "
+            f"{__version__} (interface {INTERFACE}): install supcon-kernels again."
         )
     return None
 
@@ -69,10 +73,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     The statistics are ``RowStatistics`` in csrc/supcon.h.
     """
     n, dtype = problem.rows.shape[0], problem.dtype
-    loss = torch.empty(n, dtype=dtype)
-    total = torch.empty((), dtype=dtype)
-    counts = torch.empty(2, dtype=dtype)
-    stats = torch.empty(3, n, dtype=torch.float64)
+    loss = _empty((n,), dtype)
+    total = _empty((), dtype)
+    counts = _empty((2,), dtype)
+    stats = _empty((3, n), torch.float64)
     _call(problem).forward(loss.data_ptr(), total.data_ptr(), counts.data_ptr(), stats.data_ptr())
     if not problem.has_integer_labels:
         poison = problem.target_poison()
@@ -100,9 +104,9 @@ def backward(
     if col_grad_loss is not None and col_stats is not None:
         of_cols = [col_grad_loss.to(problem.dtype).contiguous(), col_stats.contiguous()]
     rows, cols = problem.rows, problem.rows if problem.cols is None else problem.cols
-    grad_rows = torch.empty(rows.shape if needs_rows else (0,), dtype=problem.dtype)
-    grad_cols = torch.empty(cols.shape if needs_cols else (0,), dtype=problem.dtype)
-    grad_tau = torch.empty(() if needs_temperature else (0,), dtype=torch.float64)
+    grad_rows = _empty(rows.shape if needs_rows else (0,), problem.dtype)
+    grad_cols = _empty(cols.shape if needs_cols else (0,), problem.dtype)
+    grad_tau = _empty(() if needs_temperature else (0,), torch.float64)
     _call(problem).backward(
         grad_loss.data_ptr(),
         stats.data_ptr(),
@@ -112,6 +116,11 @@ def backward(
         *[x.data_ptr() for x in of_cols],
     )
     return grad_rows.to(rows.dtype), grad_cols.to(rows.dtype), grad_tau.to(problem.dtype)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory on the CPU, whatever torch's default device is."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _call(problem: Problem) -> Any:
@@ -127,8 +136,8 @@ def _call(problem: Problem) -> Any:
     if soft:
         # Every row takes part and is of the one class that the core then sees.
         held[2:] = (
-            torch.zeros(len(rows), dtype=torch.int64),
-            torch.zeros(len(cols), dtype=torch.int64),
+            of_rows.new_zeros(len(rows), dtype=torch.int64),
+            of_cols.new_zeros(len(cols), dtype=torch.int64),
             of_rows.double().contiguous(),
             of_cols.double().contiguous(),
         )
