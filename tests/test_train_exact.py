@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 import train_fixtures  # noqa: F401  puts train/ on the path
 from augment import build_views
 from checkpoint import checkpoints_in, load_checkpoint
-from config import PretrainConfig, UserError, run_script
+from commandline import run_script
+from config import PretrainConfig, UserError
 from knn import encode_stored, knn_predictions
 from model import build_model
 from sources import load_data

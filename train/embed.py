@@ -17,7 +17,8 @@ from torchvision.datasets.folder import is_image_file
 
 from augment import Views
 from checkpoint import LAST, evaluated_weights, load_checkpoint, load_weights
-from config import EmbedConfig, PretrainConfig, UserError, parse, pick_device, run_script
+from commandline import parse, run_script
+from config import EmbedConfig, PretrainConfig, UserError, pick_device
 from data import ImageFiles, Split
 from durable import replace_file
 from knn import embed, encode_stored

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from augment import build_views
 from checkpoint import LAST, evaluated_weights, load_checkpoint, load_weights
-from config import LinearConfig, PretrainConfig, UserError, parse, pick_device, run_script
+from commandline import parse, run_script
+from config import LinearConfig, PretrainConfig, UserError, pick_device
 from durable import replace_text
 from knn import accuracy, embed, encode_stored
 from model import build_model

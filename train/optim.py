@@ -50,6 +50,7 @@ def build_schedule(
     `schedule.step_update(step)` before a step sets its learning rate from `step` alone, so a
     resumed run has no schedule to restore.
     """
+    assert config.warmup_epochs is not None
     warmup_steps = min(config.warmup_epochs * steps_per_epoch, total_steps - 1)
     options: dict[str, Any] = {
         "warmup_t": warmup_steps,

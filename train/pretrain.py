@@ -31,7 +31,8 @@ from checkpoint import (
     load_newest,
     save_checkpoint,
 )
-from config import PretrainConfig, parse, pick_device, run_script, to_yaml
+from commandline import parse, run_script
+from config import PretrainConfig, pick_device, to_yaml
 from data import ImageData, training_batches
 from durable import replace_text, room_needed
 from encoder import ENCODER, EXPORT, load_first_weights, write_encoder
