@@ -264,9 +264,38 @@ def flip_a_bit(path):
         file.write(bytes([byte ^ 1]))
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+def change_contents(path, **changed):
+    content = torch.load(path, weights_only=True) | changed
+    path.unlink()  # of which last.pt is another name
+    torch.save(content, path)
+
+
+def other_shapes(path):
+    state = torch.load(path, weights_only=True)["optimizer"]
+    for of_weight in state["state"].values():
+        of_weight["momentum_buffer"] = torch.zeros(3, 3)
+    change_contents(path, optimizer=state)
+
+
+def step_of_another_epoch(path):
+    state = torch.load(path, weights_only=True)["state"]
+    change_contents(path, state=state | {"step": 4})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncate, "is not a readable checkpoint"),
+        (flip_a_bit, "is not a readable checkpoint"),
+        (other_shapes, r"is damaged: the optimizer's momentum_buffer is (3, 3) for a weight of"),
+        (step_of_another_epoch, "is damaged: its step 4 is not in its epoch 2"),
+        (partial(change_contents, model={"x": torch.zeros(1)}), "is damaged: Error(s) in loading"),
+        (partial(change_contents, random_states=[{}]), "is damaged: there is no 'cpu'"),
+    ],
+    ids=["truncated", "flipped", "shapes", "step", "model", "random"],
+)
 def test_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    killed, whole, tmp_path, capsys, damage
+    killed, whole, tmp_path, capsys, damage, said
 ):
     run = shutil.copytree(killed / NAME, tmp_path / NAME)
     assert {path.name for path in checkpoints_in(run)} == {"last.pt", "step-10.pt", "step-9.pt"}
@@ -275,7 +304,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(
     pretrain(tmp_path, *OPTIONS, "--resume", "auto")
     output = capsys.readouterr()
     for name in ("last.pt", "step-10.pt"):
-        assert f"warning: {run / name} is not a readable checkpoint" in output.err
+        assert f"warning: {run / name} {said}" in output.err
     assert "going on after step 9" in output.out
     assert_same(run, whole)
 

@@ -352,7 +352,11 @@ class LinearConfig:
 
     Args:
         checkpoint: last.pt or best.pt of a run of pretrain.py, or the run's folder (its last.pt).
-        data_root: Default: the one that the run was trained with.
+        dataset: Fit on and measure by this data set, which has the run's classes; as of pretrain.py.
+            Default: that of the run, of which nothing is fetched.
+        data_root: Default: the one that the run was trained with; with --dataset as of pretrain.py.
+        val_fraction: With --dataset, as of pretrain.py.
+        val_shards: With --dataset, as of pretrain.py.
         weight_decay: L2 penalty of the linear layer.
         max_iterations: Most L-BFGS iterations.
         workers: Processes that load images.
@@ -360,15 +364,21 @@ class LinearConfig:
     """
 
     checkpoint: str
+    dataset: str | None = None
     data_root: str | None = None
+    val_fraction: float | None = None
+    val_shards: str | None = None
     weight_decay: float = 1e-4
     max_iterations: int = 200
     workers: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
     def mistakes(self) -> list[str]:
-        """What is out of range, one sentence each."""
+        """What is out of range or contradicts itself, one sentence each."""
+        named = self.dataset is not None
         rules = [
+            (named or self.val_fraction is None, "--val_fraction needs --dataset"),
+            (named or self.val_shards is None, "--val_shards needs --dataset"),
             (self.weight_decay >= 0, f"--weight_decay {self.weight_decay}: must be at least 0"),
             (self.max_iterations >= 1, f"--max_iterations {self.max_iterations}: must be >= 1"),
             (self.workers >= 0, f"--workers {self.workers}: must be at least 0"),

@@ -29,6 +29,7 @@ from checkpoint import (
     check_same_run,
     describe_machine,
     load_newest,
+    restored_from,
     save_checkpoint,
 )
 from commandline import parse, run_script
@@ -92,7 +93,14 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
     state: RunState | None = None
     with removed_if_empty(folder):
         if checkpoints:
-            state = go_on(trainer, checkpoints, config, data)
+            state = go_on(
+                trainer,
+                checkpoints,
+                config,
+                data,
+                steps_per_epoch=steps_per_epoch,
+                total_steps=total_steps,
+            )
         else:
             begin(trainer, config, data)
 
@@ -159,23 +167,40 @@ def begin(trainer: Trainer, config: PretrainConfig, data: ImageData) -> None:
 
 
 def go_on(
-    trainer: Trainer, checkpoints: list[Path], config: PretrainConfig, data: ImageData
+    trainer: Trainer,
+    checkpoints: list[Path],
+    config: PretrainConfig,
+    data: ImageData,
+    *,
+    steps_per_epoch: int,
+    total_steps: int,
 ) -> RunState:
     """Put a trainer where the newest whole checkpoint of its run was written."""
     machine = describe_machine(trainer.device, trainer.ranks.world_size)
 
-    def read() -> dict[str, Any]:
-        checkpoint, saved = load_newest(checkpoints)
-        check_same_run(checkpoint, saved, config, machine)
-        check_same_data(checkpoint, saved, describe_data(data))
-        return saved
+    def restore(path: Path, saved: dict[str, Any]) -> None:
+        check_same_run(path, saved, config, machine)
+        check_same_data(path, saved, describe_data(data))
+        with restored_from(path):
+            state = RunState(**saved["state"])
+            in_epoch = state.step - state.epoch * steps_per_epoch
+            if state.step > total_steps or not 0 <= in_epoch <= steps_per_epoch:
+                raise ValueError(f"its step {state.step} is not in its epoch {state.epoch}")
+            put_back(trainer, saved)
 
-    saved = trainer.ranks.from_first(read)
+    # Others than the first go on from what it found to be whole.
+    saved = trainer.ranks.from_first(partial(load_newest, checkpoints, restore))
+    if not trainer.ranks.is_main:
+        put_back(trainer, saved)
+    return RunState(**saved["state"])
+
+
+def put_back(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Give a trainer, and the generators of random numbers, the state in a checkpoint."""
     trainer.load_state_dict(saved)
     # One for each process.
     states = saved.get("random_states") or [saved["random_state"]]
     set_random_state(states[trainer.ranks.rank], trainer.device)
-    return RunState(**saved["state"])
 
 
 def write_checkpoint(

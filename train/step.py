@@ -13,7 +13,7 @@ from config import PretrainConfig, UserError
 from data import ImageData
 from memory import Memory
 from model import Embedder, build_model, sync_batch_norms
-from optim import build_optimizer, build_schedule
+from optim import build_optimizer, build_schedule, load_optimizer
 from probe import Probe
 from ranks import ALONE, Ranks
 from seeds import seed_of
@@ -213,7 +213,7 @@ class Trainer:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(self.optimizer, saved["optimizer"])
         self.scaler.load_state_dict(saved.get("scaler", {}))
         if self.average is not None:
             self.average.module.load_state_dict(saved["ema"])
