@@ -318,6 +318,20 @@ def test_no_whole_checkpoint_is_an_error_and_starts_nothing_anew(killed, tmp_pat
     assert metrics(run) == metrics(killed / NAME)
 
 
+@pytest.mark.parametrize(
+    "option", [("--width", 1_000_000), ("--queue_size", 1_000_000_000), ("--image_size", 100_000)]
+)
+def test_size_that_does_not_fit_is_named_in_one_line(tmp_path, option):
+    def little_memory():
+        resource.setrlimit(resource.RLIMIT_AS, (2**37, 2**37))
+
+    assert run_in_fork(tmp_path, little_memory, options=option) == 1
+    error = (tmp_path / "stderr").read_text()
+    assert error.startswith("error: out of memory: lower one of ") and error.count("\n") == 1
+    assert f"{option[0]} {option[1]}" in error
+    assert not (tmp_path / NAME).exists()
+
+
 def test_full_disk_ends_with_a_clear_error_and_loses_nothing(whole, tmp_path):
     def no_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))

@@ -112,7 +112,7 @@ class PretrainConfig:
         name: Default: made of dataset, method and seed, numbered when that name is taken.
         resume: none: start a new run. auto: go on from the newest checkpoint of the run of this
             name that is not damaged (without --name: the latest of the default name), or start it
-            if there is none. PATH: go on from this checkpoint or run folder.
+            if there is none. PATH: go on from this checkpoint, or in this run folder.
     """
 
     dataset: str = "digits"

@@ -17,6 +17,7 @@ from optim import build_optimizer, build_schedule, load_optimizer
 from probe import Probe
 from ranks import ALONE, Ranks
 from seeds import seed_of
+from sizes import memory_for
 from supcon_kernels import grad_cache_backward, supcon_loss
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,7 +66,8 @@ class Trainer:
         self.average: ModelEmaV3 | None = None
         if config.ema_decay is not None:
             self.average = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True)
-        self.memory = None if config.queue_size is None else Memory(self.model, config, ranks)
+        with memory_for(config, "queue_size"):
+            self.memory = None if config.queue_size is None else Memory(self.model, config, ranks)
         self.probe: Probe | None = None
         if config.probe:
             self.probe = Probe(self.model.encoder.num_features, len(data.classes), device, ranks)
