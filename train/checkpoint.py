@@ -280,7 +280,7 @@ def check_same_run(
         ("world_size", "processes", "torchrun, {} processes in all,"),
         ("threads", "CPU threads", "OMP_NUM_THREADS={}"),
     ):
-        now, then = machine[name], saved["machine"][name]
+        now, then = machine[name], saved["machine"].get(name)
         # Either is None where the run moved from or to another kind of device.
         if now is not None and then is not None and now != then:
             raise UserError(

@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -32,9 +33,10 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with code 2."""
-        # jsonargparse quotes an unknown option in YAML, argparse lists those of the command line.
-        _, unknown, rest = message.partition("nrecognized arguments: ")
-        words = rest.split() if unknown else message.split("'")[1:2] * ("not accepted" in message)
+        # argparse lists the unknown words of the command line, jsonargparse quotes a key of YAML.
+        _, _, unknown = message.partition("nrecognized arguments: ")
+        words = [word for word in unknown.split() if word.startswith("-")]
+        words += re.findall(r"['\"](\w+)['\"] is not (?:accepted|expected)", message)
         hints = [hint for word in words if (hint := _suggestion(word, self.accepted))]
         print(
             " ".join(["error:", *message.split(), *hints, "(--help lists all options)"]),

@@ -12,7 +12,8 @@ SIGNS = (
     "out of memory",
     "not enough memory",
     "Invalid buffer size",
-    "overflow",
+    "Storage size calculation overflowed",
+    "integer multiplication overflow",
 )
 
 
