@@ -319,7 +319,7 @@ def test_no_whole_checkpoint_is_an_error_and_starts_nothing_anew(killed, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "option", [("--width", 1_000_000), ("--queue_size", 1_000_000_000), ("--image_size", 100_000)]
+    "option", [("--width", 100_000), ("--queue_size", 1_000_000_000), ("--image_size", 100_000)]
 )
 def test_size_that_does_not_fit_is_named_in_one_line(tmp_path, option):
     def little_memory():

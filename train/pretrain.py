@@ -193,8 +193,11 @@ def go_on(
         check_same_data(path, saved, describe_data(data))
         with restored_from(path):
             state = RunState(**saved["state"])
-            in_epoch = state.step - state.epoch * steps_per_epoch
-            if state.step > total_steps or not 0 <= in_epoch <= steps_per_epoch:
+            begin, end = (
+                min(epoch * steps_per_epoch, total_steps)
+                for epoch in (state.epoch, state.epoch + 1)
+            )
+            if not begin <= state.step <= end:
                 raise ValueError(f"its step {state.step} is not in its epoch {state.epoch}")
             put_back(trainer, saved)
 
