@@ -29,7 +29,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 
 
 def save(folder, step, *, keep=2, best=False, **changed):
-    content = {"config": asdict(PretrainConfig()), "model": {"weight": torch.full((1000,), step)}}
+    content = {
+        "config": asdict(PretrainConfig(image_size=16)),
+        "model": {"weight": torch.full((1000,), step)},
+        "machine": {"world_size": 1, "threads": 1},
+        "data": {"classes": ["a", "b"], "channels": 1},
+    }
     state = RunState(raw_pixels=0.0, untrained=0.0, accuracy=0.0, step=step)
     save_checkpoint(folder, state, keep=keep, best=best, **(content | changed))
 
@@ -88,7 +93,7 @@ def test_killed_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
         child = multiprocessing.get_context("fork").Process(target=die_at, args=(moment,))
         child.start()
         child.join()
-        _, saved = load_newest(checkpoints_in(tmp_path))
+        saved = load_newest(checkpoints_in(tmp_path), lambda path, saved: None)
         step = saved["state"]["step"]
         assert torch.equal(saved["model"]["weight"], torch.full((1000,), step))
         for name in ("last.pt", "best.pt"):
@@ -162,7 +167,7 @@ def test_foreign_checkpoint_is_an_error_not_a_reason_to_take_an_older_one(tmp_pa
     path.unlink()
     torch.save({"weight": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=f"{path} was not written by pretrain"):
-        load_newest(checkpoints_in(tmp_path))
+        load_newest(checkpoints_in(tmp_path), lambda path, saved: None)
 
 
 def test_weights_of_another_model_are_refused_in_a_line(tmp_path):
@@ -175,16 +180,72 @@ def test_weights_of_another_model_are_refused_in_a_line(tmp_path):
 
 
 def test_checkpoint_with_unknown_options_is_named_with_them(tmp_path):
-    save(tmp_path, 1, config=asdict(PretrainConfig()) | {"momentum": 0.9})
+    save(tmp_path, 1, config=asdict(PretrainConfig(image_size=16)) | {"momentum": 0.9})
     with pytest.raises(UserError, match=r"another version.*unknown to this one: momentum$"):
         load_checkpoint(tmp_path / "last.pt")
 
 
 def test_option_that_a_checkpoint_does_not_know_has_its_default(tmp_path):
-    options = asdict(PretrainConfig(batch_size=32))
+    expected = asdict(PretrainConfig(batch_size=32, image_size=16))
+    options = dict(expected)
     del options["optimizer"]
     save(tmp_path, 1, config=options)
-    assert load_checkpoint(tmp_path / "last.pt")["config"] == asdict(PretrainConfig(batch_size=32))
+    assert load_checkpoint(tmp_path / "last.pt")["config"] == expected
+
+
+CONFIG = asdict(PretrainConfig(image_size=16))
+STATE = {"raw_pixels": 0.0, "untrained": 0.0, "accuracy": 0.0}
+DATA = {"classes": ["a", "b"], "channels": 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"state": {}}, "its state has no raw_pixels"),
+        ({"state": STATE | {"step": -1}}, "its step is -1"),
+        ({"state": STATE | {"step": 1.5}}, "its state has float 1.5 for step"),
+        ({"state": STATE | {"accuracy": float("nan")}}, "its state has float nan for accuracy"),
+        ({"config": [1]}, r"its config is list \[1\]"),
+        ({"config": CONFIG | {"width": "wide"}}, "its config has str wide for width"),
+        (
+            {"config": CONFIG | {"batch_size": 1}},
+            "its config says --batch_size 1: must be at least 2",
+        ),
+        ({"machine": None}, "its machine is NoneType"),
+        ({"data": None}, "its data is NoneType"),
+        ({"data": DATA | {"channels": 2}}, "its data has int 2 for channels"),
+        ({"data": DATA | {"mean": [0.5] * 3}}, "its data has 3 numbers for mean"),
+        ({"model": {}}, "its model holds no weights"),
+        ({"model": {"weight": 1.0}}, "its model holds no weights"),
+        ({"model": {"weight": torch.tensor([1, float("nan")])}}, "its model.weight is not finite"),
+        ({"ema": [1]}, "its ema holds no weights"),
+        ({"optimizer": {"state": {0: {"m": torch.tensor(float("inf"))}}}}, "optimizer.state.0.m"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_contents_are_named_and_the_one_before_is_used(tmp_path, capsys, changed, message):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    path = tmp_path / "step-2.pt"
+    torch.save(torch.load(path, weights_only=True) | changed, path)
+    with pytest.raises(DamagedCheckpoint, match=f"^{path} is damaged: .*{message}"):
+        load_checkpoint(path)
+    (tmp_path / "last.pt").unlink()
+    saved = load_newest(checkpoints_in(tmp_path), lambda path, saved: None)
+    assert saved["state"]["step"] == 1
+    assert f"warning: {path} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["state", "machine", "data"])
+def test_missing_part_is_named(tmp_path, part):
+    save(tmp_path, 1)
+    path = tmp_path / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved[part]
+    path.unlink()
+    torch.save(saved, path)
+    with pytest.raises(DamagedCheckpoint, match=f"{path} is damaged: there is no '{part}'"):
+        load_checkpoint(path)
 
 
 def test_missing_checkpoint_is_named(tmp_path):

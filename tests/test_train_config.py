@@ -1,13 +1,15 @@
 """The command line and YAML: who wins, and what is refused."""
 
 import os
+import subprocess
 import sys
 from dataclasses import asdict
 
 import pytest
 
-import train_fixtures  # noqa: F401  puts train/ on the path
-from config import LinearConfig, PretrainConfig, UserError, parse, pick_device, run_script
+import train_fixtures
+from commandline import parse, run_script
+from config import LinearConfig, PretrainConfig, UserError, pick_device, to_yaml
 
 
 def read(*argv):
@@ -41,7 +43,11 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--batch_sise", "3"], "--batch_sise"),
+        (["--batch_sise", "3"], "--batch_sise 3 (did you mean --batch_size?)"),
+        (["--lr=0.1"], "--lr=0.1 (did you mean --learning_rate?)"),
+        (["--zzz", "3"], "--zzz 3 (--help lists all options)"),
+        (["--num_views", "1001"], "--num_views 1001: must be at most 1000"),
+        (["--width", str(2**64)], f"--width {2**64}: must be at most"),
         (["--batch", "3"], "--batch 3"),
         (["--batch_size", "many"], "batch_size"),
         (["--batch_size", "1"], "--batch_size 1: must be at least 2"),
@@ -112,7 +118,18 @@ def test_mistakes_exit_with_code_2(argv, message, capsys):
     with pytest.raises(SystemExit) as ended:
         read(*argv)
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (2, 1), (4, 3), (5, 4), (60, 4), (700, 4)])
+def test_default_warmup_ends_before_the_run(tmp_path, epochs, warmup):
+    config = read("--epochs", epochs)
+    assert config.warmup_epochs == warmup
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert f"warmup_epochs: {warmup}\n" in path.read_text()
+    assert read("--config", path) == config
 
 
 def test_unknown_option_in_yaml_exits_with_code_2(tmp_path, capsys):
@@ -120,7 +137,9 @@ def test_unknown_option_in_yaml_exits_with_code_2(tmp_path, capsys):
     path.write_text("batch_sise: 64\n")
     with pytest.raises(SystemExit) as ended:
         read("--config", path)
-    assert ended.value.code == 2 and "batch_sise" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert "batch_sise" in error and "(did you mean --batch_size?)" in error
 
 
 def test_every_option_is_in_the_help(capsys):
@@ -160,6 +179,35 @@ def test_interrupt_says_what_its_script_has_to_say(capsys, hint, line):
         run_script(interrupted, if_interrupted=hint)
     assert ended.value.code == 130
     assert capsys.readouterr().err == line
+
+
+INTERRUPTED_TWICE = """
+import os, signal, sys
+from commandline import run_script
+
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        # In the midst of what cleans up after the first.
+        os.kill(os.getpid(), signal.SIGINT)
+
+run_script(main) if sys.argv[1] == "cleaning" else None
+import atexit
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+run_script(lambda: os.kill(os.getpid(), signal.SIGINT))
+"""
+
+
+@pytest.mark.parametrize(("when", "said"), [("cleaning", ""), ("leaving", "interrupted\n")])
+def test_second_interrupt_ends_without_a_traceback(when, said):
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_TWICE, when],
+        env={**os.environ, "PYTHONPATH": str(train_fixtures.TRAIN)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert (ended.returncode, ended.stderr) == (130, said)
 
 
 def test_closed_pipe_ends_without_a_traceback(monkeypatch, capsys):

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from config import PretrainConfig, UserError, run_script
+from commandline import run_script
+from config import PretrainConfig, UserError
 from data import BalancedOrder, ImageFiles, TrainingOrder, training_batches
 from sources import load_data, stratified_split, subset
 from train_fixtures import metrics, pretrain, write_images

@@ -10,7 +10,8 @@ from PIL import Image
 import linear
 import train_fixtures  # noqa: F401  puts train/ on the path
 from augment import build_views
-from config import PretrainConfig, UserError, run_script
+from commandline import run_script
+from config import PretrainConfig, UserError
 from embed import find_images, main
 from knn import encode_stored
 from model import build_model

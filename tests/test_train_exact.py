@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 import train_fixtures  # noqa: F401  puts train/ on the path
 from augment import build_views
 from checkpoint import checkpoints_in, load_checkpoint
-from config import PretrainConfig, UserError, run_script
+from commandline import run_script
+from config import PretrainConfig, UserError
 from knn import encode_stored, knn_predictions
 from model import build_model
 from sources import load_data
@@ -263,9 +264,38 @@ def flip_a_bit(path):
         file.write(bytes([byte ^ 1]))
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+def change_contents(path, **changed):
+    content = torch.load(path, weights_only=True) | changed
+    path.unlink()  # of which last.pt is another name
+    torch.save(content, path)
+
+
+def other_shapes(path):
+    state = torch.load(path, weights_only=True)["optimizer"]
+    for of_weight in state["state"].values():
+        of_weight["momentum_buffer"] = torch.zeros(3, 3)
+    change_contents(path, optimizer=state)
+
+
+def step_of_another_epoch(path):
+    state = torch.load(path, weights_only=True)["state"]
+    change_contents(path, state=state | {"step": 4})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncate, "is not a readable checkpoint"),
+        (flip_a_bit, "is not a readable checkpoint"),
+        (other_shapes, r"is damaged: the optimizer's momentum_buffer is (3, 3) for a weight of"),
+        (step_of_another_epoch, "is damaged: its step 4 is not in its epoch 2"),
+        (partial(change_contents, model={"x": torch.zeros(1)}), "is damaged: Error(s) in loading"),
+        (partial(change_contents, random_states=[{}]), "is damaged: there is no 'cpu'"),
+    ],
+    ids=["truncated", "flipped", "shapes", "step", "model", "random"],
+)
 def test_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    killed, whole, tmp_path, capsys, damage
+    killed, whole, tmp_path, capsys, damage, said
 ):
     run = shutil.copytree(killed / NAME, tmp_path / NAME)
     assert {path.name for path in checkpoints_in(run)} == {"last.pt", "step-10.pt", "step-9.pt"}
@@ -274,7 +304,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(
     pretrain(tmp_path, *OPTIONS, "--resume", "auto")
     output = capsys.readouterr()
     for name in ("last.pt", "step-10.pt"):
-        assert f"warning: {run / name} is not a readable checkpoint" in output.err
+        assert f"warning: {run / name} {said}" in output.err
     assert "going on after step 9" in output.out
     assert_same(run, whole)
 
@@ -286,6 +316,20 @@ def test_no_whole_checkpoint_is_an_error_and_starts_nothing_anew(killed, tmp_pat
     with pytest.raises(UserError, match=r"step-9\.pt is not a readable checkpoint"):
         pretrain(tmp_path, *OPTIONS, "--resume", "auto")
     assert metrics(run) == metrics(killed / NAME)
+
+
+@pytest.mark.parametrize(
+    "option", [("--width", 100_000), ("--queue_size", 1_000_000_000), ("--image_size", 100_000)]
+)
+def test_size_that_does_not_fit_is_named_in_one_line(tmp_path, option):
+    def little_memory():
+        resource.setrlimit(resource.RLIMIT_AS, (2**37, 2**37))
+
+    assert run_in_fork(tmp_path, little_memory, options=option) == 1
+    error = (tmp_path / "stderr").read_text()
+    assert error.startswith("error: out of memory: lower one of ") and error.count("\n") == 1
+    assert f"{option[0]} {option[1]}" in error
+    assert not (tmp_path / NAME).exists()
 
 
 def test_full_disk_ends_with_a_clear_error_and_loses_nothing(whole, tmp_path):

@@ -6,7 +6,8 @@ import yaml
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from augment import build_views
-from config import PretrainConfig, parse
+from commandline import parse
+from config import PretrainConfig
 from data import ImageData, Split
 from model import build_model
 from optim import build_optimizer, build_schedule

@@ -1,7 +1,13 @@
 """A pretraining run as a whole: what it writes, that it repeats, resumes, and refuses."""
 
 import csv
+import errno
 import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,12 +20,17 @@ from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from clock import PHASES
-from config import UserError
+from config import PretrainConfig, UserError
 from knn import pixels
 from pictures import PICTURES
+from rundir import RunLock, open_run
 from train_fixtures import metrics, pretrain, weights, write_images
 
+# Newer Pythons warn of any fork beside threads; these children take no lock of theirs.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
 ARTEFACTS = {
+    ".lock",
     "config.yaml",
     "metrics.csv",
     "timings.csv",
@@ -36,6 +47,12 @@ ARTEFACTS = {
     "tensorboard",
 }
 SHORT = ("--batch_size", 256, "--epochs", 3, "--knn_every", 2)
+
+
+def opened(config):
+    """The folder of a run and its checkpoints."""
+    with RunLock() as lock:
+        return open_run(config, lock)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +103,6 @@ def test_encoder_is_the_trained_one(run):
 
 def test_encoder_is_rebuilt_from_its_metadata_alone(run):
     from augment import Views, build_views
-    from config import PretrainConfig
     from knn import encode_stored
     from model import build_model
     from sources import load_data
@@ -136,46 +152,94 @@ def test_resume_auto_without_a_run_starts_one(tmp_path):
     assert json.loads((started / "results.json").read_text())["steps"] == 1
 
 
+@pytest.mark.parametrize("resume", ["auto", "path"])
+def test_run_that_failed_before_its_first_checkpoint_starts_again(tmp_path, monkeypatch, resume):
+    def failing(*arguments):
+        raise UserError("a failure")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="a failure"):
+        patch.setattr("step.Trainer.step", failing)
+        pretrain(tmp_path, "--max_steps", 1, "--name", "a")
+    assert (tmp_path / "a/config.yaml").is_file() and not (tmp_path / "a/last.pt").exists()
+    monkeypatch.setattr("pretrain.draw", lambda *arguments: None)
+    where = "auto" if resume == "auto" else tmp_path / "a"
+    pretrain(tmp_path, "--max_steps", 1, "--name", "a", "--resume", where)
+    assert [int(row["step"]) for row in metrics(tmp_path / "a") if row["loss"]] == [1]
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path):
+    def hold(ready):
+        with RunLock() as lock:
+            open_run(named, lock)
+            # As a worker does, which outlives its process for some seconds.
+            worker = context.Process(target=time.sleep, args=(600,))
+            worker.start()
+            ready.send(worker.pid)
+            time.sleep(600)
+
+    context = multiprocessing.get_context("fork")
+    named = PretrainConfig(output_dir=str(tmp_path), name="a")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=hold, args=(theirs,))
+    process.start()
+    worker = ours.recv()
+    try:
+        for resume in ("none", "auto"):
+            with pytest.raises(
+                UserError, match=f"another process is writing to {tmp_path}/a.*--name"
+            ):
+                opened(replace(named, resume=resume))
+        process.kill()
+        process.join()
+        assert opened(named) == (tmp_path / "a", [])
+    finally:
+        process.kill()
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsys):
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    folder, _ = opened(PretrainConfig(output_dir=str(tmp_path)))
+    assert f"warning: {folder} cannot be locked (No locks available)" in capsys.readouterr().err
+
+
 def test_default_names_are_numbered_and_taken_names_refused(tmp_path):
-    from config import PretrainConfig, UserError
-    from rundir import open_run
 
     config = PretrainConfig(output_dir=str(tmp_path))
-    folders = [open_run(config)[0] for _ in range(3)]
+    folders = [opened(config)[0] for _ in range(3)]
     assert [f.name for f in folders] == [f"digits-supcon-seed0{n}" for n in ("", "-2", "-3")]
     (folders[2] / "last.pt").touch()
-    assert open_run(PretrainConfig(output_dir=str(tmp_path), resume="auto")) == (
+    assert opened(PretrainConfig(output_dir=str(tmp_path), resume="auto")) == (
         folders[2],
         [folders[2] / "last.pt"],
     )
     named = PretrainConfig(output_dir=str(tmp_path), name=folders[2].name)
     with pytest.raises(UserError, match=r"already holds a run.*--resume auto"):
-        open_run(named)
+        opened(named)
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling"])
 @pytest.mark.parametrize("options", [{}, {"name": "a"}, {"name": "a", "resume": "auto"}], ids=str)
 def test_output_dir_that_cannot_be(tmp_path, kind, options):
-    from config import PretrainConfig, UserError
-    from rundir import open_run
 
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "file/nowhere")
     config = PretrainConfig(output_dir=str(tmp_path / kind), **options)
     with pytest.raises(UserError, match=rf"cannot write a run: .*{kind}.*--output_dir"):
-        open_run(config)
+        opened(config)
 
 
 def test_run_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
-    from config import PretrainConfig, UserError
-    from rundir import open_run
 
     def read_only(**options):
         raise PermissionError(13, "Permission denied", str(options["dir"]))
 
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     with pytest.raises(UserError, match=r"Permission denied.*--output_dir"):
-        open_run(PretrainConfig(output_dir=str(tmp_path)))
+        opened(PretrainConfig(output_dir=str(tmp_path)))
 
 
 def test_simclr_ignores_labels(tmp_path, monkeypatch):
@@ -215,7 +279,6 @@ def test_clip_grad_bounds_the_gradient_of_a_step(tmp_path, monkeypatch):
 
 def test_average_of_the_weights_is_evaluated_and_exported(tmp_path):
     from checkpoint import load_checkpoint
-    from config import PretrainConfig
     from encoder import read_encoder
     from model import build_model
 
@@ -245,7 +308,6 @@ def test_average_of_the_weights_is_evaluated_and_exported(tmp_path):
 def knn_of(state):
     """The k-NN accuracy on digits of the tiny network with these weights."""
     from augment import build_views
-    from config import PretrainConfig
     from knn import accuracy, encode_stored, knn_predictions
     from model import build_model
     from sources import load_data
@@ -280,7 +342,6 @@ def test_ends_with_the_command_of_the_linear_stage_which_works(run, tmp_path, ca
 
 
 def test_linear_refuses_a_data_root_that_it_would_not_use(run):
-    from config import UserError
     from linear import main
 
     with pytest.raises(UserError, match="--data_root contradicts --dataset digits"):

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from config import PretrainConfig, run_script
+from commandline import run_script
+from config import PretrainConfig
 from data import Split
 from shards import read_index
 from sources import load_data

@@ -17,7 +17,8 @@ from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from augment import Views, build_views
-from config import PretrainConfig, UserError, parse
+from commandline import parse
+from config import PretrainConfig, UserError
 from data import training_batches
 from evaluation import Evaluation
 from pretrain import pretrain

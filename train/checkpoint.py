@@ -5,13 +5,15 @@ best.pt of the best k-NN accuracy. last.pt is made last: until then the one befo
 """
 
 import io
+import math
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ FREE_OPTIONS = {
 
 
 class DamagedCheckpoint(UserError):
-    """A file that is there and cannot be read back as it was written."""
+    """A file that is there and does not hold what pretrain.py writes."""
 
 
 @dataclass
@@ -45,6 +47,21 @@ class RunState:
     step: int = 0
     skipped: int = 0  # of those steps, for a gradient that overflowed fp16
     probe: float | None = None  # where there is one, once it is trained
+
+
+# The parts besides options and tensors. What may be None an older checkpoint may lack.
+CONTENTS: dict[str, dict[str, Any]] = {
+    "state": get_type_hints(RunState),
+    "machine": {"world_size": int, "threads": int | None},
+    "data": {
+        "classes": list[str],
+        "channels": Literal[1, 3],
+        "num_images": int | None,
+        "stored_size": int | None,
+        "mean": list[float] | None,
+        "std": list[float] | None,
+    },
+}
 
 
 def save_checkpoint(folder: Path, state: RunState, *, keep: int, best: bool, **rest: Any) -> None:
@@ -73,18 +90,28 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [path for path in (folder / LAST, *steps) if path.is_file()]
 
 
-def load_newest(paths: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+def load_newest(
+    paths: Sequence[Path], restore: Callable[[Path, dict[str, Any]], object]
+) -> dict[str, Any]:
     """Read the first of several checkpoints that is whole, and warn of those before it.
+
+    Args:
+        restore: called with a checkpoint that was read, to go on from it; one that it finds damaged
+            is not whole.
 
     Raises:
         UserError: none is whole, or the first that is was not written by this version.
     """
-    for path in paths[:-1]:
+    for path in paths:
         try:
-            return path, load_checkpoint(path)
+            saved = load_checkpoint(path)
+            restore(path, saved)
+            return saved
         except DamagedCheckpoint as damage:
+            if path == paths[-1]:
+                raise
             print(f"warning: {damage}; the one before it is tried", file=sys.stderr)
-    return paths[-1], load_checkpoint(paths[-1])
+    raise AssertionError("there is no path")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -106,15 +133,100 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} is not a readable checkpoint: {error}") from error
     if not isinstance(saved, dict) or "config" not in saved or "model" not in saved:
         raise UserError(f"{path} was not written by pretrain.py")
+    if not isinstance(saved["config"], dict):
+        raise DamagedCheckpoint(f"{path} is damaged: its config is {_said(saved['config'])}")
     known = asdict(PretrainConfig())
     if unknown := saved["config"].keys() - known.keys():
         raise UserError(
             f"{path} was written by another version of pretrain.py; options unknown to this one: "
-            f"{', '.join(sorted(unknown))}"
+            f"{', '.join(sorted(map(str, unknown)))}"
         )
     # Without an option a run was what the default of that option makes it.
     saved["config"] = known | saved["config"]
+    with restored_from(path):
+        _check_contents(saved)
     return saved
+
+
+@contextmanager
+def restored_from(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while the contents of a checkpoint are put to use into one line."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        raise DamagedCheckpoint(f"{path} is damaged: {shorten(reason, 300)}") from error
+
+
+def check_finite(content: object, name: str = "weights") -> None:
+    """Refuse tensors, in dictionaries and lists of any depth, that hold NaN or infinity.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    if isinstance(content, Tensor):
+        if not content.isfinite().all():
+            raise ValueError(f"its {name} is not finite")
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            check_finite(value, f"{name}.{key}")
+    elif isinstance(content, (list, tuple)):
+        for number, value in enumerate(content):
+            check_finite(value, f"{name}.{number}")
+
+
+def _check_contents(saved: dict[str, Any]) -> None:
+    """Raise ValueError, or KeyError, for what no run of pretrain.py has saved."""
+    _check_fields("config", saved["config"], get_type_hints(PretrainConfig))
+    if mistakes := PretrainConfig(**saved["config"]).mistakes():
+        raise ValueError(f"its config says {'; '.join(mistakes)}")
+    for part, kinds in CONTENTS.items():
+        _check_fields(part, saved[part], kinds)
+    for count in ("epoch", "step", "skipped"):
+        if saved["state"].get(count, 0) < 0:
+            raise ValueError(f"its {count} is {saved['state'][count]}")
+    if saved["config"]["image_size"] is None:
+        raise ValueError("its config has no image_size")
+    for name in ("mean", "std"):
+        values = saved["data"].get(name)
+        if values is not None and len(values) != saved["data"]["channels"]:
+            raise ValueError(f"its data has {len(values)} numbers for {name}")
+    for part in ("model", "ema"):
+        weights = saved.get(part)
+        tensors = isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())
+        if not (weights and tensors) and (part, weights) != ("ema", None):
+            raise ValueError(f"its {part} holds no weights")
+    for part in ("model", "ema", "memory", "probe", "optimizer"):
+        check_finite(saved.get(part), part)
+
+
+def _check_fields(part: str, found: object, kinds: dict[str, Any]) -> None:
+    """Refuse what is no dictionary of fields of these kinds; that a kind is Optional lets it lack."""
+    if not isinstance(found, dict):
+        raise ValueError(f"its {part} is {_said(found)}")
+    for name, kind in kinds.items():
+        if name not in found and not _is_of(None, kind) and not hasattr(RunState, name):
+            raise ValueError(f"its {part} has no {name}")
+        if name in found and not _is_of(found[name], kind):
+            raise ValueError(f"its {part} has {_said(found[name])} for {name}")
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value is of a type, a union, a Literal or a list of those."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return type(value) in (int, str) and value in inside
+    if origin is list:
+        return isinstance(value, list) and all(_is_of(part, inside[0]) for part in value)
+    if inside:
+        return any(_is_of(value, one) for one in inside)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
+
+
+def _said(value: object) -> str:
+    return f"{type(value).__name__} {shorten(str(value), 40)}"
 
 
 def evaluated_weights(saved: dict[str, Any]) -> dict[str, Tensor]:
@@ -168,7 +280,7 @@ def check_same_run(
         ("world_size", "processes", "torchrun, {} processes in all,"),
         ("threads", "CPU threads", "OMP_NUM_THREADS={}"),
     ):
-        now, then = machine[name], saved["machine"][name]
+        now, then = machine[name], saved["machine"].get(name)
         # Either is None where the run moved from or to another kind of device.
         if now is not None and then is not None and now != then:
             raise UserError(

@@ -1,21 +1,17 @@
-"""The options of the scripts: typed dataclasses, read from the command line and from YAML.
+"""The options of the scripts: typed dataclasses, which say what contradicts itself.
 
 Also the one exception that stands for a mistake of the user, printed without a traceback.
 """
 
-import itertools
-import os
-import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
 
 DATASETS = ("digits", "fashion_mnist", "cifar10", "cifar100", "stl10")
+WARMUP_EPOCHS = 4
 
 
 class UserError(Exception):
@@ -81,7 +77,8 @@ class PretrainConfig:
         clip_grad: Scale the gradient of all parameters together down to this norm. Default: never.
         ema_decay: Evaluate and export an average of the weights, of which each step keeps this share,
             such as 0.999, and less early on: at step k at most 1 - k^(-2/3). Default: no average.
-        warmup_epochs: Epochs of linear warm-up before the schedule.
+        warmup_epochs: Epochs of linear warm-up before the schedule. Default: 4, but one less than epochs
+            where these are fewer.
         schedule: cosine: half a cosine to zero; step: times decay_rate at each of decay_epochs;
             exponential: a little lower every step, times decay_rate per decay_epochs.
         decay_rate: A factor of the learning rate (step and exponential only).
@@ -115,7 +112,7 @@ class PretrainConfig:
         name: Default: made of dataset, method and seed, numbered when that name is taken.
         resume: none: start a new run. auto: go on from the newest checkpoint of the run of this
             name that is not damaged (without --name: the latest of the default name), or start it
-            if there is none. PATH: go on from this checkpoint or run folder.
+            if there is none. PATH: go on from this checkpoint, or in this run folder.
     """
 
     dataset: str = "digits"
@@ -152,7 +149,7 @@ class PretrainConfig:
     optimizer: Literal["momentum", "nesterov", "lars", "rmsprop", "adamw"] = "momentum"
     clip_grad: float | None = None
     ema_decay: float | None = None
-    warmup_epochs: int = 4
+    warmup_epochs: int | None = None
     schedule: Literal["cosine", "step", "exponential"] = "cosine"
     decay_rate: float = 0.1
     decay_epochs: list[float] | None = None
@@ -174,8 +171,13 @@ class PretrainConfig:
     name: str | None = None
     resume: str = "none"
 
+    def __post_init__(self) -> None:
+        if self.warmup_epochs is None:
+            self.warmup_epochs = max(min(WARMUP_EPOCHS, self.epochs - 1), 0)
+
     def mistakes(self) -> list[str]:
         """What is out of range or contradicts itself, one sentence each."""
+        assert self.warmup_epochs is not None
         kind, _, path = self.dataset.partition(":")
         in_files = kind in ("imagefolder", "webdataset") and path != ""
         rules = [
@@ -241,7 +243,7 @@ class PretrainConfig:
                 f"--classes_per_batch {self.classes_per_batch}",
             ),
             (
-                self.warmup_epochs < self.epochs,
+                self.warmup_epochs < max(self.epochs, 1),
                 f"--warmup_epochs {self.warmup_epochs} contradicts --epochs {self.epochs}: "
                 "it must be smaller",
             ),
@@ -279,6 +281,7 @@ class PretrainConfig:
         ]
 
     def _schedule_rules(self) -> list[tuple[bool, str]]:
+        assert self.warmup_epochs is not None
         at = self.decay_epochs
         cosine = self.schedule == "cosine"
         return [
@@ -321,8 +324,17 @@ class PretrainConfig:
             "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0,
             "knn_every": 0, "knn_bank": 0, "save_every": 0, "keep": 1, "grad_cache_chunk": 1,
         }  # fmt: skip
+        # Beyond these no step fits in memory, or no list of processes on a machine.
+        most = {"num_views": 1000, "workers": 1000} | dict.fromkeys(
+            ("image_size", "width", "batch_size", "queue_size", "epochs", "max_steps"), 2**31 - 1
+        )
         values = asdict(self)
         found = [
+            f"--{option} {values[option]}: must be at most {bound}"
+            for option, bound in most.items()
+            if values[option] is not None and values[option] > bound
+        ]
+        found += [
             f"--{option} {values[option]}: must be at least {bound}"
             for option, bound in least.items()
             if values[option] is not None and values[option] < bound
@@ -340,7 +352,11 @@ class LinearConfig:
 
     Args:
         checkpoint: last.pt or best.pt of a run of pretrain.py, or the run's folder (its last.pt).
-        data_root: Default: the one that the run was trained with.
+        dataset: Fit on and measure by this data set, which has the run's classes; as of pretrain.py.
+            Default: that of the run, of which nothing is fetched.
+        data_root: Default: the one that the run was trained with; with --dataset as of pretrain.py.
+        val_fraction: With --dataset, as of pretrain.py.
+        val_shards: With --dataset, as of pretrain.py.
         weight_decay: L2 penalty of the linear layer.
         max_iterations: Most L-BFGS iterations.
         workers: Processes that load images.
@@ -348,15 +364,21 @@ class LinearConfig:
     """
 
     checkpoint: str
+    dataset: str | None = None
     data_root: str | None = None
+    val_fraction: float | None = None
+    val_shards: str | None = None
     weight_decay: float = 1e-4
     max_iterations: int = 200
     workers: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
     def mistakes(self) -> list[str]:
-        """What is out of range, one sentence each."""
+        """What is out of range or contradicts itself, one sentence each."""
+        named = self.dataset is not None
         rules = [
+            (named or self.val_fraction is None, "--val_fraction needs --dataset"),
+            (named or self.val_shards is None, "--val_shards needs --dataset"),
             (self.weight_decay >= 0, f"--weight_decay {self.weight_decay}: must be at least 0"),
             (self.max_iterations >= 1, f"--max_iterations {self.max_iterations}: must be >= 1"),
             (self.workers >= 0, f"--workers {self.workers}: must be at least 0"),
@@ -393,43 +415,6 @@ class EmbedConfig:
         return [sentence for holds, sentence in rules if not holds]
 
 
-Config = TypeVar("Config", PretrainConfig, LinearConfig, EmbedConfig)
-
-
-def parse(kind: type[Config], argv: list[str] | None, *, prog: str, description: str) -> Config:
-    """Read a config; unknown, malformed and contradictory options exit with code 2."""
-    parser = ArgumentParser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--config",
-        action=ActionConfigFile,
-        help="YAML file of options; the command line wins wherever it stands.",
-    )
-    parser.add_class_arguments(kind, None, as_group=False)
-    arguments = _config_files_first(sys.argv[1:] if argv is None else argv)
-    values = vars(parser.parse_args(arguments))
-    del values["config"]
-    config = kind(**values)
-    if mistakes := config.mistakes():
-        parser.error("; ".join(mistakes))
-    return config
-
-
-def _config_files_first(argv: list[str]) -> list[str]:
-    # jsonargparse lets the later of two values win; with every --config moved to the front that
-    # is always the one typed on the command line.
-    first: list[str] = []
-    others: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word == "--config":
-            first += [word, *itertools.islice(words, 1)]
-        elif word.startswith("--config="):
-            first.append(word)
-        else:
-            others.append(word)
-    return first + others
-
-
 def to_yaml(config: PretrainConfig) -> str:
     """Write a config such that --config reads it back."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
@@ -447,25 +432,3 @@ def pick_device(name: str) -> torch.device:
     if not there[name]:
         raise UserError(f"--device {name}: this machine, or this build of torch, has none")
     return torch.device(name)
-
-
-def run_script(main: Callable[[], Any], *, if_interrupted: str = "") -> None:
-    """Call a script's main and turn a user's mistake into one line and exit code 1.
-
-    Args:
-        if_interrupted: what the user may do after Ctrl-C, printed then.
-    """
-    try:
-        main()
-        sys.stdout.flush()
-    except UserError as error:
-        # An error raised in a DataLoader worker arrives wrapped in that worker's traceback.
-        print("error:", str(error).rsplit("UserError: ", 1)[-1].strip(), file=sys.stderr)
-        sys.exit(1)
-    except BrokenPipeError:
-        # Nobody reads on (`| head`); what is still buffered must not fail again at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"interrupted {if_interrupted}".rstrip(), file=sys.stderr)
-        sys.exit(130)

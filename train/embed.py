@@ -16,12 +16,13 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
 from augment import Views
-from checkpoint import LAST, evaluated_weights, load_checkpoint, load_weights
-from config import EmbedConfig, PretrainConfig, UserError, parse, pick_device, run_script
+from checkpoint import LAST, load_checkpoint
+from commandline import parse, run_script
+from config import EmbedConfig, PretrainConfig, UserError, pick_device
 from data import ImageFiles, Split
 from durable import replace_file
+from encoder import load_model
 from knn import embed, encode_stored
-from model import build_model
 from sources import load_data
 
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
@@ -39,9 +40,9 @@ def embed_folder(config: EmbedConfig) -> Path:
     saved = load_checkpoint(path)
     device = pick_device(config.device)
     run, about = PretrainConfig(**saved["config"]), saved["data"]
-    if "stored_size" not in about:
+    if about.get("stored_size") is None:
         # Of an older checkpoint the data set of its run knows how an image is made its input.
-        data = load_data(run)
+        data = load_data(run, fetch=False)
         about |= {"stored_size": data.train.stored_size, "mean": data.mean, "std": data.std}
     found, classes = find_images(Path(config.images))
     split = Split(
@@ -49,8 +50,7 @@ def embed_folder(config: EmbedConfig) -> Path:
         torch.tensor(list(found.values())),
     )
 
-    model = build_model(run, channels=about["channels"])
-    load_weights(model, evaluated_weights(saved), path)
+    model = load_model(path, saved)
     model = model.to(device).to(memory_format=run.memory_format)
     assert run.image_size is not None
     views = Views(

@@ -9,11 +9,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from checkpoint import LAST, evaluated_weights, load_checkpoint, load_weights
+from checkpoint import (
+    LAST,
+    check_finite,
+    evaluated_weights,
+    load_checkpoint,
+    load_weights,
+    restored_from,
+)
 from config import PretrainConfig, UserError
 from data import ImageData
 from durable import link_file, replace_file, replace_text
-from model import encoder_recipe
+from model import Embedder, build_model, encoder_recipe
 
 PREFIX = "encoder."
 ENCODER = "encoder.safetensors"
@@ -81,7 +88,21 @@ def read_encoder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"cannot read the encoder {path}: {error}") from error
     if "model" not in about or "options" not in about:
         raise UserError(f"{path} was not written by pretrain.py")
-    return {"model": about["model"], **json.loads(about["options"])}, weights
+    with restored_from(path):
+        check_finite(weights)
+        return {"model": about["model"], **json.loads(about["options"])}, weights
+
+
+def load_model(path: Path, saved: dict[str, Any]) -> Embedder:
+    """The network whose weights a checkpoint, read from `path`, would have evaluated.
+
+    Raises:
+        UserError: the checkpoint does not hold such a network.
+    """
+    with restored_from(path):
+        model = build_model(PretrainConfig(**saved["config"]), channels=saved["data"]["channels"])
+    load_weights(model, evaluated_weights(saved), path)
+    return model
 
 
 def write_encoder(

@@ -10,17 +10,19 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from augment import build_views
-from checkpoint import LAST, evaluated_weights, load_checkpoint, load_weights
-from config import LinearConfig, PretrainConfig, UserError, parse, pick_device, run_script
+from checkpoint import LAST, load_checkpoint
+from commandline import parse, run_script
+from config import LinearConfig, PretrainConfig, UserError, pick_device
 from durable import replace_text
+from encoder import load_model
 from knn import accuracy, embed, encode_stored
-from model import build_model
 from sources import load_data
 
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
@@ -38,17 +40,13 @@ def linear(config: LinearConfig) -> float:
     path = path / LAST if path.is_dir() else path
     saved = load_checkpoint(path)
     device = pick_device(config.device)
-    run = PretrainConfig(**saved["config"])
-    if config.data_root is not None:
-        run = replace(run, data_root=config.data_root)
-        if mistakes := run.mistakes():
-            raise UserError("; ".join(mistakes))
-    data = load_data(run)
+    run = named_data(config, saved)
+    # What a checkpoint names may be a command: those are for the user to give.
+    data = load_data(run, fetch=config.dataset is not None)
     if data.classes != saved["data"]["classes"]:
         raise UserError(f"{run.dataset} has other classes now than when {path} was trained")
 
-    model = build_model(run, channels=data.channels)
-    load_weights(model, evaluated_weights(saved), path)
+    model = load_model(path, saved)
     model = model.to(device).to(memory_format=run.memory_format)
     encode = partial(encode_stored, model, build_views(run, data))
     train, test = (
@@ -74,6 +72,32 @@ def linear(config: LinearConfig) -> float:
     print(f"linear top-1 {shares['test']:.2%} on {len(data.test)} test images")
     print(f"(training images {shares['train']:.2%}); written to {written}")
     return shares["test"]
+
+
+def named_data(config: LinearConfig, saved: dict[str, Any]) -> PretrainConfig:
+    """The config of a run, with the data that the command line names where it names any.
+
+    Raises:
+        UserError: the options contradict each other.
+    """
+    run = PretrainConfig(**saved["config"])
+    if config.dataset is not None:
+        # It is named as a whole; how its images are made the network's input is the run's.
+        of_run = {key: saved["data"][key] for key in ("mean", "std") if key in saved["data"]}
+        run = replace(
+            run,
+            dataset=config.dataset,
+            data_root=config.data_root,
+            val_fraction=config.val_fraction,
+            val_shards=config.val_shards,
+            in_chans=saved["data"]["channels"],
+            **of_run,
+        )
+    elif config.data_root is not None:
+        run = replace(run, data_root=config.data_root)
+    if mistakes := run.mistakes():
+        raise UserError("; ".join(mistakes))
+    return run
 
 
 def fit(features: Tensor, labels: Tensor, num_classes: int, config: LinearConfig) -> nn.Linear:

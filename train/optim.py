@@ -5,7 +5,7 @@ from typing import Any
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from config import PretrainConfig
@@ -50,6 +50,7 @@ def build_schedule(
     `schedule.step_update(step)` before a step sets its learning rate from `step` alone, so a
     resumed run has no schedule to restore.
     """
+    assert config.warmup_epochs is not None
     warmup_steps = min(config.warmup_epochs * steps_per_epoch, total_steps - 1)
     options: dict[str, Any] = {
         "warmup_t": warmup_steps,
@@ -72,3 +73,19 @@ def build_schedule(
     return MultiStepLRScheduler(
         optimizer, decay_t=milestones, decay_rate=config.decay_rate, **options
     )
+
+
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Give an optimizer the state that another's `state_dict` returned.
+
+    Raises:
+        ValueError: it is that of other weights, which torch itself finds out in the next step.
+    """
+    optimizer.load_state_dict(saved)
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim > 0 and value.shape != weight.shape:
+                raise ValueError(
+                    f"the optimizer's {name} is {tuple(value.shape)} for a weight of "
+                    f"{tuple(weight.shape)}"
+                )

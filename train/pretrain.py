@@ -29,9 +29,11 @@ from checkpoint import (
     check_same_run,
     describe_machine,
     load_newest,
+    restored_from,
     save_checkpoint,
 )
-from config import PretrainConfig, parse, pick_device, run_script, to_yaml
+from commandline import parse, run_script
+from config import PretrainConfig, pick_device, to_yaml
 from data import ImageData, training_batches
 from durable import replace_text, room_needed
 from encoder import ENCODER, EXPORT, load_first_weights, write_encoder
@@ -41,11 +43,14 @@ from pictures import MAX_POINTS, PICTURES, draw_confusion, draw_curves, draw_emb
 from ranks import ALONE, Ranks, joined
 from report import Report
 from requeue import Requests
-from rundir import open_run, removed_if_empty
+from rundir import RunLock, open_run, removed_if_empty
 from seeds import random_state, set_random_state
+from sizes import memory_for
 from sources import load_data, subset
 from step import Trainer
 
+# What decides how much memory a step takes.
+SIZES = ("batch_size", "num_views", "image_size", "model", "width", "grad_cache_chunk")
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
 
 
@@ -60,7 +65,7 @@ def main(argv: list[str] | None = None) -> Path:
 def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE) -> Path:
     """Train, evaluate and write one run; returns its folder. Every process of it makes the call."""
     # The data, in batches whose order is a pure function of (seed, epoch).
-    with ranks.one_per_host_first():
+    with ranks.one_per_host_first(), memory_for(config, "image_size"):
         data = load_data(config)
     order, batches = training_batches(
         data.train,
@@ -76,74 +81,88 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
     total_steps = min(total_steps, config.max_steps or total_steps)
     num_epochs = math.ceil(total_steps / steps_per_epoch)
 
-    trainer = Trainer(
-        config,
-        data,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        device=device,
-        ranks=ranks,
-    )
+    with memory_for(config, "model", "width"):
+        trainer = Trainer(
+            config,
+            data,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+            device=device,
+            ranks=ranks,
+        )
 
-    # A new run, or the state of one that stopped.
-    folder, checkpoints = ranks.from_first(partial(open_run, config))
-    config = replace(config, name=folder.name, resume="none", image_size=data.image_size)
-    state: RunState | None = None
-    with removed_if_empty(folder):
-        if checkpoints:
-            state = go_on(trainer, checkpoints, config, data)
-        else:
-            begin(trainer, config, data)
+    # A new run, or the state of one that stopped, which no other process may write to.
+    with RunLock() as lock:
+        folder, checkpoints = ranks.from_first(partial(open_run, config, lock))
+        config = replace(config, name=folder.name, resume="none", image_size=data.image_size)
+        state: RunState | None = None
+        with removed_if_empty(folder):
+            if checkpoints:
+                state = go_on(
+                    trainer,
+                    checkpoints,
+                    config,
+                    data,
+                    steps_per_epoch=steps_per_epoch,
+                    total_steps=total_steps,
+                )
+            else:
+                begin(trainer, config, data)
 
-    with (
-        room_needed(folder),
-        Requests(folder, ranks) as requests,
-        Report(folder, state, total_steps, config, trainer.clock, writes=ranks.is_main) as report,
-    ):
+        with (
+            room_needed(folder),
+            memory_for(config, *SIZES),
+            Requests(folder, ranks) as requests,
+            Report(
+                folder, state, total_steps, config, trainer.clock, writes=ranks.is_main
+            ) as report,
+        ):
 
-        def save(*, best: bool = False) -> None:
+            def save(*, best: bool = False) -> None:
+                if state is None:
+                    return  # asked to leave during the first evaluation: there is nothing to lose
+                # The records first: a checkpoint answers for every row up to its step.
+                report.sync(state)
+                write_checkpoint(folder, config, data, state, trainer, best=best)
+
+            evaluation = Evaluation(trainer, data, before_batch=partial(requests.check, save))
+            if ranks.is_main:
+                replace_text(folder / "config.yaml", to_yaml(config))
             if state is None:
-                return  # asked to leave during the first evaluation: there is nothing to lose
-            # The records first: a checkpoint answers for every row up to its step.
-            report.sync(state)
-            write_checkpoint(folder, config, data, state, trainer, best=best)
+                state = evaluation.baselines()
+                report.accuracy(state)
+            print(describe(folder, data, device, state), flush=True)
 
-        evaluation = Evaluation(trainer, data, before_batch=partial(requests.check, save))
-        if ranks.is_main:
-            replace_text(folder / "config.yaml", to_yaml(config))
-        if state is None:
-            state = evaluation.baselines()
-            report.accuracy(state)
-        print(describe(folder, data, device, state), flush=True)
+            while state.epoch < num_epochs:
+                # Begun in its middle where the run stopped; perhaps its evaluation alone is left.
+                order.begin(state.epoch, state.step - state.epoch * steps_per_epoch)
+                trainer.model.train()
+                with report.clock("training"):
+                    for images, labels in islice(batches, total_steps - state.step):
+                        loss = trainer.step(images, labels, state.step)
+                        state.step += 1
+                        report.step(state, trainer.optimizer, loss)
+                        if is_due(state.step, config.save_every):
+                            save()
+                        requests.check(save)
+                        trainer.clock.mark("records")
+                evaluated = (
+                    is_due(state.epoch + 1, config.knn_every) or state.epoch + 1 == num_epochs
+                )
+                if evaluated:
+                    with report.clock("evaluation"):
+                        evaluation.measure(state)
+                state.epoch += 1
+                best = evaluated and state.accuracy > state.best
+                if best:
+                    state.best = state.accuracy
+                report.end_epoch(state, evaluated=evaluated)
+                save(best=best)
 
-        while state.epoch < num_epochs:
-            # Begun in its middle where the run stopped; perhaps its evaluation alone is left.
-            order.begin(state.epoch, state.step - state.epoch * steps_per_epoch)
-            trainer.model.train()
-            with report.clock("training"):
-                for images, labels in islice(batches, total_steps - state.step):
-                    loss = trainer.step(images, labels, state.step)
-                    state.step += 1
-                    report.step(state, trainer.optimizer, loss)
-                    if is_due(state.step, config.save_every):
-                        save()
-                    requests.check(save)
-                    trainer.clock.mark("records")
-            evaluated = is_due(state.epoch + 1, config.knn_every) or state.epoch + 1 == num_epochs
-            if evaluated:
-                with report.clock("evaluation"):
-                    evaluation.measure(state)
-            state.epoch += 1
-            best = evaluated and state.accuracy > state.best
-            if best:
-                state.best = state.accuracy
-            report.end_epoch(state, evaluated=evaluated)
-            save(best=best)
-
-        pictures = evaluation.embed(subset(data.test, MAX_POINTS)), evaluation.predictions()
-        if ranks.is_main:
-            draw(folder, data, state, *pictures)
-            write_results(folder, config, data, state, trainer.measured)
+            pictures = evaluation.embed(subset(data.test, MAX_POINTS)), evaluation.predictions()
+            if ranks.is_main:
+                draw(folder, data, state, *pictures)
+                write_results(folder, config, data, state, trainer.measured)
     return folder
 
 
@@ -158,23 +177,43 @@ def begin(trainer: Trainer, config: PretrainConfig, data: ImageData) -> None:
 
 
 def go_on(
-    trainer: Trainer, checkpoints: list[Path], config: PretrainConfig, data: ImageData
+    trainer: Trainer,
+    checkpoints: list[Path],
+    config: PretrainConfig,
+    data: ImageData,
+    *,
+    steps_per_epoch: int,
+    total_steps: int,
 ) -> RunState:
     """Put a trainer where the newest whole checkpoint of its run was written."""
     machine = describe_machine(trainer.device, trainer.ranks.world_size)
 
-    def read() -> dict[str, Any]:
-        checkpoint, saved = load_newest(checkpoints)
-        check_same_run(checkpoint, saved, config, machine)
-        check_same_data(checkpoint, saved, describe_data(data))
-        return saved
+    def restore(path: Path, saved: dict[str, Any]) -> None:
+        check_same_run(path, saved, config, machine)
+        check_same_data(path, saved, describe_data(data))
+        with restored_from(path):
+            state = RunState(**saved["state"])
+            begin, end = (
+                min(epoch * steps_per_epoch, total_steps)
+                for epoch in (state.epoch, state.epoch + 1)
+            )
+            if not begin <= state.step <= end:
+                raise ValueError(f"its step {state.step} is not in its epoch {state.epoch}")
+            put_back(trainer, saved)
 
-    saved = trainer.ranks.from_first(read)
+    # Others than the first go on from what it found to be whole.
+    saved = trainer.ranks.from_first(partial(load_newest, checkpoints, restore))
+    if not trainer.ranks.is_main:
+        put_back(trainer, saved)
+    return RunState(**saved["state"])
+
+
+def put_back(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Give a trainer, and the generators of random numbers, the state in a checkpoint."""
     trainer.load_state_dict(saved)
     # One for each process.
     states = saved.get("random_states") or [saved["random_state"]]
     set_random_state(states[trainer.ranks.rank], trainer.device)
-    return RunState(**saved["state"])
 
 
 def write_checkpoint(

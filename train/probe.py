@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from data import Split
 from knn import accuracy, embed
+from optim import load_optimizer
 from ranks import ALONE, Ranks
 
 LEARNING_RATE = 1e-3
@@ -67,4 +68,4 @@ class Probe:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.classifier.load_state_dict(saved["classifier"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(self.optimizer, saved["optimizer"])

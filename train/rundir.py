@@ -1,30 +1,86 @@
-"""Where a run lives: its name, its folder, and which checkpoint --resume means."""
+"""Where a run lives: its name, its folder, who writes there, and which checkpoint --resume means."""
 
+import errno
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from checkpoint import LAST, checkpoints_in
 from config import PretrainConfig, UserError
 
+if sys.platform != "win32":
+    import fcntl
 
-def open_run(config: PretrainConfig) -> tuple[Path, list[Path]]:
-    """Find or make the folder of a run.
+LOCK = ".lock"
+
+
+class RunLock:
+    """Once taken, keeps other processes out of the folder of a run until it is left.
+
+    The system lets go of it when the process ends, however it ends; the file stays. It is a lock of
+    this process alone (lockf): workers that outlive it for a while do not hold it, as with flock.
+    """
+
+    file: IO[str] | None = None
+
+    def take(self, folder: Path) -> None:
+        """Take it, or go on with a warning where the file system has no locks.
+
+        Raises:
+            UserError: another process has it.
+        """
+        if sys.platform == "win32":
+            return
+        self.file = open(folder / LOCK, "a")  # noqa: SIM115
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"another process is writing to {folder}: choose another --name, or wait for it"
+                ) from error
+            print(
+                f"warning: {folder} cannot be locked ({error.strerror}): start no other run there",
+                file=sys.stderr,
+            )
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def open_run(config: PretrainConfig, lock: RunLock) -> tuple[Path, list[Path]]:
+    """Find or make the folder of a run, and take its lock.
 
     Returns:
         The folder, and the checkpoints to go on from, the newest first; none: the run is new.
 
     Raises:
-        UserError: there is no such checkpoint, the name is taken, or nothing can be written there.
+        UserError: there is no such checkpoint, the name is taken, another process writes there, or
+            nothing can be written there.
     """
     try:
-        folder, checkpoints = _find_or_make(config)
+        folder = _find_or_make(config)
         with tempfile.TemporaryFile(dir=folder):
-            return folder, checkpoints
+            lock.take(folder)
     except OSError as error:
         raise UserError(f"cannot write a run: {error}; choose another --output_dir") from error
+    if config.resume == "none" and any(path.name != LOCK for path in folder.iterdir()):
+        raise UserError(
+            f"{folder} already holds a run: choose another --name, or go on with --resume auto"
+        )
+    if config.resume in ("none", "auto"):
+        # Without any the run stopped before its first checkpoint: nothing to keep, it starts again.
+        return folder, checkpoints_in(folder)
+    path = Path(config.resume)
+    return folder, [path] if path.is_file() else checkpoints_in(folder)
 
 
 @contextmanager
@@ -34,29 +90,23 @@ def removed_if_empty(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         with suppress(OSError):
+            if [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
             folder.rmdir()
         raise
 
 
-def _find_or_make(config: PretrainConfig) -> tuple[Path, list[Path]]:
+def _find_or_make(config: PretrainConfig) -> Path:
     if config.resume not in ("none", "auto"):
-        return _from_path(config)
+        return _of_path(config)
     parent = Path(config.output_dir)
-    if config.resume == "auto":
-        folder = parent / config.name if config.name else _latest(parent, default_name(config))
-        # Stopped before its first checkpoint: nothing to keep, so the folder is used again.
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            return folder, checkpoints_in(folder)
-    if config.name is None:
-        return _make_numbered(parent, default_name(config)), []
-    folder = parent / config.name
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(
-            f"{folder} already holds a run: choose another --name, or go on with --resume auto"
-        )
+    folder = parent / config.name if config.name else None
+    if folder is None and config.resume == "auto":
+        folder = _latest(parent, default_name(config))
+    if folder is None:
+        return _make_numbered(parent, default_name(config))
     folder.mkdir(parents=True, exist_ok=True)
-    return folder, []
+    return folder
 
 
 def default_name(config: PretrainConfig) -> str:
@@ -66,15 +116,15 @@ def default_name(config: PretrainConfig) -> str:
     return "-".join(filter(None, [dataset, folder, config.method, f"seed{config.seed}"]))
 
 
-def _from_path(config: PretrainConfig) -> tuple[Path, list[Path]]:
+def _of_path(config: PretrainConfig) -> Path:
     path = Path(config.resume)
     if path.is_file():
-        return path.parent, [path]
-    checkpoints = checkpoints_in(path)
-    if not checkpoints:
+        return path.parent
+    # A run that stopped before its first checkpoint has left its config, and starts again.
+    if not checkpoints_in(path) and not (path / "config.yaml").is_file():
         missing = path / LAST if path.is_dir() else path
         raise UserError(f"--resume {config.resume}: there is no checkpoint {missing}")
-    return path, checkpoints
+    return path
 
 
 def _make_numbered(parent: Path, name: str) -> Path:

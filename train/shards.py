@@ -31,6 +31,10 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 LABEL = "cls"
 FETCHED = "webdataset"
 SECONDS_TO_ANSWER = 30
+NOT_FETCHED = (
+    "a checkpoint names it, and only what you name yourself is fetched: "
+    "python train/linear.py --checkpoint PATH --dataset ..."
+)
 
 
 class ShardFile(NamedTuple):
@@ -51,13 +55,14 @@ class ShardFile(NamedTuple):
             return BytesIO(shard.read(self.size))
 
 
-def read_index(urls: str, *, root: Path) -> tuple[list[ShardFile], list[int]]:
+def read_index(urls: str, *, root: Path, fetch: bool = True) -> tuple[list[ShardFile], list[int]]:
     """Find the images of some shards, in order, and their labels.
 
     Args:
         urls: paths, or URLs that webdataset opens, with braces for several, as in
             DATA/train-{000..127}.tar.
         root: where copies of shards that are no local files are kept.
+        fetch: whether such copies may be made, which opens a URL or runs a command.
 
     Raises:
         UserError: a shard cannot be had or read, or a sample in it lacks its image or label.
@@ -66,7 +71,11 @@ def read_index(urls: str, *, root: Path) -> tuple[list[ShardFile], list[int]]:
         shards = expand_urls(urls)
     except (ValueError, AssertionError) as error:
         raise UserError(f"webdataset: cannot expand {urls}: {error}") from error
-    samples = [sample for shard in local_copies(shards, root=root) for sample in _samples(shard)]
+    samples = [
+        sample
+        for shard in local_copies(shards, root=root, fetch=fetch)
+        for sample in _samples(shard)
+    ]
     if not samples:
         raise UserError(f"webdataset: {urls} holds no image ({', '.join(IMAGES)})")
     return [file for file, _ in samples], [label for _, label in samples]
@@ -110,14 +119,20 @@ def _integer(text: bytes, name: str) -> int:
         raise UserError(f"{name} is no label: an integer is needed, not {text[:20]!r}") from error
 
 
-def local_copies(urls: list[str], *, root: Path) -> list[str]:
-    """The files of some shards, each fetched to `root` unless it is local or was before."""
+def local_copies(urls: list[str], *, root: Path, fetch: bool = True) -> list[str]:
+    """The files of some shards, each fetched to `root` unless it is local or was before.
+
+    Raises:
+        UserError: one is not here and cannot be, or may not be, fetched.
+    """
     paths = [_local_path(url, root) for url in urls]
     missing = {
         url: Path(path)
         for url, path in zip(urls, paths)
         if not _is_local(url) and not Path(path).is_file()
     }
+    if missing and not fetch:
+        raise UserError(f"webdataset: {next(iter(missing))} is not in files here; {NOT_FETCHED}")
     if missing:
         print(f"fetching {len(missing)} of {len(urls)} shards to {root / FETCHED}", flush=True)
     for url, path in missing.items():

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from config import PretrainConfig, UserError
 from data import ImageData, ImageFiles, Split
 from seeds import seed_of
-from shards import read_index
+from shards import NOT_FETCHED, read_index
 
 # Held-out images belong to the data set, not to the run: every seed is measured on the same ones.
 SPLIT_SEED = 0
@@ -34,23 +35,27 @@ LUMA = (0.299, 0.587, 0.114)
 DataSet = TypeVar("DataSet", bound=VisionDataset)
 
 
-def load_data(config: PretrainConfig) -> ImageData:
+def load_data(config: PretrainConfig, *, fetch: bool = True) -> ImageData:
     """Load the data set that a config names.
+
+    Args:
+        fetch: run the commands, open the URLs and download the data sets that it names; else what
+            is not in files here is refused, as for a config that came in a checkpoint.
 
     Raises:
         UserError: it is missing, unreadable or unfit; says what, where and the remedy.
     """
     if ":" in config.dataset:
-        data = _in_files(config)
+        data = _in_files(config, fetch)
     else:
-        readers: dict[str, Callable[[Path], tuple[Split, Split, list[str]]]] = {
-            "digits": lambda root: _digits(),
+        readers: dict[str, Callable[[Path, bool], tuple[Split, Split, list[str]]]] = {
+            "digits": lambda root, fetch: _digits(),
             "fashion_mnist": _fashion_mnist,
-            "cifar10": lambda root: _cifar(CIFAR10, root),
-            "cifar100": lambda root: _cifar(CIFAR100, root),
+            "cifar10": partial(_cifar, CIFAR10),
+            "cifar100": partial(_cifar, CIFAR100),
             "stl10": _stl10,
         }
-        train, test, classes = readers[config.dataset](Path(config.data_root or DATA_ROOT))
+        train, test, classes = readers[config.dataset](Path(config.data_root or DATA_ROOT), fetch)
         data = _in_memory(train, test, classes, config)
     data = replace(data, mean=config.mean or data.mean, std=config.std or data.std)
     for option, values in (("mean", data.mean), ("std", data.std)):
@@ -93,7 +98,7 @@ def _digits() -> tuple[Split, Split, list[str]]:
     return whole.take(train), whole.take(test), [str(name) for name in bunch.target_names]
 
 
-def _fashion_mnist(root: Path) -> tuple[Split, Split, list[str]]:
+def _fashion_mnist(root: Path, fetch: bool) -> tuple[Split, Split, list[str]]:
     """torchvision's folders under `root`, or the four idx files, .gz or not, in `root` itself."""
     flat = [_find_idx(root, prefix) for prefix in ("train", "t10k")]
     if all(flat):
@@ -103,7 +108,7 @@ def _fashion_mnist(root: Path) -> tuple[Split, Split, list[str]]:
     train, test = (
         Split(half.data[:, None], half.targets.long())
         for half in (
-            _fetch(FashionMNIST, root, wanted, train=True),
+            _of_torchvision(FashionMNIST, root, wanted, fetch, train=True),
             FashionMNIST(root, train=False),
         )
     )
@@ -141,8 +146,8 @@ def _unpacked(path: Path, read: Callable[[str], Tensor]) -> Tensor:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _cifar(kind: type[CIFAR10], root: Path) -> tuple[Split, Split, list[str]]:
-    train = _fetch(kind, root, f"folder {kind.base_folder}", train=True)
+def _cifar(kind: type[CIFAR10], root: Path, fetch: bool) -> tuple[Split, Split, list[str]]:
+    train = _of_torchvision(kind, root, f"folder {kind.base_folder}", fetch, train=True)
     splits = [
         Split(torch.from_numpy(half.data).permute(0, 3, 1, 2), torch.tensor(half.targets))
         for half in (train, kind(root, train=False))
@@ -150,9 +155,9 @@ def _cifar(kind: type[CIFAR10], root: Path) -> tuple[Split, Split, list[str]]:
     return splits[0], splits[1], list(train.classes)
 
 
-def _stl10(root: Path) -> tuple[Split, Split, list[str]]:
+def _stl10(root: Path, fetch: bool) -> tuple[Split, Split, list[str]]:
     """The labelled images alone: the 100,000 others have no class to be evaluated by."""
-    train = _fetch(STL10, root, f"folder {STL10.base_folder}", split="train")
+    train = _of_torchvision(STL10, root, f"folder {STL10.base_folder}", fetch, split="train")
     splits = [
         Split(torch.from_numpy(half.data).contiguous(), torch.from_numpy(half.labels).long())
         for half in (train, STL10(root, split="test"))
@@ -160,11 +165,17 @@ def _stl10(root: Path) -> tuple[Split, Split, list[str]]:
     return splits[0], splits[1], list(train.classes)
 
 
-def _fetch(kind: type[DataSet], root: Path, wanted: str, **split: Any) -> DataSet:
-    """A split of a data set, which torchvision downloads where it is not there yet."""
+def _of_torchvision(
+    kind: type[DataSet], root: Path, wanted: str, fetch: bool, **split: Any
+) -> DataSet:
+    """A split of a data set, which torchvision downloads, if it may, where it is not there yet."""
     try:
-        return kind(root, download=True, **split)
+        return kind(root, download=fetch, **split)
     except Exception as error:
+        if not fetch:
+            raise UserError(
+                f"{kind.__name__} was not found in {root.resolve()}; {NOT_FETCHED}"
+            ) from error
         raise UserError(
             f"{kind.__name__} was not found in {root.resolve()} and could not be downloaded "
             f"({' '.join(str(error).split())}); put its {wanted} there or "
@@ -221,13 +232,13 @@ def _mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
     return means, stds
 
 
-def _in_files(config: PretrainConfig) -> ImageData:
+def _in_files(config: PretrainConfig, fetch: bool) -> ImageData:
     kind, _, place = config.dataset.partition(":")
     size = config.image_size or FILES_SIZE
     channels = config.in_chans or 3
     # Decoded an eighth larger than the network sees, so that crops need not be scaled up.
     stored = size * 8 // 7
-    read = _image_folder if kind == "imagefolder" else _web_dataset
+    read = _image_folder if kind == "imagefolder" else partial(_web_dataset, fetch=fetch)
     train, test, classes = read(place, config, stored, channels)
     mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
     if channels == 1:
@@ -259,10 +270,14 @@ def _image_folder(
 
 
 def _web_dataset(
-    urls: str, config: PretrainConfig, size: int, channels: int
+    urls: str, config: PretrainConfig, size: int, channels: int, *, fetch: bool
 ) -> tuple[Split, Split, list[str]]:
     root = Path(config.data_root or DATA_ROOT)
-    parts = [read_index(part, root=root) for part in (urls, config.val_shards) if part is not None]
+    parts = [
+        read_index(part, root=root, fetch=fetch)
+        for part in (urls, config.val_shards)
+        if part is not None
+    ]
     # Any integers are labels; a class is the place of its label among those to train on.
     names = sorted(set(parts[0][1]))
     if unknown := sorted(set(parts[-1][1]) - set(names)):

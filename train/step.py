@@ -13,10 +13,11 @@ from config import PretrainConfig, UserError
 from data import ImageData
 from memory import Memory
 from model import Embedder, build_model, sync_batch_norms
-from optim import build_optimizer, build_schedule
+from optim import build_optimizer, build_schedule, load_optimizer
 from probe import Probe
 from ranks import ALONE, Ranks
 from seeds import seed_of
+from sizes import memory_for
 from supcon_kernels import grad_cache_backward, supcon_loss
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,7 +66,8 @@ class Trainer:
         self.average: ModelEmaV3 | None = None
         if config.ema_decay is not None:
             self.average = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True)
-        self.memory = None if config.queue_size is None else Memory(self.model, config, ranks)
+        with memory_for(config, "queue_size"):
+            self.memory = None if config.queue_size is None else Memory(self.model, config, ranks)
         self.probe: Probe | None = None
         if config.probe:
             self.probe = Probe(self.model.encoder.num_features, len(data.classes), device, ranks)
@@ -213,7 +215,7 @@ class Trainer:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(self.optimizer, saved["optimizer"])
         self.scaler.load_state_dict(saved.get("scaler", {}))
         if self.average is not None:
             self.average.module.load_state_dict(saved["ema"])

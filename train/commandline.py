@@ -1,0 +1,133 @@
+"""The command line of the scripts, with YAML below it, and how a script ends: in one line."""
+
+import difflib
+import itertools
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from config import EmbedConfig, LinearConfig, PretrainConfig, UserError
+
+# What other scripts call these options, where difflib sees no likeness.
+ALIASES = {
+    "lr": "learning_rate", "bs": "batch_size", "wd": "weight_decay", "arch": "model",
+    "temp": "temperature", "tau": "temperature",
+}  # fmt: skip
+INTERRUPTED = 128 + signal.SIGINT  # as shells count a program that a signal ended
+
+Config = TypeVar("Config", PretrainConfig, LinearConfig, EmbedConfig)
+
+
+class _Parser(ArgumentParser):
+    """Says what is wrong in one line, without the usage of every option before it."""
+
+    accepted: Iterable[str] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with code 2."""
+        # argparse lists the unknown words of the command line, jsonargparse quotes a key of YAML.
+        _, _, unknown = message.partition("nrecognized arguments: ")
+        words = [word for word in unknown.split() if word.startswith("-")]
+        words += re.findall(r"['\"](\w+)['\"] is not (?:accepted|expected)", message)
+        hints = [hint for word in words if (hint := _suggestion(word, self.accepted))]
+        print(
+            " ".join(["error:", *message.split(), *hints, "(--help lists all options)"]),
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+
+
+def _suggestion(word: str, accepted: Iterable[str]) -> str | None:
+    name = word.lstrip("-").partition("=")[0].replace("-", "_")
+    close = [option for option in accepted if option == ALIASES.get(name)]
+    close = close or difflib.get_close_matches(name, accepted, n=1)
+    return f"(did you mean --{close[0]}?)" if close else None
+
+
+def parse(kind: type[Config], argv: list[str] | None, *, prog: str, description: str) -> Config:
+    """Read a config; unknown, malformed and contradictory options exit with code 2."""
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.accepted = ["config", *(field.name for field in fields(kind))]
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help="YAML file of options; the command line wins wherever it stands.",
+    )
+    parser.add_class_arguments(kind, None, as_group=False)
+    arguments = _config_files_first(sys.argv[1:] if argv is None else argv)
+    values = vars(parser.parse_args(arguments))
+    del values["config"]
+    config = kind(**values)
+    if mistakes := config.mistakes():
+        parser.error("; ".join(mistakes))
+    return config
+
+
+def _config_files_first(argv: list[str]) -> list[str]:
+    # jsonargparse lets the later of two values win; with every --config moved to the front that
+    # is always the one typed on the command line.
+    first: list[str] = []
+    others: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            first += [word, *itertools.islice(words, 1)]
+        elif word.startswith("--config="):
+            first.append(word)
+        else:
+            others.append(word)
+    return first + others
+
+
+def run_script(main: Callable[[], Any], *, if_interrupted: str = "") -> None:
+    """Call a script's main; a user's mistake is one line and exit code 1, Ctrl-C exit code 130.
+
+    Args:
+        if_interrupted: what the user may do after Ctrl-C, printed then.
+    """
+    try:
+        with _interrupted_once():
+            main()
+            sys.stdout.flush()
+    except UserError as error:
+        # An error raised in a DataLoader worker arrives wrapped in that worker's traceback.
+        print("error:", str(error).rsplit("UserError: ", 1)[-1].strip(), file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        # Nobody reads on (`| head`); what is still buffered must not fail again at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"interrupted {if_interrupted}".rstrip(), file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """Have the first Ctrl-C raise KeyboardInterrupt and a second end the process at once.
+
+    After the first it stays so: what cleans up, and Python itself on its way out, would print a
+    traceback at the second.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # it is ignored, as in the background, or somebody else's
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    raise KeyboardInterrupt

@@ -1,0 +1,32 @@
+"""Sizes that no memory holds, told in one line that names the options behind them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from textwrap import shorten
+
+from config import PretrainConfig, UserError
+
+# How torch says so for the CPU, CUDA and MPS, and of tensors that no address reaches.
+SIGNS = (
+    "can't allocate memory",
+    "out of memory",
+    "not enough memory",
+    "Invalid buffer size",
+    "Storage size calculation overflowed",
+    "integer multiplication overflow",
+)
+
+
+@contextmanager
+def memory_for(config: PretrainConfig, *options: str) -> Iterator[None]:
+    """Turn running out of memory into an error of the options that ask for it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in SIGNS):
+            raise
+        values = {option: getattr(config, option) for option in options}
+        asked = ", ".join(f"--{key} {value}" for key, value in values.items() if value is not None)
+        raise UserError(
+            f"out of memory: lower one of {asked} ({shorten(str(error), 200)})"
+        ) from error
