@@ -153,6 +153,8 @@ def restored_from(path: Path) -> Iterator[None]:
     """Turn what goes wrong while the contents of a checkpoint are put to use into one line."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # of the device: nothing is wrong with the checkpoint
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         raise DamagedCheckpoint(f"{path} is damaged: {shorten(reason, 300)}") from error
