@@ -38,7 +38,7 @@ from encoder import ENCODER, EXPORT, load_first_weights, write_encoder
 from evaluation import Evaluation
 from model import Embedder
 from pictures import MAX_POINTS, PICTURES, draw_confusion, draw_curves, draw_embedding
-from ranks import ALONE, Ranks, joined
+from ranks import ALONE, Ranks, first_of_host_speaks, joined
 from report import Report
 from requeue import Requests
 from rundir import open_run, removed_if_empty
@@ -51,8 +51,9 @@ DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
 
 def main(argv: list[str] | None = None) -> Path:
     """Run what the command line asks for; returns the folder of the run."""
-    config = parse(PretrainConfig, argv, prog="train/pretrain.py", description=DESCRIPTION)
-    device = pick_device(config.device)
+    with first_of_host_speaks():
+        config = parse(PretrainConfig, argv, prog="train/pretrain.py", description=DESCRIPTION)
+        device = pick_device(config.device)
     with joined(device, timeout_minutes=config.timeout_minutes) as ranks:
         return pretrain(config, ranks.own_device(device), ranks)
 
