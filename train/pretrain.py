@@ -37,7 +37,7 @@ from durable import replace_text, room_needed
 from encoder import ENCODER, EXPORT, load_first_weights, write_encoder
 from evaluation import Evaluation
 from model import Embedder
-from pictures import MAX_POINTS, PICTURES, draw_confusion, draw_curves, draw_embedding
+from pictures import MAX_POINTS, PICTURES, draw_confusion, draw_curves, draw_embedding, fonts_for
 from ranks import ALONE, Ranks, first_of_host_speaks, joined
 from report import Report
 from requeue import Requests
@@ -243,10 +243,12 @@ def draw(
         predictions: (M,), of all test images.
     """
     labels = subset(data.test, MAX_POINTS).labels
-    title = f"{folder.name}: test images, k-NN {state.accuracy:.2%}"
-    draw_embedding(embeddings, labels, data.classes, folder / "embedding.png", title)
-    draw_confusion(predictions, data.test.labels, data.classes, folder / "confusion.png", title)
-    draw_curves(folder / "metrics.csv", folder / "curves.png", folder.name, state)
+    with fonts_for([folder.name, *data.classes]) as fit:
+        name, classes = fit(folder.name), [fit(name) for name in data.classes]
+        title = f"{name}: test images, k-NN {state.accuracy:.2%}"
+        draw_embedding(embeddings, labels, classes, folder / "embedding.png", title)
+        draw_confusion(predictions, data.test.labels, classes, folder / "confusion.png", title)
+        draw_curves(folder / "metrics.csv", folder / "curves.png", name, state)
 
 
 def write_results(
