@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -116,7 +117,11 @@ def write_encoder(
         "mean": data.mean,
         "std": data.std,
     }
-    weights = {key: value.contiguous() for key, value in encoder.state_dict().items()}
+    # Copies: safetensors takes no weights of which two layers share the memory.
+    weights = {
+        key: value.clone(memory_format=torch.contiguous_format)
+        for key, value in encoder.state_dict().items()
+    }
     # One key: safetensors writes several in random order, and equal runs are to write equal files.
     packed = save(weights, {METADATA: json.dumps(about, sort_keys=True)})
     replace_file(folder / ENCODER, lambda file: file.write(packed))
