@@ -11,7 +11,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -26,8 +26,12 @@ from config import UserError
 T = TypeVar("T")
 # The name that torch has given it, and the one of versions before.
 _all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+# Older versions of torch have no other.
+_abort: Any = getattr(dist.distributed_c10d, "_abort_process_group", dist.destroy_process_group)
 # How long a rank that ends waits for what another has to say of it, in seconds.
 PATIENCE = 3.0
+# Why one of the others ends, and that the first says so.
+REASON, SPOKEN = "reason", "spoken"
 
 
 @dataclass
@@ -46,6 +50,9 @@ class Ranks:
     local_rank: int = 0
     group: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
+
+    def __str__(self) -> str:
+        return f"process {self.rank} of {self.world_size}"
 
     @property
     def is_main(self) -> bool:
@@ -183,7 +190,8 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
             f"{torch.cuda.device_count()}: give torchrun --nproc-per-node as many"
         )
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device.type} trains in one process: choose --device cpu")
+        with first_of_host_speaks():
+            raise UserError(f"--device {device.type} trains in one process: choose --device cpu")
     ranks, store, failure = Ranks(rank, world_size, local_rank), None, None
     try:
         if device.type == "cuda":
@@ -200,13 +208,14 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
         with nullcontext() if ranks.is_main else _silence():
             yield ranks
     except (UserError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _is_of_others(error):
+        if not isinstance(error, UserError) and not _is_of_others(error):
             raise
         failure = error
     finally:
         error = failure or sys.exc_info()[1]
-        if not (isinstance(error, RuntimeError) and _is_of_others(error)):
-            _post(store, rank, error)
+        if isinstance(error, Exception) and not _is_of_others(error):
+            reason = str(error) or type(error).__name__
+            _post(store, SPOKEN if ranks.is_main else REASON, f"{ranks}: {reason}")
         _disconnect(ranks, error)
     if failure is not None:
         _raise_once(failure, store, ranks, timeout_minutes)
@@ -219,15 +228,20 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _post(store: dist.Store | None, rank: int, error: BaseException | None) -> None:
-    """Leave for the others why this rank ends."""
-    if store is None or not isinstance(error, Exception):
-        return
-    try:
-        store.set_timeout(timedelta(seconds=PATIENCE))
-        store.set(f"ended {rank}", str(error) or type(error).__name__)
-    except RuntimeError:  # the store was on a host that is gone
-        pass
+def _post(store: dist.Store | None, key: str, text: str) -> None:
+    """Leave a word for the others."""
+    with suppress(RuntimeError):  # the store was on a host that is gone
+        if store is not None:
+            store.set(key, text)
+
+
+def _posted(store: dist.Store | None, key: str, *, seconds: float) -> str | None:
+    """The word that another has left, or None if none comes for so long."""
+    with suppress(RuntimeError):
+        if store is not None:
+            store.wait([key], timedelta(seconds=seconds))
+            return store.get(key).decode()
+    return None
 
 
 def _disconnect(ranks: Ranks, error: BaseException | None) -> None:
@@ -238,9 +252,11 @@ def _disconnect(ranks: Ranks, error: BaseException | None) -> None:
     """
     if error is not None:
         traceback.clear_frames(error.__traceback__)
+    # NCCL would wait for what the others have not sent.
+    waits = error is not None and ranks.group is not None and dist.get_backend() == "nccl"
     ranks.group = ranks.control = None
     if dist.is_initialized():
-        dist.destroy_process_group()
+        (_abort if waits else dist.destroy_process_group)()
     gc.collect()
 
 
@@ -250,44 +266,27 @@ def _raise_once(
     ranks: Ranks,
     timeout_minutes: float,
 ) -> NoReturn:
-    """Raise what ends this rank as a mistake of the user; if the first says it, exit in silence.
+    """Raise what ends this rank as a mistake of the user; if the first speaks, exit in silence.
 
-    The first says what another has posted if it only lost the others.
+    The first says why another has ended if it only lost the others.
     """
     if ranks.is_main and isinstance(error, UserError):
         raise error
     if not isinstance(error, UserError):
         reason = " ".join(str(error).split())
         error = UserError(
-            f"process {ranks.rank} of {ranks.world_size} lost the others: one has ended, cannot be "
-            f"reached, or kept it waiting for {timeout_minutes:g} minutes (--timeout_minutes); the "
-            f"first to have ended says why. {reason}"
+            f"{ranks} lost the others: one has ended, cannot be reached, or kept it waiting for "
+            f"{timeout_minutes:g} minutes (--timeout_minutes); the first to have ended says why. "
+            f"{reason}"
         )
     if ranks.is_main:
-        for rank, reason in _posted(store, range(1, ranks.world_size), PATIENCE):
-            error = UserError(f"process {rank} of {ranks.world_size}: {reason}")
-            break
-        _post(store, ranks.rank, error)
-    elif list(_posted(store, (0,), 2 * PATIENCE)):
+        reason = _posted(store, REASON, seconds=PATIENCE)
+        _post(store, SPOKEN, "")
+        raise UserError(reason) if reason else error
+    if _posted(store, SPOKEN, seconds=2 * PATIENCE) is not None:
         time.sleep(0.5)  # torchrun ends all when one has ended: the first must have spoken
         raise SystemExit(1)
     raise error
-
-
-def _posted(
-    store: dist.Store | None, ranks: Iterable[int], seconds: float
-) -> Iterator[tuple[int, str]]:
-    """What ranks have posted, as it comes, for so long."""
-    awaited, deadline = set(ranks), time.monotonic() + seconds
-    try:
-        while store is not None and awaited and time.monotonic() < deadline:
-            for rank in sorted(awaited):
-                if store.check([f"ended {rank}"]):
-                    awaited.remove(rank)
-                    yield rank, store.get(f"ended {rank}").decode()
-            time.sleep(0.05)
-    except RuntimeError:  # the store was on a host that is gone
-        return
 
 
 def _of_this_start(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
@@ -317,6 +316,8 @@ def _of_this_start(store: dist.Store, rank: int, world_size: int, timeout: timed
     return dist.PrefixStore(name, store)
 
 
-def _is_of_others(error: RuntimeError) -> bool:
+def _is_of_others(error: BaseException) -> bool:
     # Gloo raises its errors as plain RuntimeErrors that begin with the place in its source.
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or "gloo" in str(error)
+    )
