@@ -1,6 +1,7 @@
 """An encoder by itself: the weights that a run starts from, its head, and what loads it again."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -225,3 +226,60 @@ def test_export_rebuilds_encoder_and_input(tmp_path, channels, options):
     torch.testing.assert_close(torch.stack([prepare(picture) for picture in pictures]), seen)
     classifier = timm.create_model(f"local-dir:{tmp_path / 'export'}", True, num_classes=7)
     assert classifier(seen).shape == (2, 7)
+
+
+# Pooled wider than its features; built for one size of image; with several kinds of attention; with
+# weights that layers share.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenetv3_small_050",
+        "vit_tiny_patch16_224",
+        "swin_tiny_patch4_window7_224",
+        "levit_128s",
+        "maxvit_rmlp_pico_rw_256",
+        "coat_lite_tiny",
+        "convnext_atto",
+        "efficientnet_lite0",
+    ],
+)
+def test_models_of_timm_are_built_for_the_size_and_exported(tmp_path, name):
+    config = PretrainConfig(model=name, stem="standard", image_size=32)
+    model = build_model(config, channels=1).eval()
+    images = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        embedded, projected = model(images)
+        assert embedded.shape == (2, model.num_features) and projected.shape == (2, 128)
+        write_encoder(tmp_path, model.encoder, config, load_data(config))
+        loaded = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()
+        assert torch.equal(loaded(images), embedded)
+
+
+def test_run_of_a_model_whose_width_is_not_its_features(tmp_path):
+    model = ("--model", "mobilenetv3_small_050", "--stem", "standard", "--width", 16)
+    pretrain(tmp_path, *model, "--image_size", 32, "--probe", "true", "--max_steps", 1)
+
+
+def test_model_that_cannot_embed_the_images_leaves_no_folder(tmp_path):
+    model = ("--model", "efficientformer_l1", "--stem", "standard", "--width", 16)
+    with pytest.raises(UserError, match=r"^--model efficientformer_l1 .* 1x32x32, .*\.$") as raised:
+        pretrain(tmp_path, *model, "--image_size", 32)
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_equal_encoders_are_equal_files_and_older_ones_are_read(tmp_path):
+    config = PretrainConfig(model="resnet10", width=4)
+    encoder, data = build_model(config, channels=1).encoder, load_data(config)
+    files = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        write_encoder(tmp_path / name, encoder, config, data)
+        files.append((tmp_path / name / "encoder.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+    about, weights = read_encoder(tmp_path / "one" / "encoder.safetensors")
+    options = {key: value for key, value in about.items() if key != "model"}
+    older = {"format": "pt", "model": about["model"], "options": json.dumps(options)}
+    save_file(weights, tmp_path / "older.safetensors", older)
+    assert read_encoder(tmp_path / "older.safetensors")[0] == about

@@ -57,7 +57,7 @@ def test_its_accuracy_on_the_test_images_is_recorded(tmp_path, monkeypatch, caps
     network = build_model(config, channels=1)
     network.load_state_dict(saved["model"])
     network = network.to(memory_format=config.memory_format)
-    probe = Probe(network.encoder.num_features, len(data.classes), CPU)
+    probe = Probe(network.num_features, len(data.classes), CPU)
     probe.load_state_dict(saved["probe"])
     with torch.no_grad():
         embedded = encode_stored(network, build_views(config, data), data.test.images)

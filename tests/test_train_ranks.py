@@ -25,9 +25,12 @@ from train_ranks import CARRYING, OPTIONS, STEPS
 SECONDS = 120
 
 
-def torchrun(script: Path, *arguments: object, options: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Start two processes of a script."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def torchrun(
+    script: Path, *arguments: object, options: tuple[str, ...] = (), count: int = 2
+) -> subprocess.Popen:
+    """Start so many processes of a script."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command.append(f"--nproc-per-node={count}")
     return subprocess.Popen(
         [*command, *options, str(script), *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -77,7 +80,7 @@ def test_first_process_alone_speaks(found):
     assert [of_rank["speaks"] for of_rank in found] == [True, False]
     kind, text = found[0]["name taken"]
     assert kind == "UserError" and "already holds a run" in text
-    assert found[1]["name taken"] == ("SystemExit", "1")
+    assert found[1]["name taken"] == found[0]["name taken"]
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if name != "batch norm"])
@@ -128,6 +131,41 @@ def test_gradient_by_chunks_is_that_of_one_process(found):
 def test_one_that_vanishes_ends_the_other_with_the_reason(found, folder):
     text = (folder / "lost.txt").read_text()
     assert text.startswith("process 0 of 2 lost the others: one has ended, cannot be reached")
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """The folder of three processes, what each has found, and what all have said."""
+    folder = tmp_path_factory.mktemp("three")
+    started = torchrun(Path(train_ranks.__file__), folder, count=3)
+    said, _ = started.communicate(timeout=300)
+    assert started.returncode == 0, said
+    found = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(3)]
+    return folder, found, said
+
+
+def test_three_resumed_end_like_three_never_stopped(three):
+    # From three on it matters in which order gradients are added up.
+    assert_same(three[0] / "resumed", three[0] / "whole")
+
+
+def test_warnings_and_mistakes_of_all_are_said_by_the_first(three):
+    _, found, said = three
+    assert said.count("UserWarning: warned by all") == 1
+    assert "find_unused_parameters" not in said
+    kind, text = found[0]["refused"]
+    assert kind == "UserError" and text.startswith("--batch_size 128 is no multiple of the 3")
+    assert [of_rank["refused"] for of_rank in found[1:]] == [("SystemExit", "1")] * 2
+
+
+def test_mistake_of_one_ends_all_and_is_said_by_the_first(three):
+    ends = [of_rank["alone"] for of_rank in three[1]]
+    assert ends[0] == ("UserError", "process 1 of 3: no such image")
+    assert ends[1:] == [("SystemExit", "1")] * 2
+
+
+def test_no_connection_is_left_when_a_process_ends(three):
+    assert [of_rank["threads"] for of_rank in three[1]] == [[]] * 3
 
 
 def test_another_number_of_processes_is_refused(found, folder):

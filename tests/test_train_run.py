@@ -110,10 +110,10 @@ def test_encoder_is_rebuilt_from_its_metadata_alone(run):
     path = run / "encoder.safetensors"
     assert path.stat().st_mode == (run / "last.pt").stat().st_mode
     with safe_open(path, "pt") as file:
-        about = file.metadata()
-    encoder = timm.create_model(about["model"], **json.loads(about["options"]))
+        about = json.loads(file.metadata()["encoder"])
+    encoder = timm.create_model(about["model"], **about["options"])
     encoder.load_state_dict(load_file(path))
-    size, mean, std = (json.loads(about[key]) for key in ("image_size", "mean", "std"))
+    size, mean, std = (about[key] for key in ("image_size", "mean", "std"))
     views = Views(nn.Identity(), image_size=size, mean=mean, std=std, seed=0)
 
     config = PretrainConfig(**yaml.safe_load((run / "config.yaml").read_text()))

@@ -6,11 +6,12 @@ Each leaves what it found in a file. To import torch and timm takes longer than 
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 from torch import nn
@@ -117,6 +118,35 @@ def main(folder: Path) -> None:
         (folder / "lost.txt").write_text(str(error))
 
 
+def main_of_three(folder: Path) -> None:
+    """A run, which goes on once from a checkpoint, and two that end by a mistake."""
+    torch.set_num_threads(1)
+    options = [*CARRYING, "--batch_size=126"]
+
+    def joined_run(*options: object, before: Callable[[Ranks], object]) -> None:
+        with joined(torch.device("cpu"), timeout_minutes=1) as ranks, patch("pretrain.draw"):
+            before(ranks)
+            run(folder, ranks, *options)
+
+    def begin(ranks: Ranks) -> None:
+        warnings.warn("warned by all", stacklevel=1)
+        whole = run(folder, ranks, *options, "--name=whole")
+        ranks.from_first(partial(shutil.copytree, whole, folder / "resumed"))
+
+    def break_one(ranks: Ranks) -> None:
+        if ranks.rank == 1:
+            Trainer.loss = Mock(side_effect=UserError("no such image"))
+
+    joined_run(*options, f"--resume={folder / 'resumed/step-12.pt'}", before=begin)
+    found: dict[str, Any] = {
+        "refused": outcome(partial(joined_run, before=lambda ranks: None)),
+        "alone": outcome(partial(joined_run, *options, before=break_one)),
+    }
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    found["threads"] = [name for name in names if "gloo" in name]
+    torch.save(found, folder / f"rank{os.environ['RANK']}.pt")
+
+
 def check_all(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """What this process finds."""
     found: dict[str, Any] = {"speaks": sys.stdout is sys.__stdout__}
@@ -149,4 +179,4 @@ def plain_view(views: Views, images: torch.Tensor, *, step: int, view: int) -> t
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (main if os.environ["WORLD_SIZE"] == "2" else main_of_three)(Path(sys.argv[1]))

@@ -54,7 +54,7 @@ class PretrainConfig:
             average of the weights (MoCo). Default: the views of a step with each other.
         queue_momentum: The share of that average which a step keeps.
         model: With the small stem resnet10, 18, 34, 50, 101, 152 or 200; with the standard stem
-            any model of timm by name.
+            any model of timm by name that can embed images of image_size.
         stem: small: 3x3 at stride 1, for images up to about 64 pixels; standard: the model's own.
         width: Channels of the first stage, doubled at each of the next three (small stem only).
         head: Between encoder and loss. mlp: two layers; linear: one, as the paper's ImageNet recipe.

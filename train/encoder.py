@@ -1,10 +1,12 @@
 """The weights of an encoder in files: where a run takes its first ones from and leaves its last."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from model import Embedder, build_model, encoder_recipe
 PREFIX = "encoder."
 ENCODER = "encoder.safetensors"
 EXPORT = "export"
+METADATA = "encoder"
 
 
 def load_first_weights(encoder: nn.Module, config: PretrainConfig, *, channels: int) -> None:
@@ -82,15 +85,26 @@ def read_encoder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"there is no encoder {path}")
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
+            about = _read_metadata(file.metadata() or {})
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"cannot read the encoder {path}: {error}") from error
     if "model" not in about or "options" not in about:
         raise UserError(f"{path} was not written by pretrain.py")
     with restored_from(path):
         check_finite(weights)
-        return {"model": about["model"], **json.loads(about["options"])}, weights
+        return {"model": about["model"], **about["options"]}, weights
+
+
+def _read_metadata(metadata: dict[str, str]) -> dict[str, Any]:
+    """What encoder.safetensors says of its encoder; {} if pretrain.py did not write it."""
+    if METADATA in metadata:
+        about: dict[str, Any] = json.loads(metadata[METADATA])
+        return about
+    # Older files have a key for each value, which is JSON but for the name.
+    if "model" in metadata and "options" in metadata:
+        return {"model": metadata["model"], "options": json.loads(metadata["options"])}
+    return {}
 
 
 def load_model(path: Path, saved: dict[str, Any]) -> Embedder:
@@ -113,17 +127,24 @@ def write_encoder(
     Either says from what arguments timm builds the encoder and how an image is made its input. A
     small stem is built after `import supcon_kernels.small_stem`.
     """
-    name, options = encoder_recipe(config, channels=data.channels)
+    name, options = encoder_recipe(
+        replace(config, image_size=data.image_size), channels=data.channels
+    )
     about = {
+        "format": "pt",
+        "model": name,
         "options": options,
         "image_size": data.image_size,
         "mean": data.mean,
         "std": data.std,
     }
-    # Every value but the name is JSON.
-    metadata = {"model": name, **{key: json.dumps(value) for key, value in about.items()}}
-    weights = {key: value.contiguous() for key, value in encoder.state_dict().items()}
-    packed = save(weights, {"format": "pt", **metadata})
+    # Copies: safetensors takes no weights of which two layers share the memory.
+    weights = {
+        key: value.clone(memory_format=torch.contiguous_format)
+        for key, value in encoder.state_dict().items()
+    }
+    # One key: safetensors writes several in random order, and equal runs are to write equal files.
+    packed = save(weights, {METADATA: json.dumps(about, sort_keys=True)})
     replace_file(folder / ENCODER, lambda file: file.write(packed))
 
     export = folder / EXPORT

@@ -1,12 +1,15 @@
 """The networks: an encoder from timm, its own or with our small stem, and the projection head."""
 
+from textwrap import shorten
 from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import PretrainConfig, UserError
+from sizes import memory_for
 from supcon_kernels.small_stem import SMALL_STEM_DEPTHS
 
 PROJECTION_DIM = 128
@@ -16,16 +19,18 @@ class Embedder(nn.Module):
     """An encoder and the projection head that only the loss sees.
 
     Args:
-        encoder: (N, C, s, s) images to (N, encoder.num_features).
+        encoder: (N, C, s, s) images to (N, num_features).
+        num_features: the length of an embedding, F.
         head: "mlp", two layers with the encoder's width between them, or "linear", one.
         normalize: whether the head sees embeddings scaled to length 1.
     """
 
-    def __init__(self, encoder: nn.Module, *, head: str = "mlp", normalize: bool = False) -> None:
+    def __init__(
+        self, encoder: nn.Module, num_features: int, *, head: str = "mlp", normalize: bool = False
+    ) -> None:
         super().__init__()
-        num_features = encoder.num_features
-        assert isinstance(num_features, int)
         self.encoder = encoder
+        self.num_features = num_features
         self.normalize = normalize
         self.head: nn.Module
         if head == "linear":
@@ -62,11 +67,41 @@ def encoder_recipe(config: PretrainConfig, *, channels: int) -> tuple[str, dict[
         options |= {"depth": depths[config.model], "width": config.width}
     elif not timm.is_model(config.model):
         raise UserError(f"--model {config.model}: timm has no model of that name")
+    elif config.image_size is not None:
+        about = timm.get_pretrained_cfg(name)
+        # What has a weight for each place of an image, such as a ViT, is built for one size.
+        if about and about.fixed_input_size and about.input_size[-1] != config.image_size:
+            options["img_size"] = config.image_size
     return name, options
 
 
 def build_model(config: PretrainConfig, *, channels: int) -> Embedder:
-    """The network that a config asks for, for images of so many channels, not yet trained."""
+    """The network that a config asks for, for images of so many channels, not yet trained.
+
+    Raises:
+        UserError: there is no such encoder, or it does not embed images of the config's size.
+    """
     name, options = encoder_recipe(config, channels=channels)
-    encoder = timm.create_model(name, **options)
-    return Embedder(encoder, head=config.head, normalize=config.normalize_embedding)
+    size = config.image_size or 32
+    try:
+        with memory_for(config, "model", "width", "image_size"):
+            encoder = timm.create_model(name, **options)
+            # Asked for and not looked up: not every model of timm has its width in one attribute.
+            with torch.no_grad():
+                embedded = encoder.eval()(torch.zeros(2, channels, size, size))
+        if embedded.ndim != 2:
+            raise ValueError(f"it gives {tuple(embedded.shape[1:])} for an image, not one vector")
+    except UserError:
+        raise
+    except Exception as error:
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__, 160)
+        raise UserError(
+            f"--model {config.model} cannot embed images of {channels}x{size}x{size}, choose "
+            f"another --model or --image_size: {reason}"
+        ) from error
+    return Embedder(
+        encoder.train(),
+        embedded.shape[1],
+        head=config.head,
+        normalize=config.normalize_embedding,
+    )

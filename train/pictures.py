@@ -1,14 +1,17 @@
 """The pictures of a run: its curves, a map of its embedding, and which classes it confuses."""
 
 import csv
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager, get_font
 from sklearn.manifold import TSNE
 from torch import Tensor
 
@@ -20,6 +23,38 @@ PICTURES = ("curves.png", "embedding.png", "confusion.png")
 MAX_POINTS = 1000
 # So many colours can be told apart, and so many names written along an axis.
 MAX_NAMED = 20
+# It comes with matplotlib.
+FONT = "DejaVu Sans"
+
+
+@contextmanager
+def fonts_for(texts: Iterable[str]) -> Iterator[Callable[[str], str]]:
+    """While entered, texts in any script are drawn in those fonts of this machine that have it.
+
+    Yields:
+        What makes one of the texts fit to draw: a character that no font has is escaped, as \\u732b.
+    """
+    families, missing = [], set("".join(texts))
+    regular = [
+        font for font in fontManager.ttflist if font.style == "normal" and font.weight == 400
+    ]
+    for font in sorted(regular, key=lambda font: font.name != FONT):
+        # The last resort has a box for every character.
+        if missing and "Last Resort" not in font.name:
+            characters = get_font(font.fname).get_charmap()
+            if found := {character for character in missing if ord(character) in characters}:
+                families.append(font.name)
+                missing -= found
+
+    def fit(text: str) -> str:
+        escaped = (
+            character.encode("unicode_escape").decode() if character in missing else character
+            for character in text
+        )
+        return "".join(escaped).replace("$", r"\$")  # which begins a formula
+
+    with rc_context({"font.family": families or [FONT]}):
+        yield fit
 
 
 def draw_curves(metrics: Path, picture: Path, title: str, baselines: RunState) -> None:
@@ -101,7 +136,7 @@ def draw_confusion(
     num_classes = len(classes)
     pairs = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
     counts = pairs.view(num_classes, num_classes).double()
-    # A class without a test image has an empty row.
+    no_image = (counts.sum(1) == 0).tolist()
     percent = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
 
     named = num_classes <= MAX_NAMED
@@ -112,11 +147,14 @@ def draw_confusion(
     image = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     figure.colorbar(image, label="share of the true class (%)", shrink=0.8)
     axes.set(title=title, xlabel="k-NN prediction", ylabel="true class")
+    if any(no_image) and not named:
+        axes.set_ylabel(f"true class (without test images: {sum(no_image)})")
     if named:
         axes.set_xticks(
             range(num_classes), classes, rotation=45, ha="right", rotation_mode="anchor"
         )
-        axes.set_yticks(range(num_classes), classes)
+        rows = [f"{name}\n(no test images)" if no else name for name, no in zip(classes, no_image)]
+        axes.set_yticks(range(num_classes), rows)
         for (true, predicted), share in np.ndenumerate(percent):
             if share > 0:
                 colour = "white" if share > 30 else "black"

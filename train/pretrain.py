@@ -39,8 +39,8 @@ from durable import replace_text, room_needed
 from encoder import ENCODER, EXPORT, load_first_weights, write_encoder
 from evaluation import Evaluation
 from model import Embedder
-from pictures import MAX_POINTS, PICTURES, draw_confusion, draw_curves, draw_embedding
-from ranks import ALONE, Ranks, joined
+from pictures import MAX_POINTS, PICTURES, draw_confusion, draw_curves, draw_embedding, fonts_for
+from ranks import ALONE, Ranks, first_of_host_speaks, joined
 from report import Report
 from requeue import Requests
 from rundir import RunLock, open_run, removed_if_empty
@@ -56,8 +56,9 @@ DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
 
 def main(argv: list[str] | None = None) -> Path:
     """Run what the command line asks for; returns the folder of the run."""
-    config = parse(PretrainConfig, argv, prog="train/pretrain.py", description=DESCRIPTION)
-    device = pick_device(config.device)
+    with first_of_host_speaks():
+        config = parse(PretrainConfig, argv, prog="train/pretrain.py", description=DESCRIPTION)
+        device = pick_device(config.device)
     with joined(device, timeout_minutes=config.timeout_minutes) as ranks:
         return pretrain(config, ranks.own_device(device), ranks)
 
@@ -281,10 +282,12 @@ def draw(
         predictions: (M,), of all test images.
     """
     labels = subset(data.test, MAX_POINTS).labels
-    title = f"{folder.name}: test images, k-NN {state.accuracy:.2%}"
-    draw_embedding(embeddings, labels, data.classes, folder / "embedding.png", title)
-    draw_confusion(predictions, data.test.labels, data.classes, folder / "confusion.png", title)
-    draw_curves(folder / "metrics.csv", folder / "curves.png", folder.name, state)
+    with fonts_for([folder.name, *data.classes]) as fit:
+        name, classes = fit(folder.name), [fit(name) for name in data.classes]
+        title = f"{name}: test images, k-NN {state.accuracy:.2%}"
+        draw_embedding(embeddings, labels, classes, folder / "embedding.png", title)
+        draw_confusion(predictions, data.test.labels, classes, folder / "confusion.png", title)
+        draw_curves(folder / "metrics.csv", folder / "curves.png", name, state)
 
 
 def write_results(

@@ -3,15 +3,18 @@
 A process alone hears of nobody and waits for nobody: what it does reads the same as of many.
 """
 
+import gc
+import io
 import os
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,9 +26,15 @@ from config import UserError
 T = TypeVar("T")
 # The name that torch has given it, and the one of versions before.
 _all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+# Older versions of torch have no other.
+_abort: Any = getattr(dist.distributed_c10d, "_abort_process_group", dist.destroy_process_group)
+# How long a rank that ends waits for what another has to say of it, in seconds.
+PATIENCE = 3.0
+# Why one of the others ends, and that the first says so.
+REASON, SPOKEN = "reason", "spoken"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
     """This process among those of its run. Every process makes the calls of all methods, in order.
 
@@ -41,6 +50,9 @@ class Ranks:
     local_rank: int = 0
     group: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
+
+    def __str__(self) -> str:
+        return f"process {self.rank} of {self.world_size}"
 
     @property
     def is_main(self) -> bool:
@@ -61,11 +73,7 @@ class Ranks:
         """The network, whose gradients are averaged in its backward."""
         if self.group is None:
             return network
-        # Else DDP sorts its buckets anew after its first step: a run that goes on would add up that
-        # step's gradients in another order than one never stopped. It warns once if none is unused.
-        return nn.parallel.DistributedDataParallel(
-            network, find_unused_parameters=True, process_group=self.group
-        )
+        return nn.parallel.DistributedDataParallel(network, process_group=self.group)
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers."""
@@ -109,7 +117,7 @@ class Ranks:
     def from_first(self, act: Callable[[], T]) -> T:
         """What `act` returns on the first process, which alone calls it.
 
-        A mistake of the user that it finds ends the others in silence.
+        A mistake of the user that it finds is raised by all.
         """
         if self.control is None:
             return act()
@@ -121,7 +129,7 @@ class Ranks:
                 said[1] = error
         dist.broadcast_object_list(said, src=0, group=self.control)
         if said[1] is not None:
-            raise said[1] if self.is_main else SystemExit(1)
+            raise said[1]
         return said[0]
 
     @contextmanager
@@ -138,8 +146,31 @@ ALONE = Ranks()
 
 
 @contextmanager
+def first_of_host_speaks() -> Iterator[None]:
+    """For what every process does before it is joined: one of each host says what is wrong.
+
+    torchrun ends the others once that one has ended; one that it does not end speaks, too.
+    """
+    if "RANK" not in os.environ or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            yield
+    except (UserError, SystemExit) as error:
+        if isinstance(error, UserError) or error.code != 0:
+            time.sleep(2 * PATIENCE)
+            sys.stderr.write(said.getvalue())
+        raise
+
+
+@contextmanager
 def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
     """While entered, the processes that torchrun started are connected; alone without torchrun.
+
+    However it is left, the connections are closed, which those that wait for this process notice at
+    once. What ends the run is said by one: the first process if it is reached.
 
     Args:
         device: of each one's own tensors; of several GPUs each process takes another.
@@ -159,7 +190,9 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
             f"{torch.cuda.device_count()}: give torchrun --nproc-per-node as many"
         )
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device.type} trains in one process: choose --device cpu")
+        with first_of_host_speaks():
+            raise UserError(f"--device {device.type} trains in one process: choose --device cpu")
+    ranks, store, failure = Ranks(rank, world_size, local_rank), None, None
     try:
         if device.type == "cuda":
             torch.cuda.set_device(local_rank)
@@ -170,24 +203,90 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
-        control = dist.new_group(backend="gloo", timeout=timeout)
-        ranks = Ranks(rank, world_size, local_rank, dist.group.WORLD, control)
-        with (
-            nullcontext(sys.stdout) if ranks.is_main else open(os.devnull, "w") as out,
-            redirect_stdout(out),
-        ):
+        ranks.group = dist.group.WORLD
+        ranks.control = dist.new_group(backend="gloo", timeout=timeout)
+        with nullcontext() if ranks.is_main else _silence():
             yield ranks
-    except RuntimeError as error:
-        if not _is_of_others(error):
+    except (UserError, RuntimeError) as error:
+        if not isinstance(error, UserError) and not _is_of_others(error):
             raise
+        failure = error
+    finally:
+        error = failure or sys.exc_info()[1]
+        if isinstance(error, Exception) and not _is_of_others(error):
+            reason = str(error) or type(error).__name__
+            _post(store, SPOKEN if ranks.is_main else REASON, f"{ranks}: {reason}")
+        _disconnect(ranks, error)
+    if failure is not None:
+        _raise_once(failure, store, ranks, timeout_minutes)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    # Of warnings, too: what holds for all ranks is said by the first.
+    with open(os.devnull, "w") as out, redirect_stdout(out), redirect_stderr(out):
+        yield
+
+
+def _post(store: dist.Store | None, key: str, text: str) -> None:
+    """Leave a word for the others."""
+    with suppress(RuntimeError):  # the store was on a host that is gone
+        if store is not None:
+            store.set(key, text)
+
+
+def _posted(store: dist.Store | None, key: str, *, seconds: float) -> str | None:
+    """The word that another has left, or None if none comes for so long."""
+    with suppress(RuntimeError):
+        if store is not None:
+            store.wait([key], timedelta(seconds=seconds))
+            return store.get(key).decode()
+    return None
+
+
+def _disconnect(ranks: Ranks, error: BaseException | None) -> None:
+    """Close every connection now.
+
+    A process that ends with one open may be aborted by a thread of Gloo that still holds a tensor.
+    A connection is closed with the last reference to its group: an error's frames hold some.
+    """
+    if error is not None:
+        traceback.clear_frames(error.__traceback__)
+    # NCCL would wait for what the others have not sent.
+    waits = error is not None and ranks.group is not None and dist.get_backend() == "nccl"
+    ranks.group = ranks.control = None
+    if dist.is_initialized():
+        (_abort if waits else dist.destroy_process_group)()
+    gc.collect()
+
+
+def _raise_once(
+    error: UserError | RuntimeError,
+    store: dist.Store | None,
+    ranks: Ranks,
+    timeout_minutes: float,
+) -> NoReturn:
+    """Raise what ends this rank as a mistake of the user; if the first speaks, exit in silence.
+
+    The first says why another has ended if it only lost the others.
+    """
+    if ranks.is_main and isinstance(error, UserError):
+        raise error
+    if not isinstance(error, UserError):
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"process {rank} of {world_size} lost the others: one has ended, cannot be reached, or "
-            f"kept it waiting for {timeout_minutes:g} minutes (--timeout_minutes); the first to "
-            f"have ended says why. {reason}"
-        ) from error
-    # Not after an error: it would wait for processes that are gone.
-    dist.destroy_process_group()
+        error = UserError(
+            f"{ranks} lost the others: one has ended, cannot be reached, or kept it waiting for "
+            f"{timeout_minutes:g} minutes (--timeout_minutes); the first to have ended says why. "
+            f"{reason}"
+        )
+    if ranks.is_main:
+        reason = _posted(store, REASON, seconds=PATIENCE)
+        _post(store, SPOKEN, "")
+        raise UserError(reason) if reason else error
+    if _posted(store, SPOKEN, seconds=2 * PATIENCE) is not None:
+        time.sleep(0.5)  # torchrun ends all when one has ended: the first must have spoken
+        raise SystemExit(1)
+    raise error
 
 
 def _of_this_start(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
@@ -217,6 +316,8 @@ def _of_this_start(store: dist.Store, rank: int, world_size: int, timeout: timed
     return dist.PrefixStore(name, store)
 
 
-def _is_of_others(error: RuntimeError) -> bool:
+def _is_of_others(error: BaseException) -> bool:
     # Gloo raises its errors as plain RuntimeErrors that begin with the place in its source.
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or "gloo" in str(error)
+    )

@@ -1,6 +1,7 @@
 """One step of training: random views of a batch, their loss, and the weights that follow."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from model import Embedder, build_model, sync_batch_norms
 from optim import build_optimizer, build_schedule, load_optimizer
 from probe import Probe
 from ranks import ALONE, Ranks
-from seeds import seed_of
+from seeds import random_state, seed_of, set_random_state
 from sizes import memory_for
 from supcon_kernels import grad_cache_backward, supcon_loss
 
@@ -46,6 +47,7 @@ class Trainer:
     ) -> None:
         if config.sync_batchnorm and device.type != "cuda":
             raise UserError(f"--sync_batchnorm needs --device cuda, and this is {device.type}")
+        config = replace(config, image_size=data.image_size)
         torch.manual_seed(config.seed)
         model = build_model(config, channels=data.channels)
         if ranks.seed_key:
@@ -58,7 +60,8 @@ class Trainer:
         # what it sees cannot lead to another program for training. The names of the weights are the
         # model's own.
         network = torch.compile(self.model, dynamic=False) if config.compile else self.model
-        self.network = ranks.parallel(network)
+        self.device, self.ranks, self.config = device, ranks, config
+        self.network = self._parallel(network, data)
         self.views = build_views(config, data, ranks)
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, steps_per_epoch, total_steps)
@@ -70,11 +73,39 @@ class Trainer:
             self.memory = None if config.queue_size is None else Memory(self.model, config, ranks)
         self.probe: Probe | None = None
         if config.probe:
-            self.probe = Probe(self.model.encoder.num_features, len(data.classes), device, ranks)
+            self.probe = Probe(self.model.num_features, len(data.classes), device, ranks)
         self.clock = PhaseClock(device)
-        self.device = device
-        self.ranks = ranks
-        self.config = config
+
+    def _parallel(self, network: nn.Module, data: ImageData) -> nn.Module:
+        """The network, whose gradients are averaged over the ranks, in one order from the start on.
+
+        DDP lays out its buckets anew after its first backward, and sums depend on the layout. Were
+        that the first step, a resumed run would add up one step in another order than a run never
+        stopped. So the first backward is one of empty images, of which nothing stays.
+        """
+        if self.ranks.group is None:
+            return network
+        config = self.config
+        num_views = config.num_views if config.queue_size is None else 1
+        num_rows = num_views * config.batch_size // self.ranks.world_size
+        num_rows = min(num_rows, config.grad_cache_chunk or num_rows)
+        shape = (num_rows, data.channels, data.image_size, data.image_size)
+        images = torch.zeros(shape, device=self.device)
+        images = images.contiguous(memory_format=config.memory_format)
+        state = {key: value.clone() for key, value in self.model.state_dict().items()}
+        random = random_state(self.device)
+        network = self.ranks.parallel(network)
+        with self._autocast():
+            network(images)[1].sum().backward()
+        if any(weight.grad is None for weight in self.model.parameters() if weight.requires_grad):
+            raise UserError(
+                f"--model {config.model} has weights that its embedding does not depend on, which "
+                "several processes cannot average: train it in one process"
+            )
+        self.model.zero_grad()
+        self.model.load_state_dict(state)
+        set_random_state(random, self.device)
+        return network
 
     @property
     def measured(self) -> Embedder:
