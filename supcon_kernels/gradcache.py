@@ -79,6 +79,8 @@ def grad_cache_backward(
         for chunk in chunks:
             states.append(_random_state())
             parts.append(_checked(encode(chunk)))
+    # Autocast of older torch, around this call, would go on with casts of weights without a graph.
+    torch.clear_autocast_cache()
 
     rows = torch.cat(parts).requires_grad_()
     sizes = [len(part) for part in parts]
