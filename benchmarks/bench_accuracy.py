@@ -1,6 +1,6 @@
 """How exact the loss is at full size: errors against float64, beside those of the dense formula.
 
-python benchmarks/bench_accuracy.py writes benchmarks/results/accuracy_cpu_float32.csv and exits 1
+python benchmarks/bench_accuracy.py prints them, writes accuracy_cpu_float32.csv and exits 1
 where the error of ``native`` exceeds twice that of the dense formula in float32, plus one part in
 2^23 of the quantity, or of the mean magnitude of the terms that cancel in the temperature's gradient.
 """
@@ -8,22 +8,21 @@ where the error of ``native`` exceeds twice that of the dense formula in float32
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from machine import REPOSITORY, describe_machine
+from machine import describe_machine
+from results import add_output_options, results_path, write_table
 from supcon_kernels import supcon_loss
 from supcon_kernels.problem import DENOMINATORS, SUMMATIONS
 
-RESULTS = REPOSITORY / "benchmarks" / "results" / "accuracy_cpu_float32.csv"
+RESULTS = "accuracy_cpu_float32.csv"
 TEMPERATURES = (0.01, 0.022, 0.05, 0.1, 0.3, 1.0)
 VARIANTS = list(itertools.product(SUMMATIONS, DENOMINATORS))
 Arguments = dict[str, Any]
@@ -138,7 +137,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--num-rows", type=int, default=8192)
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    add_output_options(parser)
     options = parser.parse_args()
     machine = describe_machine("cpu")
     measured = []
@@ -149,11 +148,7 @@ def main() -> int:
             flush=True,
         )
         measured.append({**row, **machine})
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.output, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(measured[0]))
-        writer.writeheader()
-        writer.writerows(measured)
+    write_table(results_path(RESULTS, options.output_dir, options.update), measured)
     return 0 if all(row["passed"] for row in measured) else 1
 
 

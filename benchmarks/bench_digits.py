@@ -1,13 +1,12 @@
 """What the driver reaches without an argument: k-NN accuracy and time on digits, by seed.
 
-python benchmarks/bench_digits.py runs train/pretrain.py as a user would, for three seeds, and writes
-benchmarks/results/digits.csv.
+python benchmarks/bench_digits.py runs train/pretrain.py as a user would, for three seeds, and
+writes digits.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -17,8 +16,9 @@ import time
 from pathlib import Path
 
 from machine import REPOSITORY, describe_machine
+from results import add_output_options, results_path, write_table
 
-RESULTS = REPOSITORY / "benchmarks" / "results" / "digits.csv"
+RESULTS = "digits.csv"
 
 
 def run(seed: int, folder: Path) -> dict[str, object]:
@@ -35,15 +35,15 @@ def run(seed: int, folder: Path) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--num-seeds", type=int, default=3)
+    add_output_options(parser)
     options = parser.parse_args()
     machine = describe_machine("cpu")
     with tempfile.TemporaryDirectory() as folder:
         measured = [run(seed, Path(folder)) for seed in range(options.num_seeds)]
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*measured[0], *machine])
-        writer.writeheader()
-        writer.writerows({**row, **machine} for row in measured)
+    write_table(
+        results_path(RESULTS, options.output_dir, options.update),
+        [row | machine for row in measured],
+    )
     for row in measured:
         print(
             f"seed {row['seed']}: k-NN {float(str(row['knn_accuracy'])):.2%} in {row['time_s']} s"

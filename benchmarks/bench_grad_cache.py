@@ -1,7 +1,7 @@
 """What GradCache saves and costs: peak memory and time of a step against the batch size.
 
-python benchmarks/bench_grad_cache.py --data-root DIR writes benchmarks/results/grad_cache_cpu.csv; DIR
-holds Fashion-MNIST (Debian's package dataset-fashion-mnist, or torchvision's folders). A step is forward,
+python benchmarks/bench_grad_cache.py --data-root DIR writes grad_cache_cpu.csv; DIR holds Fashion-MNIST
+(Debian's package dataset-fashion-mnist, or torchvision's folders). A step is forward,
 loss and backward of a small ResNet on two views of each image, all rows at once or in chunks by
 grad_cache_backward. Peaks are above weights, inputs and gradients, each in a process of its own; times
 are of both forms in turn, in one process.
@@ -10,18 +10,17 @@ are of both forms in turn, in one process.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
 
 from machine import REPOSITORY, describe_machine
 from peak_memory import HighWaterMark
+from results import add_output_options, results_path, write_table
 
 sys.path.insert(0, str(REPOSITORY / "train"))
 
@@ -31,7 +30,7 @@ from model import build_model
 from sources import load_data
 from supcon_kernels import grad_cache_backward, supcon_loss
 
-RESULTS = REPOSITORY / "benchmarks" / "results" / "grad_cache_cpu.csv"
+RESULTS = "grad_cache_cpu.csv"
 IMAGE_SIZE, TEMPERATURE = 16, 0.1
 
 
@@ -127,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 768, 1536, 3072, 6144])
     parser.add_argument("--chunk-rows", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    add_output_options(parser)
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.peak:
@@ -146,11 +145,7 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
             measured.append(row | machine)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.output, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(measured[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(measured)
+    write_table(results_path(RESULTS, options.output_dir, options.update), measured)
     return 0
 
 

@@ -21,11 +21,13 @@ from providers import FACTORIES, OURS, Provider, Unavailable, make_provider, pro
 from results import (
     Report,
     Result,
+    add_output_options,
     full_table,
     rate_against_peak,
     read_csv,
     readme_block,
     replace_block,
+    results_path,
     write_csv,
 )
 from stopwatch import PHASES, Samples, measure_peak, time_interleaved
@@ -41,7 +43,6 @@ from workloads import (
 )
 
 DEFAULT_SIZES = (256, 512, 1024, 2048, 4096, 8192)
-RESULTS = Path(__file__).resolve().parent / "results"
 MEMORY_SHARE = 0.8
 """Share of the available memory that a provider may be expected to need."""
 
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     _refuse_contradictions(parser, args)
     name = args.name or f"loss_{args.device}_{args.dtype}"
-    csv_path = args.table or args.output_dir / f"{name}.csv"
+    committed = args.update or args.check
+    csv_path = args.table or results_path(f"{name}.csv", args.output_dir, committed)
     if args.table or args.check:
         if not csv_path.exists():
             parser.error(f"there is no {csv_path}")
@@ -92,7 +94,7 @@ def _make_parser() -> argparse.ArgumentParser:
     how.add_argument("--no-memory", action="store_true", help="measure time only")
     out = parser.add_argument_group("what becomes of it")
     out.add_argument("--name", help="of the CSV and the PNG; None: loss_DEVICE_DTYPE")
-    out.add_argument("--output-dir", type=Path, default=RESULTS)
+    add_output_options(out)
     out.add_argument("--markdown", action="store_true", help="print the table as markdown")
     out.add_argument("--table", type=Path, metavar="CSV", help="measure nothing, show this file")
     out.add_argument("--update-readme", type=Path, metavar="README", help="replace its block")
@@ -119,6 +121,8 @@ def _refuse_contradictions(parser: argparse.ArgumentParser, args: argparse.Names
             parser.error(f"no provider {name!r}; known here: {', '.join(provider_names())}")
     if args.check and not args.update_readme:
         parser.error("--check needs --update-readme README")
+    if args.update_readme and not (args.update or args.check or args.table):
+        parser.error("--update-readme needs --update, whose rows it shows, --table or --check")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
 
@@ -231,7 +235,6 @@ def _summarise(verdict: Result, phase: str, samples: Samples, peak: PeakMib | No
 
 def save(report: Report, csv_path: Path) -> None:
     write_csv(report, csv_path)
-    _say(f"wrote {csv_path}")
     if any(result.time_ms for result in report.results):
         try:
             from picture import draw_picture

@@ -1,6 +1,6 @@
 """Where the time of a small batch goes: the core alone, then each layer that a call has around it.
 
-python benchmarks/bench_overhead.py writes benchmarks/results/overhead_cpu_float32.csv. All layers
+python benchmarks/bench_overhead.py writes overhead_cpu_float32.csv. All layers
 take turns in one run; a layer's time holds those of the layers below it.
 """
 
@@ -15,13 +15,14 @@ from statistics import median
 
 import torch
 
-from machine import REPOSITORY, describe_machine
+from machine import describe_machine
+from results import add_output_options, results_path, write_table
 from stopwatch import elapsed_ms, fma_peak_gflops
 from supcon_kernels import op, supcon_loss
 from supcon_kernels.backends import native
 from supcon_kernels.problem import Problem
 
-RESULTS = REPOSITORY / "benchmarks" / "results" / "overhead_cpu_float32.csv"
+RESULTS = "overhead_cpu_float32.csv"
 SIZES = (4, 256, 512, 1024, 2048)
 BEGIN, END = "<!-- bench_overhead:begin -->", "<!-- bench_overhead:end -->"
 
@@ -101,10 +102,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=400)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="measure nothing, show the file")
+    add_output_options(parser)
+    parser.add_argument(
+        "--table", action="store_true", help="measure nothing, show the committed rows"
+    )
     parser.add_argument("--update-docs", type=Path, metavar="DOC", help="replace its block")
     options = parser.parse_args()
+    if options.update_docs and not (options.update or options.table):
+        parser.error("--update-docs needs --update, whose rows it shows, or --table")
+    path = results_path(RESULTS, options.output_dir, options.update or options.table)
     if not options.table:
         machine = describe_machine("cpu")
         peaks, times_of = [], {}
@@ -123,11 +129,8 @@ def main() -> int:
                 | {"peak_gflops": f"{peak:.1f}"}
                 | machine
             )
-        with open(options.output, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(measured[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(measured)
-    with open(options.output, newline="") as file:
+        write_table(path, measured)
+    with open(path, newline="") as file:
         shown = table(list(csv.DictReader(file)))
     print(shown)
     if options.update_docs:

@@ -1,6 +1,6 @@
 """What the driver adds to a training step, and what a plain loop does in the same time: images a second.
 
-python benchmarks/bench_train.py --data-root DIR writes benchmarks/results/train_cpu.csv; DIR holds
+python benchmarks/bench_train.py --data-root DIR writes train_cpu.csv; DIR holds
 Fashion-MNIST (Debian's package dataset-fashion-mnist, or torchvision's folders). Five loops train one
 network on it and take turns in one run:
 
@@ -23,7 +23,6 @@ A round of a plain loop holds all the work of its steps: its workers begin with 
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import sys
 import tempfile
@@ -44,6 +43,7 @@ from torchvision import transforms
 
 from machine import REPOSITORY, describe_machine
 from providers import dense_loss
+from results import add_output_options, results_path, write_table
 from workloads import Problem, Workload
 
 sys.path.insert(0, str(REPOSITORY / "train"))
@@ -59,8 +59,7 @@ from sources import load_data
 from step import Trainer
 from supcon_kernels import supcon_loss
 
-RESULTS = REPOSITORY / "benchmarks" / "results" / "train_cpu.csv"
-OPTIONS = RESULTS.with_name("train_options_cpu.csv")
+RESULTS, OPTIONS = "train_cpu.csv", "train_options_cpu.csv"
 CPU = torch.device("cpu")
 NUM_READY = 8
 TURN_STEPS = 4
@@ -318,9 +317,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="of a round")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--options", action="store_true", help="time the driver's options instead")
-    parser.add_argument("--output", type=Path, help=f"default: {RESULTS.name} or {OPTIONS.name}")
+    add_output_options(parser)
     options = parser.parse_args(argv)
-    output = options.output or (OPTIONS if options.options else RESULTS)
     machine = describe_machine("cpu")
     measured = []
     for size in options.image_sizes:
@@ -347,11 +345,10 @@ def main(argv: list[str] | None = None) -> int:
             )
         for words, reached in [] if options.options else goals(rows[1]):
             print(f"{size:3} px  driver_crop_flip: {words}: {'reached' if reached else 'MISSED'}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(measured[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(measured)
+    write_table(
+        results_path(OPTIONS if options.options else RESULTS, options.output_dir, options.update),
+        measured,
+    )
     return 0
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +20,7 @@ ISA_FLAGS = re.compile(r"sse4_2|avx\w*|fma|f16c|amx\w*|neon|asimd\w*|sve\w*|bf16
 def describe_machine(device: str) -> dict[str, str]:
     """Everything that a reader needs to judge or repeat a row, as CSV columns."""
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
         "num_cores": str(_num_cores()),
         "num_threads": str(torch.get_num_threads()),

@@ -5,13 +5,16 @@ README's tables come from these rows alone, between two markers that this file o
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from machine import REPOSITORY
 from providers import OURS
 from workloads import Workload, worst
 
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 
 BEGIN, END = "<!-- bench_loss:begin -->", "<!-- bench_loss:end -->"
 UNTIMED = ("wrong", "failed", "unavailable")
+RESULTS = REPOSITORY / "benchmarks" / "results"
+TRIALS = REPOSITORY / "runs" / "benchmarks"
+"""Rows go to TRIALS, which git ignores, unless --update says that they replace the committed ones."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +96,37 @@ class Report:
         return list(dict.fromkeys(r.provider for r in self.results))
 
 
+def add_output_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the options that ``results_path`` takes."""
+    parser.add_argument("--output-dir", type=Path, help="of the rows; None: runs/benchmarks")
+    parser.add_argument("--update", action="store_true", help="replace those in benchmarks/results")
+
+
+def results_path(name: str, output_dir: Path | None, update: bool) -> Path:
+    """Where a file of rows is: in the folder that was named, or as ``update`` has it."""
+    return (output_dir or (RESULTS if update else TRIALS)) / name
+
+
 def write_csv(report: Report, path: Path) -> None:
+    derived = ("gflops", "peak_share")
+    write_table(
+        path,
+        [
+            asdict(result) | {name: getattr(result, name) for name in derived} | report.machine
+            for result in report.results
+        ],
+    )
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows of the same columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        columns = [f.name for f in fields(Result)]
-        writer.writerow([*columns, "gflops", "peak_share", *report.machine])
-        for result in report.results:
-            values = [*asdict(result).values(), result.gflops, result.peak_share]
-            writer.writerow([*map(_to_cell, values), *report.machine.values()])
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _to_cell(value) for name, value in row.items()})
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def _to_cell(value: object) -> object:
@@ -258,12 +286,7 @@ Row = TypeVar("Row", bound="DataclassInstance")
 
 
 def write_rows(path: Path, rows: Sequence[DataclassInstance]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([f.name for f in fields(rows[0])])
-        for row in rows:
-            writer.writerow(map(_to_cell, asdict(row).values()))
+    write_table(path, [asdict(row) for row in rows])
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:

@@ -19,6 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 import bench_loss
+import results
 from peak_memory import measure_peak_mib
 from providers import FACTORIES, Provider, Unavailable, dense_loss, make_provider, provider_names
 from results import BEGIN, END, read_csv, write_csv
@@ -177,6 +178,20 @@ def test_rows_survive_the_csv_and_carry_their_origin(
     )
     assert {r.phase for r in report.results} == {"forward", "backward", "both"}
     assert (tmp_path / "trial.png").stat().st_size > 10_000
+
+
+def test_other_sizes_leave_the_committed_rows_alone(
+    bench: Callable[[str], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RESULTS", "TRIALS"):
+        monkeypatch.setattr(results, name, tmp_path / name)
+    small = ["--sizes", "64", "--dim", "16", "--seconds", "0", "--no-memory"]
+    assert bench_loss.main([*small, "--providers", "dense"]) == 0
+    assert not (tmp_path / "RESULTS").exists()
+    assert (tmp_path / "TRIALS" / "loss_cpu_float32.csv").exists()
+    with pytest.raises(SystemExit):
+        bench_loss.main([*small, "--update-readme", str(tmp_path / "README.md")])
+    assert results.results_path("rows.csv", None, update=True).parent == results.RESULTS
 
 
 def test_readme_block_is_checked_and_replaced_idempotently(

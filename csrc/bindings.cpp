@@ -139,9 +139,7 @@ std::vector<std::string> isa_names() {
   return names;
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_supcon_kernels, module) {
+void define(py::module_ module) {
 #if defined(__unix__) || defined(__APPLE__)
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
@@ -198,4 +196,39 @@ PYBIND11_MODULE(_supcon_kernels, module) {
           py::arg("loss"), py::arg("statistics"), py::arg("rows"), py::arg("cols"),
           py::arg("temperature"), py::arg("col_loss") = 0, py::arg("col_statistics") = 0,
           py::call_guard<py::gil_scoped_release>());
+}
+
+// pybind11 up to Python 3.11 waits forever in a subinterpreter, so that nothing of it comes before
+// this check.
+int execute(PyObject* module) {
+  if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
+    PyErr_SetString(PyExc_ImportError, "_supcon_kernels cannot be imported in a subinterpreter");
+    return -1;
+  }
+  try {
+    define(py::reinterpret_borrow<py::module_>(module));
+    return 0;
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ImportError, error.what());
+  }
+  return -1;
+}
+
+}  // namespace
+
+// Written out because PYBIND11_MODULE sets pybind11 up before any code of the module runs.
+extern "C" PYBIND11_EXPORT PyObject* PyInit__supcon_kernels() {
+  static PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(execute)}, {0, nullptr}};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                   "_supcon_kernels",
+                                   nullptr,
+                                   0,
+                                   nullptr,
+                                   slots,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr};
+  return PyModuleDef_Init(&definition);
 }

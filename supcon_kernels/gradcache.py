@@ -84,6 +84,8 @@ def grad_cache_backward(
                 states.append(_random_state())
                 parts.append(_checked(encode(chunk)))
         undo.restore_buffers()
+        # Autocast of older torch, around this call, would go on with casts of weights without a graph.
+        torch.clear_autocast_cache()
 
         rows = torch.cat(parts).requires_grad_()
         sizes = [len(part) for part in parts]

@@ -150,7 +150,8 @@ def _register(
     operator: Any, kernel: Callable[..., Any], fake: Callable[..., Any], function: Any
 ) -> None:
     def autograd(*operands: Any) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
+        wants_grad = any(isinstance(x, Tensor) and x.requires_grad for x in operands)
+        if wants_grad and torch.is_grad_enabled():
             result: tuple[Tensor, ...] = function.apply(*operands)
             return result
         return _below_autograd(operator, *operands)

@@ -239,7 +239,7 @@ def saturated_soft_labels(g):
 
 @case("soft labels so sharp that the weight of a pair is 1e-39, below float32")
 def tiny_weights(g):
-    rows = torch.eye(6)[torch.tensor([0, 0, 1, 1, 2, 3])]
+    rows = torch.eye(6, dtype=torch.float64)[torch.tensor([0, 0, 1, 1, 2, 3])]
     return {"features": randn(g, 6, 4), "labels": (90 * rows).softmax(dim=1)}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -279,6 +281,29 @@ def test_a_forked_child_does_not_hang(threads):
     child.join(timeout=60)
     assert child.exitcode == 0
     assert got == expected
+
+
+IN_A_SUBINTERPRETER = """
+try:
+    import _interpreters as interpreters
+except ImportError:  # before Python 3.13
+    import _xxsubinterpreters as interpreters
+interpreters.run_string(interpreters.create(), '''
+import sys
+sys.path[:0] = {path}
+try:
+    import _supcon_kernels
+except ImportError as error:
+    print(error, flush=True)
+''')
+"""
+
+
+def test_a_subinterpreter_is_refused():
+    script = IN_A_SUBINTERPRETER.format(path=sys.path)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "subinterpreter" in done.stdout, done.stderr
 
 
 @st.composite

@@ -111,7 +111,7 @@ def test_encoder_with_wrong_contents_is_named(run, tmp_path, capsys):
         weights["conv1.weight"].fill_(float("nan") if options == "{}" else 0)
         save_file(weights, path, {**about, "options": options})
         error = error_of(capsys, partial(pretrain, tmp_path, "--init_from", path, *OPTIONS))
-        assert f"{path} is damaged: " in error and message in error
+        assert str(path) in error and message in error
 
 
 def test_grey_encoder_sees_through_timms_transform_what_the_run_saw(tmp_path):
