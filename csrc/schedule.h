@@ -37,6 +37,43 @@ class Schedule {
   // Copies of what is added to each side, with no more rows in all than the longer side has.
   int64_t copies_of_rows() const { return rows_are_shorter_ ? copies() : 1; }
   int64_t copies_of_cols() const { return rows_are_shorter_ ? 1 : copies(); }
+  int64_t copies() const {
+    if (square_ || shorter_.tiles == 0) return 1;
+    const int64_t wanted = std::min(kHeld / shorter_.tiles, longer_.tiles / shorter_.tiles);
+    return std::clamp<int64_t>(wanted, 1, kMaxCopies);
+  }
+
+  // What a pair adds to one of its tiles: where, and in which turn.
+  struct Addition {
+    int64_t counter;  // of the tile, or of a copy of it; -1: there is no such tile
+    int64_t turn, copy;
+  };
+  struct Pair {
+    int64_t row, col;  // tiles
+    Addition to_row, to_col;
+
+    bool is_whole() const { return to_row.counter >= 0 && to_col.counter >= 0; }
+  };
+
+  // Calls visit(pair) for the pairs of every job, in order, where many threads or few take them.
+  // Pairs with a tile beyond the end are among them: the other has its turn all the same.
+  int64_t num_jobs(int threads) const {
+    return longer_.groups * shorter_.groups * (takes_meetings(threads) ? 1 : group_ * group_);
+  }
+  template <typename Visit>
+  void job(int64_t k, int threads, int64_t num_copies, Visit visit) const {
+    const auto at = [&](int64_t round, int64_t first, int64_t step, int64_t d) {
+      const Pair pair = pair_of(round, first, step, d, num_copies);
+      if (pair.to_row.counter >= 0 || pair.to_col.counter >= 0) visit(pair);
+    };
+    const int64_t num_first = shorter_.groups;
+    if (!takes_meetings(threads)) {
+      const int64_t steps = k / (group_ * num_first);
+      return at(steps / group_, k / group_ % num_first, steps % group_, k % group_);
+    }
+    for (int64_t step = 0; step < group_; ++step)
+      for (int64_t d = 0; d < group_; ++d) at(k / num_first, k % num_first, step, d);
+  }
 
   // Calls for every pair of tiles I and J, on all threads,
   //   worker.compute(I, J), then in the tiles' turns
@@ -44,26 +81,18 @@ class Schedule {
   // none of which may throw. Each thread has a worker of its own, made by make_worker().
   template <typename MakeWorker>
   void run(const Team& team, bool with_copies, bool to_cols, MakeWorker make_worker) const {
-    Turns turns(*this, with_copies ? copies() : 1, to_cols);
-    const int64_t meetings = longer_.groups * shorter_.groups;
-    const bool by_meeting = 2 * team.threads <= longer_.groups;
-    const int64_t num_jobs = by_meeting ? meetings : meetings * group_ * group_;
+    const int64_t num_copies = with_copies ? copies() : 1, num_jobs = this->num_jobs(team.threads);
+    std::vector<Counter> counters(shorter_.tiles * num_copies + (square_ ? 0 : longer_.tiles));
     std::atomic<int64_t> next{0};
     const auto work = [&] {
       auto worker = make_worker();
-      for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < num_jobs;) {
-        if (!by_meeting) {
-          const int64_t steps = k / (group_ * shorter_.groups);
-          visit(worker, turns, steps / group_, k / group_ % shorter_.groups, steps % group_,
-                k % group_);
-          continue;
-        }
-        for (int64_t step = 0; step < group_; ++step)
-          for (int64_t d = 0; d < group_; ++d)
-            visit(worker, turns, k / shorter_.groups, k % shorter_.groups, step, d);
-      }
+      for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < num_jobs;)
+        job(k, team.threads, num_copies, [&](const Pair& pair) {
+          if (pair.is_whole()) worker.compute(pair.row, pair.col);
+          add(worker, pair, to_cols, counters.data());
+        });
     };
-    if (meetings <= 1 || team.threads <= 1)
+    if (num_jobs <= 1 || team.threads <= 1)
       work();
     else
       on_all(team, work);
@@ -76,56 +105,23 @@ class Schedule {
     const int64_t tiles, groups;
   };
 
-  // Of every tile, and copy, how often it was added to.
-  struct Turns {
-    Turns(const Schedule& schedule, int64_t num_copies, bool to_cols)
-        : num_copies(num_copies),
-          to_cols(to_cols),
-          of_shorter(schedule.shorter_.tiles * num_copies),
-          of_longer(schedule.square_ ? 0 : schedule.longer_.tiles) {}
+  // Few threads take whole meetings, many take pairs.
+  bool takes_meetings(int threads) const { return 2 * threads <= longer_.groups; }
 
-    const int64_t num_copies;
-    const bool to_cols;
-    std::vector<Counter> of_shorter, of_longer;
-  };
-
-  // What a pair adds to one of its tiles: where, in which turn.
-  struct Addition {
-    Counter* counter;  // null: there is no such tile, or nothing to add
-    int64_t turn, copy;
-  };
-
-  // Tile d of a group of the shorter side and the tile that it meets in a step of a round.
-  template <typename Worker>
-  void visit(Worker& worker, Turns& turns, int64_t round, int64_t first, int64_t step,
-             int64_t d) const {
+  // Tile d of a group of the shorter side and the tile that it meets in a step of a round. No
+  // counters: the pair comes up from its other tile.
+  Pair pair_of(int64_t round, int64_t first, int64_t step, int64_t d, int64_t num_copies) const {
     const int64_t second =
         (square_ ? round - first + longer_.groups : first + round) % longer_.groups;
     const int64_t a = first * group_ + d, b = second * group_ + (step - d + group_) % group_;
-    if (square_ && a > b) return;
-    const bool a_is_there = a < shorter_.tiles, b_is_there = b < longer_.tiles;
-    const int64_t copy = round % turns.num_copies;
-    Addition of_a = {nullptr, round / turns.num_copies * group_ + step, copy}, of_b = of_a;
-    if (a_is_there) of_a.counter = &turns.of_shorter[copy * shorter_.tiles + a];
-    if (square_) {
-      if (b_is_there) of_b.counter = &turns.of_shorter[b];
-    } else {
-      of_b = {nullptr, earlier(first, second) * group_ + step, 0};
-      if (b_is_there) of_b.counter = &turns.of_longer[b];
+    const int64_t copy = round % num_copies;
+    Addition to_a = {-1, round / num_copies * group_ + step, copy}, to_b = to_a;
+    if (!square_) to_b = {-1, earlier(first, second) * group_ + step, 0};
+    if (!square_ || a <= b) {
+      if (a < shorter_.tiles) to_a.counter = copy * shorter_.tiles + a;
+      if (b < longer_.tiles) to_b.counter = square_ ? b : num_copies * shorter_.tiles + b;
     }
-    Addition& rows = rows_are_shorter_ ? of_a : of_b;
-    Addition& cols = rows_are_shorter_ ? of_b : of_a;
-    if (!turns.to_cols) cols.counter = nullptr;
-    if (a_is_there && b_is_there) {
-      worker.compute(rows_are_shorter_ ? a : b, rows_are_shorter_ ? b : a);
-      add(worker, rows, cols);
-    } else {
-      struct Nothing {
-        void add_to_rows(int64_t) {}
-        void add_to_cols(int64_t) {}
-      } nothing;
-      add(nothing, rows, cols);
-    }
+    return rows_are_shorter_ ? Pair{a, b, to_a, to_b} : Pair{b, a, to_b, to_a};
   }
 
   // How many groups of the shorter side a group of the longer one has met before this one.
@@ -134,31 +130,26 @@ class Schedule {
     return longer + shorter_.groups - shorter;
   }
 
-  // Adds to the two tiles, whichever's turn comes first.
+  // Adds what a pair gives to its tiles, if it has both, to whichever's turn comes first.
   template <typename Worker>
-  void add(Worker& worker, const Addition& rows, const Addition& cols) const {
+  void add(Worker& worker, const Pair& pair, bool to_cols, Counter* counters) const {
+    const Addition &rows = pair.to_row, &cols = pair.to_col;
     const bool is_one = rows.counter == cols.counter;  // a tile that meets itself
-    bool rows_wait = rows.counter != nullptr, cols_wait = cols.counter != nullptr && !is_one;
+    bool rows_wait = rows.counter >= 0, cols_wait = to_cols && cols.counter >= 0 && !is_one;
     for (Patience patience; rows_wait || cols_wait;) {
-      if (rows_wait && rows.counter->is(rows.turn)) {
-        worker.add_to_rows(rows.copy);
-        if (is_one) worker.add_to_cols(cols.copy);
-        rows.counter->increment();
+      if (rows_wait && counters[rows.counter].is(rows.turn)) {
+        if (pair.is_whole()) worker.add_to_rows(rows.copy);
+        if (is_one && to_cols) worker.add_to_cols(cols.copy);
+        counters[rows.counter].increment();
         rows_wait = false;
-      } else if (cols_wait && cols.counter->is(cols.turn)) {
-        worker.add_to_cols(cols.copy);
-        cols.counter->increment();
+      } else if (cols_wait && counters[cols.counter].is(cols.turn)) {
+        if (pair.is_whole()) worker.add_to_cols(cols.copy);
+        counters[cols.counter].increment();
         cols_wait = false;
       } else {
         patience.pause();
       }
     }
-  }
-
-  int64_t copies() const {
-    if (square_ || shorter_.tiles == 0) return 1;
-    const int64_t wanted = std::min(kHeld / shorter_.tiles, longer_.tiles / shorter_.tiles);
-    return std::clamp<int64_t>(wanted, 1, kMaxCopies);
   }
 
   // Of a long side only: a short one has few groups as it is.

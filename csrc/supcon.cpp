@@ -530,6 +530,19 @@ double peak_flops(const Isa& isa, const Team& team) {
   return best;
 }
 
+std::vector<std::vector<ScheduledPair>> scheduled_jobs(int64_t num_rows, int64_t num_cols,
+                                                       bool square, bool to_cols, int threads) {
+  const auto tiles = [](int64_t n) { return (n + tile_rows(n) - 1) / tile_rows(n); };
+  const Schedule schedule(tiles(num_rows), tiles(num_cols), square);
+  std::vector<std::vector<ScheduledPair>> jobs(schedule.num_jobs(threads));
+  for (size_t k = 0; k < jobs.size(); ++k)
+    schedule.job(k, threads, schedule.copies(), [&](const Schedule::Pair& pair) {
+      jobs[k].push_back({pair.to_row.counter, pair.to_row.turn, to_cols ? pair.to_col.counter : -1,
+                         pair.to_col.turn});
+    });
+  return jobs;
+}
+
 #define SUPCON_INSTANTIATE(Real)                                                              \
   template double peak_flops<Real>(const Isa&, const Team&);                                  \
   template void forward(const Problem<Real>&, const Isa&, const Team&, const Results<Real>&); \

@@ -202,6 +202,17 @@ struct Isa {
 template <typename Real>
 double peak_flops(const Isa& isa, const Team& team);
 
+// A pair of tiles as the schedule hands it out: which counters it waits for, at which turns. -1:
+// the tile is not there, or nothing is added to it.
+struct ScheduledPair {
+  int64_t row_counter, row_turn, col_counter, col_turn;
+};
+
+// The jobs of a pass over N rows and M columns with so many threads, and their pairs, for a
+// simulation of more threads than there are processors.
+std::vector<std::vector<ScheduledPair>> scheduled_jobs(int64_t num_rows, int64_t num_cols,
+                                                       bool square, bool to_cols, int threads);
+
 // The instruction sets that this CPU runs, best first.
 const std::vector<const Isa*>& available_isas();
 
