@@ -4,11 +4,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 #include <thread>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -41,7 +45,19 @@ void run_team(int threads, void (*body)(void*), void* context) {
 #endif
 }
 
-supcon::Team team_of(int threads) { return {forked ? 1 : threads, run_team}; }
+// Of one thread that stands for a team: the seconds in which others would have helped it.
+double shared_seconds = 0;
+
+void run_alone(int, void (*body)(void*), void* context) {
+  const auto start = std::chrono::steady_clock::now();
+  body(context);
+  shared_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+supcon::Team team_of(int threads) {
+  if (threads == 0) return {2, run_alone};
+  return {forked ? 1 : threads, run_team};
+}
 
 // Below this many products a second thread is not worth waiting for, least of all on a busy
 // machine.
@@ -74,7 +90,7 @@ struct Call {
   supcon::Team team() const {
     const int64_t m = square ? num_rows : num_cols;
     const double products = static_cast<double>(num_rows) * m * dim;
-    return team_of(products < kSmall ? 1 : threads);
+    return team_of(products < kSmall ? std::min(threads, 1) : threads);
   }
 
   template <typename Real>
@@ -151,6 +167,18 @@ void define(py::module_ module) {
   module.attr("threading") = "std::thread";
 #endif
   module.def("isa_names", isa_names);
+  // For benchmarks/bench_threads.py: a call with threads = 0 counts what a team would share.
+  module.def("take_shared_seconds", [] { return std::exchange(shared_seconds, 0.0); });
+  module.def("scheduled_jobs", [](int64_t num_rows, int64_t num_cols, bool square, bool to_cols,
+                                  int threads) {
+    std::vector<std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>> jobs;
+    for (const auto& job : supcon::scheduled_jobs(num_rows, num_cols, square, to_cols, threads)) {
+      jobs.emplace_back();
+      for (const supcon::ScheduledPair& pair : job)
+        jobs.back().emplace_back(pair.row_counter, pair.row_turn, pair.col_counter, pair.col_turn);
+    }
+    return jobs;
+  });
   module.def(
       "peak_flops",
       [](const std::string& isa, bool is_double, int threads) {

@@ -14,7 +14,9 @@ constexpr Functions<Real> functions() {
   constexpr int kPanel = kVectors * Simd<Real>::kLanes;
   return {kPanel,
           tile_forward<Real>,
-          tile_backward<Real>,
+          tile_weigh<Real>,
+          add_to_rows<Real>,
+          add_to_cols<Real>,
           embed_row<Real>,
           pack_rows<Real, kPanel>,
           dots_of_tile<Real>,

@@ -1,10 +1,10 @@
-// What threads share: memory that is kept between calls, loops, and the order in which pairs of
-// tiles are handed out.
+// What threads share: memory that is kept between calls, loops, and waiting for each other.
 
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <mutex>
@@ -138,105 +138,42 @@ void parallel_for(const Team& team, int64_t count, Body body) {
   });
 }
 
-template <typename Real>
-void fill(const Team& team, Real* data, int64_t size, Real value) {
-  constexpr int64_t kChunk = 1 << 17;
-  parallel_for(team, (size + kChunk - 1) / kChunk, [=](int64_t c) {
-    std::fill(data + c * kChunk, data + std::min(size, (c + 1) * kChunk), value);
-  });
+// Runs body(begin, end) for ranges of [0, count), which do not depend on the number of threads.
+template <typename Body>
+void parallel_ranges(const Team& team, int64_t count, int64_t length, Body body) {
+  parallel_for(team, (count + length - 1) / length,
+               [&](int64_t c) { body(c * length, std::min(count, (c + 1) * length)); });
 }
 
-// The pairs of tiles as numbered jobs in rounds. Neighbouring tiles form groups, so that a tile
-// that is in the cache meets several others. In round r group I meets group (r - I) mod T of the
-// same side, or (I + r) mod T of the other: every group is in one job of a round, and after T
-// rounds every pair has met once. A job waits until both of its groups are through the earlier
-// rounds, so that sums into a tile are made in the order of the rounds, whichever thread makes
-// them. Sides of different length meet in a square whose jobs beyond either are empty.
-class Schedule {
- public:
-  Schedule(int64_t row_tiles, int64_t col_tiles, bool square)
-      : row_tiles_(row_tiles),
-        col_tiles_(col_tiles),
-        row_group_(group_of(row_tiles)),
-        col_group_(group_of(col_tiles)),
-        size_(std::max((row_tiles + row_group_ - 1) / row_group_,
-                       (col_tiles + col_group_ - 1) / col_group_)),
-        square_(square) {}
+template <typename Real>
+void fill(const Team& team, Real* data, int64_t size, Real value) {
+  parallel_ranges(team, size, 1 << 17,
+                  [=](int64_t begin, int64_t end) { std::fill(data + begin, data + end, value); });
+}
 
-  // Calls body(row tile, column tile, scratch), which must not throw, for every pair, on all
-  // threads; each has scratch memory of its own, of the given size.
-  template <typename T, typename Body>
-  void run(const Team& team, size_t scratch_size, Body body) const {
-    std::vector<std::atomic<int64_t>> row_rounds(size_), col_rounds(square_ ? 0 : size_);
-    PerThread<T> scratches(team, scratch_size);
-    std::atomic<int64_t> next{0};
-    const int64_t num_jobs = square_ ? size_ * (size_ + 1) / 2 : size_ * size_;
-    const auto work = [&] {
-      T* const scratch = scratches.claim();
-      for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < num_jobs;) {
-        const Job job = square_ ? square_job(k) : rectangle_job(k);
-        std::atomic<int64_t>& row_round = row_rounds[job.i];
-        std::atomic<int64_t>& col_round = square_ ? row_rounds[job.j] : col_rounds[job.j];
-        wait(row_round, job.round);
-        wait(col_round, job.round);
-        run_job(job, [&](int64_t i, int64_t j) { body(i, j, scratch); });
-        row_round.store(job.round + 1, std::memory_order_release);
-        col_round.store(job.round + 1, std::memory_order_release);
-      }
-    };
-    if (num_jobs <= 1 || team.threads <= 1)
-      work();
-    else
-      on_all(team, work);
+// A number that threads wait for, in a cache line of its own.
+class alignas(64) Counter {
+ public:
+  bool is(int64_t count) const { return count_.load(std::memory_order_acquire) == count; }
+  void increment() { count_.fetch_add(1, std::memory_order_release); }
+
+ private:
+  std::atomic<int64_t> count_{0};
+};
+
+// Waits a little longer each time: for what another thread is about to finish, and for one that
+// has no processor.
+class Patience {
+ public:
+  void pause() {
+    if (++times_ < kSpins) return;
+    if (times_ < kYields) return std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
 
  private:
-  struct Job {
-    int64_t round, i, j;
-  };
-
-  template <typename Body>
-  void run_job(const Job& job, Body body) const {
-    const int64_t row_end = std::min(row_tiles_, (job.i + 1) * row_group_);
-    const int64_t col_begin = job.j * col_group_;
-    const int64_t col_end = std::min(col_tiles_, col_begin + col_group_);
-    for (int64_t i = job.i * row_group_; i < row_end; ++i)
-      for (int64_t j = square_ ? std::max(i, col_begin) : col_begin; j < col_end; ++j) body(i, j);
-  }
-
-  // Of a long side only: a short one has few groups as it is.
-  static int64_t group_of(int64_t tiles) { return std::min(tiles / kGroups + 1, kMaxGroup); }
-
-  static void wait(const std::atomic<int64_t>& rounds, int64_t round) {
-    while (rounds.load(std::memory_order_acquire) < round) std::this_thread::yield();
-  }
-
-  // An odd number T of tiles has (T + 1) / 2 jobs in every round, one of them a tile with itself;
-  // an even number T / 2 + 1 in even rounds, two of them such, and T / 2 in odd ones.
-  Job square_job(int64_t k) const {
-    const int64_t even = size_ / 2 + 1, both = size_ + 1;
-    const int64_t round = k / both * 2 + (k % both >= even);
-    const int64_t q = k % both - (k % both >= even ? even : 0);
-    return size_ % 2 == 0 ? meeting(round, q)
-                          : meeting(k / ((size_ + 1) / 2), k % ((size_ + 1) / 2));
-  }
-
-  Job meeting(int64_t round, int64_t q) const {
-    const int64_t a = ((round + 1) / 2 + q) % size_;
-    const int64_t b = (round - a + size_) % size_;
-    return {round, std::min(a, b), std::max(a, b)};
-  }
-
-  Job rectangle_job(int64_t k) const {
-    const int64_t round = k / size_, i = k % size_;
-    return {round, i, (i + round) % size_};
-  }
-
-  static constexpr int64_t kGroups = 24, kMaxGroup = 8;
-  const int64_t row_tiles_, col_tiles_;
-  const int64_t row_group_, col_group_;  // tiles of a group
-  const int64_t size_;                   // groups of the side that has more
-  const bool square_;
+  static constexpr int kSpins = 256, kYields = 4096;
+  int times_ = 0;
 };
 
 }  // namespace supcon

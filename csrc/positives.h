@@ -26,14 +26,83 @@ std::vector<double> count_positives(const Sides<Real>& sides) {
   return count;
 }
 
-// The mean exponent of the positives of one class's rows: a product with the sum of the class.
+// A part of the rows or columns of a class, small enough for threads to share a large class.
+struct Part {
+  int64_t segment;  // index
+  int64_t begin, end;
+};
+
+inline std::vector<Part> parts_of(const std::vector<Segment>& segments) {
+  constexpr int64_t kLength = 128;
+  std::vector<Part> parts;
+  for (size_t c = 0; c < segments.size(); ++c)
+    for (int64_t k = segments[c].begin; k < segments[c].end; k += kLength)
+      parts.push_back({static_cast<int64_t>(c), k, std::min(k + kLength, segments[c].end)});
+  return parts;
+}
+
+// How a line is pulled: weight (sum - own_weight own); own may be null.
 template <typename Real>
-void mean_exponents(const Sides<Real>& sides, const Segment& segment,
-                    const std::vector<double>& num_positives, double* mean) {
+struct Pull {
+  double weight, own_weight;
+  const Real* own;
+};
+
+// Classes of many positives: segments of rows, and of the columns with the same label.
+template <typename Real>
+struct ManyPositives {
+  explicit ManyPositives(const Sides<Real>& sides) {
+    for (const Segment& segment : sides.rows.segments) {
+      if (sides.few_positives(segment)) continue;
+      rows.push_back(segment);
+      cols.push_back(sides.cols_of(segment));
+    }
+  }
+
+  std::vector<Segment> rows, cols;
+};
+
+// (segment, dim) sums of a side's rows, each times its weight where there are weights: of every
+// part first, then of the parts in their order.
+template <typename Real>
+class ClassSums {
+ public:
+  ClassSums(const Sides<Real>& sides, const Side<Real>& side, const std::vector<Segment>& segments,
+            const double* weights)
+      : dim_(side.dim), sums_(segments.size() * dim_) {
+    const std::vector<Part> parts = parts_of(segments);
+    Array<double> of_parts(parts.size() * dim_);
+    parallel_for(sides.team, parts.size(), [&](int64_t p) {
+      double* const sum = of_parts.get() + p * dim_;
+      std::fill(sum, sum + dim_, 0.0);
+      for (int64_t k = parts[p].begin; k < parts[p].end; ++k)
+        sides.functions.add(weights == nullptr ? 1.0 : weights[k], side.row(k), dim_, sum);
+    });
+    std::fill(sums_.get(), sums_.get() + segments.size() * dim_, 0.0);
+    for (size_t p = 0; p < parts.size(); ++p)
+      for (int64_t d = 0; d < dim_; ++d)
+        sums_.get()[parts[p].segment * dim_ + d] += of_parts.get()[p * dim_ + d];
+  }
+
+  const double* of(int64_t segment) const { return sums_.get() + segment * dim_; }
+
+ private:
+  const int64_t dim_;
+  Array<double> sums_;
+};
+
+// The mean exponent of the positives of each row: where they are few, of products as tiles have
+// them; else a product with the sum of the class.
+template <typename Real>
+std::vector<double> mean_exponents(const Sides<Real>& sides,
+                                   const std::vector<double>& num_positives) {
   const Side<Real>&rows = sides.rows, &cols = sides.cols;
   const Functions<Real>& functions = sides.functions;
-  const Segment positives = sides.cols_of(segment);
-  if (sides.few_positives(segment)) {
+  std::vector<double> mean(rows.size);
+  parallel_for(sides.team, rows.segments.size(), [&](int64_t c) {
+    const Segment& segment = rows.segments[c];
+    if (!sides.few_positives(segment)) return;
+    const Segment positives = sides.cols_of(segment);
     for (int64_t k = segment.begin; k < segment.end; ++k) {
       const auto total = [&](int64_t begin, int64_t end) {
         return functions.dots_of_tile(rows.row(k), cols.row(begin), cols.stride, end - begin,
@@ -44,60 +113,62 @@ void mean_exponents(const Sides<Real>& sides, const Segment& segment,
       const double after = own < positives.end ? total(own + 1, positives.end) : 0.0;
       mean[k] = (before + after) / num_positives[k];
     }
-    return;
-  }
-  std::vector<double> sum(rows.dim, 0.0);
-  for (int64_t j = positives.begin; j < positives.end; ++j)
-    functions.add(1.0, cols.row(j), rows.dim, sum.data());
-  for (int64_t k = segment.begin; k < segment.end; ++k) {
-    double total = functions.dot_sum(rows.row(k), sum.data(), rows.dim);
-    const int64_t own = sides.own(k);
-    if (positives.contains(own)) total -= functions.dot(rows.row(k), cols.row(own), rows.dim);
-    mean[k] = total / num_positives[k];
-  }
+  });
+  const ManyPositives<Real> many(sides);
+  const ClassSums<Real> sums(sides, cols, many.cols, nullptr);
+  const std::vector<Part> parts = parts_of(many.rows);
+  parallel_for(sides.team, parts.size(), [&](int64_t p) {
+    const Part& part = parts[p];
+    for (int64_t k = part.begin; k < part.end; ++k) {
+      double total = functions.dot_sum(rows.row(k), sums.of(part.segment), rows.dim);
+      const int64_t own = sides.own(k);
+      if (many.cols[part.segment].contains(own))
+        total -= functions.dot(rows.row(k), cols.row(own), rows.dim);
+      mean[k] = total / num_positives[k];
+    }
+  });
+  return mean;
 }
 
-// Subtracts the attraction of the many positives of one class from both sides' gradients.
+// Subtracts the attraction of many positives from both sides' gradients. `col_pull` is that of
+// columns that are anchors of their own, or null.
 template <typename Real>
-void attract_class(const Sides<Real>& sides, const Segment& segment,
-                   const std::vector<double>& pull, Real* grad_rows, Real* grad_cols) {
+void attract_classes(const Sides<Real>& sides, const std::vector<double>& pull,
+                     const std::vector<double>* col_pull, Real* grad_rows, Real* grad_cols) {
   const Side<Real>&rows = sides.rows, &cols = sides.cols;
   const Functions<Real>& functions = sides.functions;
-  const Segment positives = sides.cols_of(segment);
-  const int64_t dim = rows.dim;
-  std::vector<double> sum(dim, 0.0), pulled(dim, 0.0);
-  for (int64_t j = positives.begin; j < positives.end; ++j)
-    functions.add(1.0, cols.row(j), dim, sum.data());
-  for (int64_t k = segment.begin; k < segment.end; ++k)
-    functions.add(pull[k], rows.row(k), dim, pulled.data());
-  std::vector<int64_t> row_of_col(positives.size(), -1);
-  for (int64_t k = segment.begin; k < segment.end; ++k) {
+  const ManyPositives<Real> many(sides);
+  // Line k of a side is pulled towards the sum over its class but for the line that it is itself.
+  const auto attract = [&](const Side<Real>& side, const std::vector<Segment>& segments,
+                           const ClassSums<Real>& sums, Real* grad, auto weight_and_own) {
+    const std::vector<Part> parts = parts_of(segments);
+    parallel_for(sides.team, parts.size(), [&](int64_t p) {
+      for (int64_t k = parts[p].begin; k < parts[p].end; ++k) {
+        const Pull<Real> of = weight_and_own(parts[p].segment, k);
+        functions.attract(of.weight, sums.of(parts[p].segment), of.own_weight, of.own, side.dim,
+                          grad + k * side.stride);
+      }
+    });
+  };
+  const ClassSums<Real> col_sums(sides, cols, many.cols, nullptr);
+  attract(rows, many.rows, col_sums, grad_rows, [&](int64_t c, int64_t k) {
     const int64_t own = sides.own(k);
-    const bool among = positives.contains(own);
-    if (among) row_of_col[own - positives.begin] = k;
-    functions.attract(pull[k], sum.data(), 1.0, among ? cols.row(own) : nullptr, dim,
-                      grad_rows + k * rows.stride);
+    const bool among = many.cols[c].contains(own);
+    return Pull<Real>{pull[k], 1.0, among ? cols.row(own) : nullptr};
+  });
+  if (grad_cols != nullptr) {
+    const ClassSums<Real> pulled(sides, rows, many.rows, pull.data());
+    attract(cols, many.cols, pulled, grad_cols, [&](int64_t c, int64_t j) {
+      const int64_t own = sides.row_of(j);
+      const bool among = many.rows[c].contains(own);
+      return Pull<Real>{1.0, among ? pull[own] : 0.0, among ? rows.row(own) : nullptr};
+    });
   }
-  if (grad_cols == nullptr) return;
-  for (int64_t j = positives.begin; j < positives.end; ++j) {
-    const int64_t own = row_of_col[j - positives.begin];
-    functions.attract(1.0, pulled.data(), own < 0 ? 0.0 : pull[own],
-                      own < 0 ? nullptr : rows.row(own), dim, grad_cols + j * cols.stride);
+  if (col_pull != nullptr) {
+    const ClassSums<Real> pulled(sides, cols, many.cols, col_pull->data());
+    attract(rows, many.rows, pulled, grad_rows,
+            [](int64_t, int64_t) { return Pull<Real>{1.0, 0.0, nullptr}; });
   }
-}
-
-// The same of the rows' gradient alone, for the attraction of columns that are anchors.
-template <typename Real>
-void attract_class_to_cols(const Sides<Real>& sides, const Segment& segment,
-                           const std::vector<double>& col_pull, Real* grad_rows) {
-  const Side<Real>&rows = sides.rows, &cols = sides.cols;
-  const Functions<Real>& functions = sides.functions;
-  const Segment anchors = sides.cols_of(segment);
-  std::vector<double> pulled(rows.dim, 0.0);
-  for (int64_t j = anchors.begin; j < anchors.end; ++j)
-    functions.add(col_pull[j], cols.row(j), rows.dim, pulled.data());
-  for (int64_t k = segment.begin; k < segment.end; ++k)
-    functions.attract(1.0, pulled.data(), 0.0, nullptr, rows.dim, grad_rows + k * rows.stride);
 }
 
 // Soft labels: every pair is positive with some weight, a product of C numbers, so that the sums

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "schedule.h"
 #include "supcon.h"
 
 namespace supcon {
@@ -217,6 +218,13 @@ struct Sides {
 
   // Sorted position of the column that sorted row k is itself; -1: none.
   int64_t own(int64_t k) const { return square ? k : own_col.empty() ? -1 : own_col[k]; }
+
+  // Sorted position of the row that sorted column j is itself; -1: none.
+  int64_t row_of(int64_t j) const {
+    if (square) return j;
+    const int64_t i = cols.order[j] - problem.self_offset;
+    return problem.self_offset < 0 || i < 0 || i >= problem.num_rows ? -1 : rows.position[i];
+  }
 
   const Problem<Real>& problem;
   const Functions<Real>& functions;

@@ -20,12 +20,6 @@
 namespace supcon {
 namespace {
 
-// Calls body(row tile, column tile, scratch tile) for every pair of tiles, on all threads.
-template <typename Real, typename Body>
-void for_each_pair(const Sides<Real>& sides, Body body) {
-  sides.schedule.template run<Real>(sides.team, kMaxTile * kScratchStride, body);
-}
-
 // What a forward pass is made with besides the pairs: numbers for each sorted row.
 template <typename Real>
 struct Inputs {
@@ -33,29 +27,68 @@ struct Inputs {
   const std::vector<Real>* shifts = nullptr;
 };
 
-// Folds the term of every pair into its row, and calls fold(sorted row, of one tile's columns).
+constexpr size_t kScratch = kMaxTile * kScratchStride;
+constexpr int64_t kRange = 512;  // rows that a thread takes at a time where a row is little work
+
+// A thread's part of a forward pass: the term of every pair, folded into rows, and into columns
+// that are rows, by fold(sorted row, of one tile's columns).
+template <typename Real, typename Fold>
+class Reducer {
+ public:
+  Reducer(const Sides<Real>& sides, Pairs pairs, Term term, const Inputs<Real>& inputs, Fold fold,
+          Real* scratch)
+      : sides_(sides),
+        pairs_(pairs),
+        term_(term),
+        inputs_(inputs),
+        fold_(fold),
+        scratch_(scratch) {}
+
+  void compute(int64_t i, int64_t j) {
+    row_begin_ = sides_.rows.tile_begin(i);
+    col_begin_ = sides_.cols.tile_begin(j);
+    t_ = sides_.pair(i, j);
+    if (pairs_ != Pairs::kAll) t_.classes = sides_.classes(i, j);
+    is_empty_ = pairs_ == Pairs::kPositives && t_.classes.row == nullptr;
+    if (is_empty_) return;
+    if (sides_.own_in_tile(i, j, own_)) t_.own = own_;
+    t_.pairs = pairs_;
+    t_.term = term_;
+    t_.shifted = sides_.shifted || (term_ != Term::kMaximum && term_ != Term::kExp);
+    t_.scratch = scratch_;
+    if (inputs_.lse != nullptr) t_.lse = sides_.lines(*inputs_.lse, i, j);
+    if (inputs_.shifts != nullptr) t_.shifts = sides_.lines(*inputs_.shifts, i, j);
+    t_.row_out = row_out_;
+    t_.col_out = col_out_;
+    sides_.functions.forward(t_);
+  }
+  void add_to_rows(int64_t) { add(row_out_, t_.num_rows, row_begin_); }
+  void add_to_cols(int64_t) { add(col_out_, t_.num_cols, col_begin_); }
+
+ private:
+  void add(const Real* out, int count, int64_t begin) {
+    for (int k = 0; k < (is_empty_ ? 0 : count); ++k) fold_(begin + k, out[k]);
+  }
+
+  const Sides<Real>& sides_;
+  const Pairs pairs_;
+  const Term term_;
+  const Inputs<Real>& inputs_;
+  const Fold fold_;
+  Real* const scratch_;
+  TilePair<Real> t_;
+  bool is_empty_;
+  int64_t row_begin_, col_begin_;
+  int32_t own_[kMaxTile];
+  Real row_out_[kMaxTile], col_out_[kMaxTile + kMaxPanel];
+};
+
 template <typename Real, typename Fold>
 void reduce_pairs(const Sides<Real>& sides, Pairs pairs, Term term, const Inputs<Real>& inputs,
                   Fold fold) {
-  for_each_pair(sides, [&](int64_t i, int64_t j, Real* scratch) {
-    Real row_out[kMaxTile], col_out[kMaxTile + kMaxPanel];
-    int32_t own[kMaxTile];
-    TilePair<Real> t = sides.pair(i, j);
-    if (pairs != Pairs::kAll) t.classes = sides.classes(i, j);
-    if (pairs == Pairs::kPositives && t.classes.row == nullptr) return;
-    if (sides.own_in_tile(i, j, own)) t.own = own;
-    t.pairs = pairs;
-    t.term = term;
-    t.shifted = sides.shifted || (term != Term::kMaximum && term != Term::kExp);
-    t.scratch = scratch;
-    if (inputs.lse != nullptr) t.lse = sides.lines(*inputs.lse, i, j);
-    if (inputs.shifts != nullptr) t.shifts = sides.lines(*inputs.shifts, i, j);
-    t.row_out = row_out;
-    t.col_out = col_out;
-    sides.functions.forward(t);
-    for (int k = 0; k < t.num_rows; ++k) fold(sides.rows.tile_begin(i) + k, row_out[k]);
-    if (!sides.square) return;
-    for (int k = 0; k < t.num_cols; ++k) fold(sides.cols.tile_begin(j) + k, col_out[k]);
+  PerThread<Real> scratch(sides.team, kScratch);
+  sides.schedule.run(sides.team, false, sides.square, [&] {
+    return Reducer<Real, Fold>(sides, pairs, term, inputs, fold, scratch.claim());
   });
 }
 
@@ -79,9 +112,12 @@ std::vector<double> sums(const Sides<Real>& sides, Pairs pairs, Term term,
 
 // Base-2 logarithms of the sums of 2^x, given those of 2^(x - shift).
 template <typename Real>
-std::vector<double> logarithms(std::vector<double> sum, const std::vector<Real>& shift) {
-  for (size_t k = 0; k < sum.size(); ++k)
-    sum[k] = static_cast<double>(shift[k]) + std::log2(sum[k]);
+std::vector<double> logarithms(const Team& team, std::vector<double> sum,
+                               const std::vector<Real>& shift) {
+  parallel_ranges(team, sum.size(), kRange, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      sum[k] = static_cast<double>(shift[k]) + std::log2(sum[k]);
+  });
   return sum;
 }
 
@@ -90,7 +126,7 @@ template <typename Real>
 std::vector<double> log_sum_exp(const Sides<Real>& sides, Pairs pairs) {
   const std::vector<Real> shift =
       sides.shifted ? maxima(sides, pairs) : std::vector<Real>(sides.rows.padded, Real(0));
-  return logarithms(sums(sides, pairs, Term::kExp, {nullptr, &shift}), shift);
+  return logarithms(sides.team, sums(sides, pairs, Term::kExp, {nullptr, &shift}), shift);
 }
 
 // As the kernels take them.
@@ -140,7 +176,7 @@ struct Statistics {
     }
     const std::vector<double> sum = sums(sides, Pairs::kPositives, Term::kQ, {&l, &shift});
     softmax_weight = sums(sides, Pairs::kPositives, Term::kQTimesNotQ, {&l, &shift});
-    log_mean = logarithms(sum, shift);
+    log_mean = logarithms(sides.team, sum, shift);
     for (size_t k = 0; k < num_positives.size(); ++k) softmax_weight[k] /= sum[k];
   }
 };
@@ -203,26 +239,15 @@ struct Upstream {
         shifted_pull(side.padded, 0),
         plain_pull(side.padded, 0),
         pull_by_class(side.padded, 0.0),
-        pulls_in_tile(side.num_tiles, sides.problem.summation == Summation::kIn) {
-    for (int64_t k = 0; k < side.size; ++k) {
-      const int64_t i = side.order[k];
-      const double exact = statistics.lse[i], normalizes = statistics.normalizer[i];
-      if (!(normalizes < std::numeric_limits<double>::infinity())) continue;
-      const double grad = static_cast<double>(grad_loss[i]) / unit;
-      const double weight = grad * statistics.softmax_weight[i];
-      lse[k] = static_cast<Real>(exact);
-      if (weight != 0) {
-        shifted_weight[k] = static_cast<Real>(weight * std::exp2(rounding(lse[k], exact)));
-        plain_weight[k] = static_cast<Real>(weight * std::exp2(-exact));
+        pulls_in_tile(side.num_tiles, sides.problem.summation == Summation::kIn),
+        summation_(sides.problem.summation) {
+    parallel_ranges(sides.team, side.size, kRange, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t i = side.order[k];
+        weigh(k, static_cast<double>(grad_loss[i]) / unit, statistics.lse[i],
+              statistics.normalizer[i], statistics.softmax_weight[i]);
       }
-      if (sides.problem.summation == Summation::kOut) {
-        pull_by_class[k] = grad / normalizes;
-      } else {
-        normalizer[k] = static_cast<Real>(normalizes);
-        shifted_pull[k] = static_cast<Real>(grad * std::exp2(rounding(normalizer[k], normalizes)));
-        plain_pull[k] = static_cast<Real>(grad * std::exp2(-normalizes));
-      }
-    }
+    });
     if (sides.problem.summation == Summation::kOut && sides.problem.row_soft == nullptr)
       pull_in_tiles(sides, side);
   }
@@ -237,6 +262,23 @@ struct Upstream {
   std::vector<bool> pulls_in_tile;  // whether a tile has positives that it looks at itself
 
  private:
+  void weigh(int64_t k, double grad, double exact, double normalizes, double softmax_weight) {
+    if (!(normalizes < std::numeric_limits<double>::infinity())) return;
+    const double weight = grad * softmax_weight;
+    lse[k] = static_cast<Real>(exact);
+    if (weight != 0) {
+      shifted_weight[k] = static_cast<Real>(weight * std::exp2(rounding(lse[k], exact)));
+      plain_weight[k] = static_cast<Real>(weight * std::exp2(-exact));
+    }
+    if (summation_ == Summation::kOut) {
+      pull_by_class[k] = grad / normalizes;
+    } else {
+      normalizer[k] = static_cast<Real>(normalizes);
+      shifted_pull[k] = static_cast<Real>(grad * std::exp2(rounding(normalizer[k], normalizes)));
+      plain_pull[k] = static_cast<Real>(grad * std::exp2(-normalizes));
+    }
+  }
+
   // Takes the pull of positives that are looked at one by one from the classes to the tiles.
   void pull_in_tiles(const Sides<Real>& sides, const Side<Real>& side) {
     const bool all = !positives_by_class(sides.problem), of_cols = &side != &sides.rows;
@@ -254,6 +296,8 @@ struct Upstream {
   static double rounding(Real rounded, double exact) {
     return static_cast<double>(rounded) - exact;
   }
+
+  const Summation summation_;
 };
 
 template <typename Real>
@@ -264,40 +308,89 @@ Attraction attraction_of(const Problem<Real>& problem) {
   return problem.summation == Summation::kOut ? Attraction::kNotQ : Attraction::kQTimesNotQ;
 }
 
-// What pairs give to both sides' gradients: G cols and G^T rows, or (G + G^T) rows. `of_cols` is
-// the upstream of the columns where they are anchors, or null.
+// A thread's part of what pairs give to both sides' gradients: G cols and G^T rows, or (G + G^T)
+// rows. `of_cols` is the upstream of the columns where they are anchors, or null.
 template <typename Real>
-void pair_gradients(const Sides<Real>& sides, const Upstream<Real>& upstream,
-                    const Upstream<Real>* of_cols, Real* grad_rows, Real* grad_cols) {
-  const Attraction attraction = attraction_of(sides.problem);
-  const bool all = sides.problem.denominator == Denominator::kAll;
-  for_each_pair(sides, [&](int64_t i, int64_t j, Real* scratch) {
-    int32_t own[kMaxTile];
-    const auto lines = [&](std::vector<Real> Upstream<Real>::* of) {
-      const int64_t row = sides.rows.tile_begin(i), col = sides.cols.tile_begin(j);
-      return PerLine<Real>{(upstream.*of).data() + row,
-                           of_cols == nullptr ? nullptr : (of_cols->*of).data() + col};
-    };
-    TilePair<Real> t = sides.pair(i, j);
-    t.square = of_cols != nullptr;
-    if (sides.own_in_tile(i, j, own)) t.own = own;
-    const bool pulls = attraction != Attraction::kNone && upstream.pulls_in_tile[i];
-    if (!all || pulls) t.classes = sides.classes(i, j);
-    t.pairs = all ? Pairs::kAll : Pairs::kNegatives;
-    t.attraction = pulls && t.classes.row != nullptr ? attraction : Attraction::kNone;
-    t.shifted = sides.shifted || t.attraction == Attraction::kNotQ ||
-                t.attraction == Attraction::kQTimesNotQ;
-    t.scratch = scratch;
+class Differentiator {
+ public:
+  Differentiator(const Sides<Real>& sides, const Upstream<Real>& of_rows,
+                 const Upstream<Real>* of_cols, Real* grad_rows, Real* grad_cols, Real* scratch)
+      : sides_(sides),
+        of_rows_(of_rows),
+        of_cols_(of_cols),
+        grad_rows_(grad_rows),
+        grad_cols_(grad_cols),
+        scratch_(scratch) {}
+
+  void compute(int64_t i, int64_t j) {
     typedef Upstream<Real> U;
-    t.lse = lines(&U::lse);
-    t.weight = lines(t.shifted ? &U::shifted_weight : &U::plain_weight);
-    t.normalizer = lines(&U::normalizer);
-    t.pull = lines(t.shifted ? &U::shifted_pull : &U::plain_pull);
-    t.grad_a = grad_rows + sides.rows.tile_begin(i) * t.stride;
-    t.grad_b = grad_cols == nullptr ? nullptr : grad_cols + sides.cols.tile_begin(j) * t.stride;
-    sides.functions.backward(t);
-  });
-}
+    const Attraction attraction = attraction_of(sides_.problem);
+    const bool all = sides_.problem.denominator == Denominator::kAll;
+    row_begin_ = sides_.rows.tile_begin(i);
+    col_begin_ = sides_.cols.tile_begin(j);
+    t_ = sides_.pair(i, j);
+    t_.square = of_cols_ != nullptr;
+    if (sides_.own_in_tile(i, j, own_)) t_.own = own_;
+    const bool pulls = attraction != Attraction::kNone && of_rows_.pulls_in_tile[i];
+    if (!all || pulls) t_.classes = sides_.classes(i, j);
+    t_.pairs = all ? Pairs::kAll : Pairs::kNegatives;
+    t_.attraction = pulls && t_.classes.row != nullptr ? attraction : Attraction::kNone;
+    t_.shifted = sides_.shifted || t_.attraction == Attraction::kNotQ ||
+                 t_.attraction == Attraction::kQTimesNotQ;
+    t_.scratch = scratch_;
+    t_.lse = lines(&U::lse);
+    t_.weight = lines(t_.shifted ? &U::shifted_weight : &U::plain_weight);
+    t_.normalizer = lines(&U::normalizer);
+    t_.pull = lines(t_.shifted ? &U::shifted_pull : &U::plain_pull);
+    sides_.functions.weigh(t_);
+  }
+  void add_to_rows(int64_t copy) {
+    t_.grad_a = grad_rows_ + (copy * sides_.rows.padded + row_begin_) * t_.stride;
+    sides_.functions.add_to_rows(t_);
+  }
+  void add_to_cols(int64_t copy) {
+    t_.grad_b = grad_cols_ + (copy * sides_.cols.padded + col_begin_) * t_.stride;
+    sides_.functions.add_to_cols(t_);
+  }
+
+ private:
+  PerLine<Real> lines(std::vector<Real> Upstream<Real>::* of) const {
+    return {(of_rows_.*of).data() + row_begin_,
+            of_cols_ == nullptr ? nullptr : (of_cols_->*of).data() + col_begin_};
+  }
+
+  const Sides<Real>& sides_;
+  const Upstream<Real>& of_rows_;
+  const Upstream<Real>* const of_cols_;
+  Real *const grad_rows_, *const grad_cols_, *const scratch_;
+  TilePair<Real> t_;
+  int64_t row_begin_, col_begin_;
+  int32_t own_[kMaxTile];
+};
+
+// The gradient of one side's scaled embeddings, in as many copies as the schedule adds to.
+template <typename Real>
+class SideGradient {
+ public:
+  SideGradient(const Side<Real>& side, int64_t num_copies, const Team& team, Real start)
+      : size_(side.padded * side.stride), num_copies_(num_copies), memory_(size_ * num_copies) {
+    fill(team, memory_.get(), size_ * num_copies, start);
+  }
+
+  Real* get() { return memory_.get(); }
+  // Adds all copies to the first.
+  void add_up(const Team& team) {
+    if (num_copies_ == 1) return;
+    parallel_ranges(team, size_, 1 << 14, [&](int64_t begin, int64_t end) {
+      for (int64_t c = 1; c < num_copies_; ++c)
+        for (int64_t k = begin; k < end; ++k) get()[k] += get()[c * size_ + k];
+    });
+  }
+
+ private:
+  const int64_t size_, num_copies_;
+  Array<Real> memory_;
+};
 
 // Turns the gradient of a side's scaled embeddings, which is in `grad_unit`, into that of its
 // input, and returns the sum of the products of both, which the temperature's gradient is made of.
@@ -355,21 +448,26 @@ void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
   if (problem.row_soft != nullptr) {
     mean_soft_exponents(sides, &statistics.num_positives, &statistics.mean_log);
   } else if (positives_by_class(problem)) {
-    const std::vector<Segment>& segments = sides.rows.segments;
-    statistics.mean_log.resize(sides.rows.size);
-    parallel_for(team, segments.size(), [&](int64_t c) {
-      mean_exponents(sides, segments[c], statistics.num_positives, statistics.mean_log.data());
-    });
+    statistics.mean_log = mean_exponents(sides, statistics.num_positives);
   }
-  double total = 0;
-  int64_t count = 0;
-  for (int64_t k = 0; k < sides.rows.size; ++k) {
-    if (!contributes(problem, statistics, k)) continue;
-    total += write_results(sides, statistics, k, out);
-    ++count;
-  }
-  *out.total = static_cast<Real>(total);
-  out.counts[1] = static_cast<Real>(std::max<int64_t>(count, 1));
+  struct Part {
+    double total;
+    int64_t count;
+  };
+  std::vector<Part> parts((sides.rows.size + kRange - 1) / kRange);
+  parallel_ranges(team, sides.rows.size, kRange, [&](int64_t begin, int64_t end) {
+    Part part = {0, 0};
+    for (int64_t k = begin; k < end; ++k) {
+      if (!contributes(problem, statistics, k)) continue;
+      part.total += write_results(sides, statistics, k, out);
+      ++part.count;
+    }
+    parts[begin / kRange] = part;
+  });
+  Part all = {0, 0};
+  for (const Part& part : parts) all = {all.total + part.total, all.count + part.count};
+  *out.total = static_cast<Real>(all.total);
+  out.counts[1] = static_cast<Real>(std::max<int64_t>(all.count, 1));
 }
 
 template <typename Real>
@@ -385,28 +483,28 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
   const Upstream<Real>* const of_cols = sides.square ? &upstream : apart.get();
   const bool wants_cols = !sides.square && out.cols != nullptr;
   const Real start = sides.finite ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
-  Array<Real> grad_rows(rows.padded * rows.stride);
-  Array<Real> col_memory(wants_cols ? cols.padded * cols.stride : 0);
-  fill(team, grad_rows.get(), rows.padded * rows.stride, start);
-  if (wants_cols) fill(team, col_memory.get(), cols.padded * cols.stride, start);
-  Real* grad_cols = sides.square ? grad_rows.get() : wants_cols ? col_memory.get() : nullptr;
+  SideGradient<Real> of_row_side(rows, sides.schedule.copies_of_rows(), team, start);
+  const int64_t col_copies = wants_cols ? sides.schedule.copies_of_cols() : 0;
+  SideGradient<Real> of_col_side(cols, col_copies, team, start);
+  Real* const grad_rows = of_row_side.get();
+  Real* const grad_cols = sides.square ? grad_rows : wants_cols ? of_col_side.get() : nullptr;
 
   if (sides.finite) {
-    pair_gradients(sides, upstream, of_cols, grad_rows.get(), grad_cols);
+    PerThread<Real> scratch(team, kScratch);
+    sides.schedule.run(team, true, grad_cols != nullptr, [&] {
+      return Differentiator<Real>(sides, upstream, of_cols, grad_rows, grad_cols, scratch.claim());
+    });
+    of_row_side.add_up(team);
+    if (wants_cols) of_col_side.add_up(team);
     if (problem.row_soft != nullptr) {
-      attract_soft(sides, upstream.pull_by_class, grad_rows.get(), grad_cols);
-      if (apart) attract_soft_to_cols(sides, apart->pull_by_class, grad_rows.get());
+      attract_soft(sides, upstream.pull_by_class, grad_rows, grad_cols);
+      if (apart) attract_soft_to_cols(sides, apart->pull_by_class, grad_rows);
     } else if (positives_by_class(problem)) {
-      parallel_for(team, rows.segments.size(), [&](int64_t c) {
-        const Segment& segment = rows.segments[c];
-        if (sides.few_positives(segment)) return;
-        attract_class(sides, segment, upstream.pull_by_class, grad_rows.get(), grad_cols);
-        if (apart) attract_class_to_cols(sides, segment, apart->pull_by_class, grad_rows.get());
-      });
+      attract_classes(sides, upstream.pull_by_class, apart ? &apart->pull_by_class : nullptr,
+                      grad_rows, grad_cols);
     }
   }
-  const double product =
-      finish_side(rows, sides, grad_rows.get(), unit, problem.num_rows, out.rows);
+  const double product = finish_side(rows, sides, grad_rows, unit, problem.num_rows, out.rows);
   // Where both sides are anchors, every pair is in the gradient of both its rows.
   if (out.temperature != nullptr)
     *out.temperature = -product / problem.temperature / (of_cols != nullptr ? 2 : 1);
@@ -430,6 +528,19 @@ double peak_flops(const Isa& isa, const Team& team) {
     best = std::max(best, static_cast<double>(total) / elapsed.count());
   }
   return best;
+}
+
+std::vector<std::vector<ScheduledPair>> scheduled_jobs(int64_t num_rows, int64_t num_cols,
+                                                       bool square, bool to_cols, int threads) {
+  const auto tiles = [](int64_t n) { return (n + tile_rows(n) - 1) / tile_rows(n); };
+  const Schedule schedule(tiles(num_rows), tiles(num_cols), square);
+  std::vector<std::vector<ScheduledPair>> jobs(schedule.num_jobs(threads));
+  for (size_t k = 0; k < jobs.size(); ++k)
+    schedule.job(k, threads, schedule.copies(), [&](const Schedule::Pair& pair) {
+      jobs[k].push_back({pair.to_row.counter, pair.to_row.turn, to_cols ? pair.to_col.counter : -1,
+                         pair.to_col.turn});
+    });
+  return jobs;
 }
 
 #define SUPCON_INSTANTIATE(Real)                                                              \

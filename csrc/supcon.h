@@ -149,11 +149,11 @@ struct TilePair {
   Real* row_out;
   Real* col_out;  // (padded num_cols,)
   // Backward: G + G^T is the softmax part, by lse and weight, minus the attraction, by lse,
-  // normalizer and pull; it is multiplied with both tiles and added to their gradients.
+  // normalizer and pull; multiplied with each tile it is added to the other's gradient.
   Attraction attraction;
   PerLine<Real> weight, normalizer, pull;
   Real* grad_a;
-  Real* grad_b;  // null: not wanted
+  Real* grad_b;
 };
 
 constexpr int kMaxTile = 192;
@@ -165,7 +165,9 @@ template <typename Real>
 struct Functions {
   int panel;  // columns of the register kernel
   void (*forward)(const TilePair<Real>&);
-  void (*backward)(const TilePair<Real>&);
+  void (*weigh)(const TilePair<Real>&);        // G + G^T, into the scratch tile
+  void (*add_to_rows)(const TilePair<Real>&);  // grad_a += scratch b
+  void (*add_to_cols)(const TilePair<Real>&);  // grad_b += scratch^T a
   // out = x, normalised if asked, times unit; x = out / unit * norm * scale. Whether all is finite.
   bool (*embed)(const Real* x, int64_t dim, bool normalize, Real unit, Real* out, Real* scale,
                 Real* norm);
@@ -199,6 +201,17 @@ struct Isa {
 // Floating-point operations a second that all threads do with registers alone.
 template <typename Real>
 double peak_flops(const Isa& isa, const Team& team);
+
+// A pair of tiles as the schedule hands it out: which counters it waits for, at which turns. -1:
+// the tile is not there, or nothing is added to it.
+struct ScheduledPair {
+  int64_t row_counter, row_turn, col_counter, col_turn;
+};
+
+// The jobs of a pass over N rows and M columns with so many threads, and their pairs, for a
+// simulation of more threads than there are processors.
+std::vector<std::vector<ScheduledPair>> scheduled_jobs(int64_t num_rows, int64_t num_cols,
+                                                       bool square, bool to_cols, int threads);
 
 // The instruction sets that this CPU runs, best first.
 const std::vector<const Isa*>& available_isas();

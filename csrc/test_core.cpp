@@ -14,6 +14,7 @@
 #define SUPCON_VECTOR_BYTES 16
 #define SUPCON_KERNEL_ROWS 1
 #include "parallel.h"
+#include "schedule.h"
 #include "tile.h"
 
 namespace {
@@ -397,18 +398,26 @@ void test_large(const Isa& isa, const Shape& shape, Variant variant) {
   expect(same(alone, by_core(data, isa, 3)), "bits of several threads", isa, shape);
 }
 
-// Every pair of tiles meets once, no two jobs have a tile at the same time, and each tile meets the
-// others in the same order whatever the number of threads.
+// Every pair of tiles meets once, no two jobs add to a tile at the same time, and each tile meets
+// the others in the same order whatever the number of threads.
 void test_schedule(int64_t row_tiles, int64_t col_tiles, bool square) {
   typedef std::vector<std::vector<int64_t>> Meetings;
   const auto meetings = [&](int threads) {
     Meetings of(row_tiles + (square ? 0 : col_tiles));
     const supcon::Schedule schedule(row_tiles, col_tiles, square);
-    schedule.run<int>({threads, run_threads}, 1, [&](int64_t i, int64_t j, int*) {
-      of[i].push_back(j);
-      if (!square) of[row_tiles + j].push_back(i);
-      if (square && i != j) of[j].push_back(i);
-    });
+    struct Worker {
+      void compute(int64_t row, int64_t col) { i = row, j = col; }
+      void add_to_rows(int64_t) { of[i].push_back(j); }
+      void add_to_cols(int64_t) {
+        if (!square || i != j) of[square ? j : row_tiles + j].push_back(i);
+      }
+      Meetings& of;
+      const int64_t row_tiles;
+      const bool square;
+      int64_t i, j;
+    };
+    schedule.run({threads, run_threads}, false, true,
+                 [&] { return Worker{of, row_tiles, square, 0, 0}; });
     return of;
   };
   const Meetings alone = meetings(1);

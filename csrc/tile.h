@@ -455,33 +455,40 @@ struct Weigh {
   const Mask<Real, kDense> mask;
 };
 
-// grad_a += H b and grad_b += H^T a, H being the scratch tile. In a triangle H is zero below the
-// diagonal, and the products leave that out.
+// c += x, for the register kernel's results.
 template <typename Real>
-SUPCON_APART void accumulate_gradients(const TilePair<Real>& t) {
-  constexpr int kLanes = Simd<Real>::kLanes;
-  constexpr int kPanel = kVectors * kLanes;
-  const auto add_to = [](Real* c, ptrdiff_t stride) {
-    return [=](int r, int v, typename Simd<Real>::V x) {
-      Real* p = c + r * stride + v * kLanes;
-      store(p, load(p) + x);
-    };
+SUPCON_INLINE auto adding_to(Real* c, ptrdiff_t stride) {
+  return [=](int r, int v, typename Simd<Real>::V x) {
+    Real* p = c + r * stride + v * Simd<Real>::kLanes;
+    store(p, load(p) + x);
   };
-  for (ptrdiff_t d = 0; d < t.dim; d += kPanel) {
+}
+
+// grad_a += H b, H being the scratch tile. In a triangle H is zero below the diagonal, and the
+// product leaves that out.
+template <typename Real>
+SUPCON_APART void add_to_rows(const TilePair<Real>& t) {
+  constexpr int kPanel = kVectors * Simd<Real>::kLanes;
+  for (ptrdiff_t d = 0; d < t.dim; d += kPanel)
     for_each_block(t.num_rows, [&](auto rows, int i) {
       const int k = t.triangle ? i / kPanel * kPanel : 0;
       multiply<Real, decltype(rows)::value>(t.num_cols - k, t.scratch + i * kScratchStride + k,
                                             kScratchStride, 1, t.b + k * t.stride + d, t.stride,
-                                            add_to(t.grad_a + i * t.stride + d, t.stride));
+                                            adding_to(t.grad_a + i * t.stride + d, t.stride));
     });
-    if (t.grad_b == nullptr) continue;
+}
+
+// grad_b += H^T a.
+template <typename Real>
+SUPCON_APART void add_to_cols(const TilePair<Real>& t) {
+  constexpr int kPanel = kVectors * Simd<Real>::kLanes;
+  for (ptrdiff_t d = 0; d < t.dim; d += kPanel)
     for_each_block(t.num_cols, [&](auto cols, int j) {
       constexpr int kCols = decltype(cols)::value;
       const int k_size = t.triangle && j + kCols < t.num_rows ? j + kCols : t.num_rows;
       multiply<Real, kCols>(k_size, t.scratch + j, 1, kScratchStride, t.a + d, t.stride,
-                            add_to(t.grad_b + j * t.stride + d, t.stride));
+                            adding_to(t.grad_b + j * t.stride + d, t.stride));
     });
-  }
 }
 
 template <typename Real>
@@ -526,7 +533,7 @@ SUPCON_APART void weigh(const TilePair<Real>& t) {
 }
 
 template <typename Real>
-void tile_backward(const TilePair<Real>& t) {
+void tile_weigh(const TilePair<Real>& t) {
   if (t.triangle)
     for (int i = 0; i < t.num_rows; ++i)
       for (int j = 0; j < t.num_cols; ++j) t.scratch[i * kScratchStride + j] = 0;
@@ -534,7 +541,6 @@ void tile_backward(const TilePair<Real>& t) {
     t.shifted ? weigh<Real, true, true>(t) : weigh<Real, true, false>(t);
   else
     t.shifted ? weigh<Real, false, true>(t) : weigh<Real, false, false>(t);
-  accumulate_gradients(t);
 }
 
 // Multiplies and adds in registers alone, as often as the register kernel does for k_size terms:
