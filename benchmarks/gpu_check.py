@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = [stage.name for stage in STAGES]
     if unknown := [name for name in args.stages if name not in known]:
         parser.error(f"no stage {unknown[0]!r}: the stages are {', '.join(known)}")
+    if args.wheels and not any(args.wheels.glob("*.whl")):
+        parser.error(f"--wheels {args.wheels}: a folder that holds .whl files is accepted")
     stages = [stage for stage in STAGES if stage.name in (args.stages or FIRST_COMMAND)]
     if args.device == "cuda" and not _has_cuda():
         print("There is no CUDA device: nothing was run. With one, this would run")
@@ -71,8 +73,8 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     names = [stage.name for stage in STAGES]
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(names))
-    default = BENCHMARKS / "results" / "gpu"
-    parser.add_argument("--output-dir", type=Path, default=default, help="default: results/gpu")
+    default = BENCHMARKS.parent / "runs" / "gpu"
+    parser.add_argument("--output-dir", type=Path, default=default, help="default: runs/gpu")
     parser.add_argument("--minutes", type=float, help="instead of the sum of the stages' shares")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels of what is not installed")
     parser.add_argument("--data-root", default="", help="of Fashion-MNIST, for the driver")

@@ -99,6 +99,9 @@ def test_without_a_gpu_it_says_what_it_would_do(
     with pytest.raises(SystemExit):
         gpu_check.main(["speeed"])
     assert "no stage 'speeed': the stages are facts, " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--wheels", "nowhere"])
+    assert "--wheels nowhere: a folder that holds .whl files" in capsys.readouterr().err
 
 
 def test_both_commands_end_within_nine_minutes() -> None:

@@ -30,7 +30,12 @@ Rows = Sequence[Row]
 
 
 def main(argv: Sequence[str]) -> int:
-    args = _make_parser().parse_args(argv)
+    parser = _make_parser()
+    args = parser.parse_args(argv)
+    if missing := [path for path in args.rows if not path.exists()]:
+        parser.error(
+            f"there is no {missing[0]}: a rows.jsonl, or a folder that holds one, is accepted"
+        )
     paths = args.rows or sorted(RESULTS.glob("gpu_*.jsonl"))
     cards = by_card(paths)
     pictures = {card: args.pictures / f"gpu_{card_stem(card)}.png" for card in cards}
