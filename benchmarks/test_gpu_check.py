@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ import gpu_codegen
 from gpu import backend, behaviour, cases, counters, rehearse, report, timing
 from gpu.journal import NAME, Journal, read_rows
 from gpu.place import Place, Row
+from gpu.processes import in_processes
 from gpu.runner import Stage, run_stages
 from gpu.summary import LIMIT, summary
 from gpu_codegen import TOLD_APART, Compiled, Source
@@ -259,6 +261,14 @@ def test_asked_to_end_it_prints_what_it_has(tmp_path: Path) -> None:
     assert run.returncode == 143
     assert printed == "no stage has ended\n"
     assert read_rows([tmp_path])[-1] == {"stage": "run", "event": "stopped"}
+
+
+def test_calls_in_processes_of_their_own_end_or_say_why_not() -> None:
+    two = replace(PLACE, num_jobs=2)
+    answers = {call: found for call, found, _, _ in in_processes(two, operator.is_not, [1, 2, 3])}
+    assert answers == {1: True, 2: True, 3: True}
+    ((call, found, _, failure),) = in_processes(two, operator.getitem, [7])
+    assert (call, found) == (7, None) and failure.startswith("TypeError: 'Place' object")
 
 
 # --- the stages' own checks must be able to say no

@@ -36,8 +36,8 @@ def in_processes(
             try:
                 yield answers.next(timeout=patience_s)
             except multiprocessing.TimeoutError:
-                why = "time is up" if place.is_late else "a process hangs or has died"
-                yield None, None, patience_s, f"no answer: {why}"
+                if not place.is_late:
+                    yield None, None, patience_s, "no answer: a process hangs or has died"
                 return
 
 
