@@ -47,7 +47,7 @@ def _failures(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         status = row.get("status")
-        if status in BAD or (status == "skipped" and row.get("event") == "end"):
+        if status in (*BAD, "time is up") or (status == "skipped" and row.get("event") == "end"):
             what = row.get("call") or row.get("provider") or row.get("tile") or ""
             if "variant" in row:
                 what = f"{row['dtype']} {row['variant']}"
