@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import quantiles
@@ -191,11 +191,17 @@ class Admission:
     provider: Provider | None = None
 
 
-def admit(name: str, workload: Workload, checked: Problem, truth: Truth) -> Admission:
+def admit(
+    name: str,
+    workload: Workload,
+    checked: Problem,
+    truth: Truth,
+    maker: Callable[[str, Workload], Provider] = make_provider,
+) -> Admission:
     """Hold one step of the provider against the truth."""
     blank = Result(**asdict(workload), provider=name, bound=workload.error_bound)
     try:
-        provider = make_provider(name, workload)
+        provider = maker(name, workload)
         _refuse_if_too_big(provider, workload)
         if not provider.has_loss:
             return Admission(replace(blank, status="unchecked", note="no loss"), provider)

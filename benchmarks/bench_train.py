@@ -1,7 +1,8 @@
 """What the driver adds to a training step, and what a plain loop does in the same time: images a second.
 
 python benchmarks/bench_train.py --data-root DIR writes train_cpu.csv; DIR holds
-Fashion-MNIST (Debian's package dataset-fashion-mnist, or torchvision's folders). Five loops train one
+Fashion-MNIST (Debian's package dataset-fashion-mnist, or torchvision's folders). Without it the
+images are scikit-learn's digits. Five loops train one
 network on it and take turns in one run:
 
 bare              forward, loss, backward and optimiser on batches that lie ready
@@ -16,6 +17,7 @@ plain_simclr      the same with the change of colours
 driver_channels_first  --channels_last false
 driver_bf16            --precision bf16
 driver_compiled        --compile true
+driver_bf16_compiled   both, with --device cuda
 
 A round of a plain loop holds all the work of its steps: its workers begin with it and idle after it.
 """
@@ -59,8 +61,6 @@ from sources import load_data
 from step import Trainer
 from supcon_kernels import supcon_loss
 
-RESULTS, OPTIONS = "train_cpu.csv", "train_options_cpu.csv"
-CPU = torch.device("cpu")
 NUM_READY = 8
 TURN_STEPS = 4
 DRIVER_OVER_BARE, DRIVER_OVER_PLAIN, MAX_SHARE = 0.95, 1.3, 0.03
@@ -73,15 +73,19 @@ class Bare:
     def __init__(self, config: PretrainConfig, data: ImageData) -> None:
         torch.manual_seed(config.seed)
         self.temperature = config.temperature
+        device = torch.device(config.device)
         self.model = build_model(config, channels=data.channels)
-        self.model = self.model.to(memory_format=torch.channels_last)
+        self.model = self.model.to(device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config)
         _, loader = training_batches(
             data.train, batch_size=config.batch_size, seed=config.seed, workers=0
         )
         views = build_views(config, data)
         self.ready = cycle(
-            (torch.cat([views.random(images, step=step, view=view) for view in (0, 1)]), labels)
+            (
+                torch.cat([views.random(images, step=step, view=v) for v in (0, 1)]).to(device),
+                labels.to(device),
+            )
             for step, (images, labels) in enumerate(islice(loader, NUM_READY))
         )
 
@@ -105,7 +109,11 @@ class Driver:
         )
         total_steps = config.epochs * len(self.order)
         self.trainer = Trainer(
-            config, data, steps_per_epoch=len(self.order), total_steps=total_steps, device=CPU
+            config,
+            data,
+            steps_per_epoch=len(self.order),
+            total_steps=total_steps,
+            device=torch.device(config.device),
         )
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # Its progress is written as in a run, where nobody reads it.
@@ -225,6 +233,8 @@ def build_loops(
             "bf16": {"precision": "bf16"},
             "compiled": {"compile": True},
         }
+        if config.device == "cuda":
+            changes["bf16_compiled"] = {"precision": "bf16", "compile": True}
         for name, change in changes.items():
             loops[f"driver_{name}"] = Driver(replace(alone, **change), data, stack)
         return loops
@@ -258,6 +268,8 @@ def time_loops(
                     continue
                 began = time.perf_counter()
                 loops[name].run(num_steps if is_plain else min(TURN_STEPS, num_steps - done))
+                if torch.cuda.is_initialized():
+                    torch.cuda.synchronize()
                 spent[name] += time.perf_counter() - began
         for name, each in spent.items():
             seconds[name].append(each)
@@ -308,7 +320,8 @@ def goals(row: dict[str, str]) -> list[tuple[str, bool]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--data-root", required=True, help="the folder of Fashion-MNIST")
+    parser.add_argument("--data-root", help="the folder of Fashion-MNIST; without: digits")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[16])
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--width", type=int, default=16)
@@ -319,13 +332,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--options", action="store_true", help="time the driver's options instead")
     add_output_options(parser)
     options = parser.parse_args(argv)
-    machine = describe_machine("cpu")
+    if options.device == "cuda" and not options.options:
+        parser.error("--device cuda takes --options: the plain loops run on a CPU")
+    machine = describe_machine(options.device)
     measured = []
     for size in options.image_sizes:
         config = PretrainConfig(
-            dataset="fashion_mnist", data_root=options.data_root, image_size=size,
+            dataset="fashion_mnist" if options.data_root else "digits",
+            data_root=options.data_root, image_size=size,
             model=options.model, width=options.width, batch_size=options.batch_size,
-            workers=options.workers, epochs=1000, device="cpu",
+            workers=options.workers, epochs=1000, device=options.device,
             # Every loop at one rate, and a low one: weights that diverge compute in denormals.
             learning_rate=0.01, warmup_epochs=0,
         )  # fmt: skip
@@ -345,10 +361,8 @@ def main(argv: list[str] | None = None) -> int:
             )
         for words, reached in [] if options.options else goals(rows[1]):
             print(f"{size:3} px  driver_crop_flip: {words}: {'reached' if reached else 'MISSED'}")
-    write_table(
-        results_path(OPTIONS if options.options else RESULTS, options.output_dir, options.update),
-        measured,
-    )
+    name = f"train_{'options_' if options.options else ''}{options.device}.csv"
+    write_table(results_path(name, options.output_dir, options.update), measured)
     return 0
 
 

@@ -6,8 +6,10 @@ on why there is none here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +175,86 @@ def _inf_cl(workload: Workload) -> Provider:
     return Provider("inf-cl", forward, has_loss=False)
 
 
+def _siglip(workload: Workload) -> Provider:
+    _refuse_without_gpu(workload)
+    try:
+        from siglip_kernel import fused_siglip_loss
+    except ModuleNotFoundError:
+        raise Unavailable("not installed: pip install siglip-kernel") from None
+    log_temperature = torch.tensor(-math.log(workload.temperature), device=workload.device)
+    bias = torch.tensor(-10.0, device=workload.device)
+
+    def forward(problem: Problem) -> Tensor:
+        rows, cols = F.normalize(problem.features), F.normalize(problem.cols)
+        loss = fused_siglip_loss(rows, cols, log_temperature, bias)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    return Provider("siglip-kernel", forward, has_loss=False)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss of normalised rows by torch.mm, a chunk of anchors at a time; scores are made twice."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, cols: Tensor, problem: Problem) -> Tensor:
+        losses, lse, num_positives = (torch.empty(len(rows), device=rows.device) for _ in range(3))
+        for chunk, scores, positive in _chunks(rows, cols, problem):
+            lse[chunk], num_positives[chunk] = scores.logsumexp(1), positive.sum(1)
+            pulls = scores.masked_fill_(~positive, 0).sum(1)
+            losses[chunk] = lse[chunk] - pulls / num_positives[chunk]
+        ctx.save_for_backward(rows, cols, lse, num_positives)
+        ctx.problem = problem
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        rows, cols, lse, num_positives = ctx.saved_tensors
+        grad_rows = torch.empty(rows.shape, device=rows.device)
+        grad_cols = torch.zeros(cols.shape, device=cols.device)
+        for chunk, scores, positive in _chunks(rows, cols, ctx.problem):
+            pull = scores.sub_(lse[chunk, None]).exp_()
+            pull -= positive / num_positives[chunk, None]
+            pull = pull.to(rows.dtype)
+            grad_rows[chunk] = _mm_to_float32(pull, cols)
+            grad_cols += _mm_to_float32(pull.T, rows[chunk])
+        scale = grad_loss / (len(rows) * ctx.problem.workload.temperature)
+        return (grad_rows * scale).to(rows.dtype), (grad_cols * scale).to(cols.dtype), None
+
+
+def _chunks(rows: Tensor, cols: Tensor, problem: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Anchors, their scores against all columns, and which of these are positives."""
+    num_rows = max(128, CHUNK_SCORES // len(cols))
+    for start in range(0, len(rows), num_rows):
+        chunk = slice(start, min(start + num_rows, len(rows)))
+        scores = _mm_to_float32(rows[chunk], cols.T).div_(problem.workload.temperature)
+        positive = problem.labels[chunk, None] == problem.col_labels
+        if problem.contrast_features is None:
+            scores.diagonal(start).fill_(-torch.inf)
+            positive.diagonal(start).fill_(False)
+        yield chunk, scores, positive
+
+
+def _mm_to_float32(left: Tensor, right: Tensor) -> Tensor:
+    if left.device.type == "cuda" and left.dtype.itemsize == 2:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
+
+
+def _chunked(workload: Workload) -> Provider:
+    if (workload.summation, workload.denominator) != ("out", "all"):
+        raise Unavailable("has the out/all loss only")
+
+    def forward(problem: Problem) -> Tensor:
+        rows = F.normalize(problem.features)
+        cols = rows if problem.contrast_features is None else F.normalize(problem.contrast_features)
+        loss = _ChunkedLoss.apply(rows, cols, problem)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    return Provider("chunked", forward)
+
+
 def _refuse_without_gpu(workload: Workload) -> None:
     if workload.device != "cuda":
         raise Unavailable("runs on CUDA only")
@@ -184,8 +266,15 @@ FACTORIES: dict[str, Callable[[Workload], Provider]] = {
     "pytorch-metric-learning": _pytorch_metric_learning,
     "matmuls": _matmuls,
 }
-GPU_PEERS: dict[str, Callable[[Workload], Provider]] = {"memeff": _memeff, "inf-cl": _inf_cl}
-"""The nearest in kind: CLIP's loss on the same rows, which is another one, so it is not checked."""
+GPU_PEERS: dict[str, Callable[[Workload], Provider]] = {
+    "chunked": _chunked,
+    "memeff": _memeff,
+    "inf-cl": _inf_cl,
+    "siglip-kernel": _siglip,
+}
+"""Compared on a GPU alone. All but the first compute CLIP's loss or SigLIP's on the same rows, which
+is another one, so they are not checked."""
+CHUNK_SCORES = 1 << 26
 OURS = "supcon_kernels["
 SPECIFICATION = "reference"
 """The backend that is a specification, not a contender: measured only when named."""

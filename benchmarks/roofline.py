@@ -1,21 +1,24 @@
 """A model, not a measurement: the least time that forward and backward can take on a card.
 
 It counts what a scheme must do for N rows of D features (products, exponentials, instructions,
-bytes, launches) and divides by the card's published rates; all are taken to overlap perfectly, so
-the slowest is the bound. python benchmarks/roofline.py writes benchmarks/results/roofline.csv.
+bytes, launches) and divides by the card's rates, published or (--rates) measured. A program of a
+kernel does one thing after another, so its times add up; as many programs as a multiprocessor holds
+overlap, down to the slowest unit. python benchmarks/roofline.py writes benchmarks/results/roofline.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpu_codegen import DOCS, RESULTS, Compiled, ints
+from gpu.journal import read_rows as read_journal
+from gpu_codegen import DOCS, RESULTS, SHARED_KIB, Compiled, ints
 from results import read_rows, render_table, update_document, write_rows
 from supcon_kernels.triton_launch import padded_dim, slice_of
+from workloads import Workload
 
 CSV = RESULTS / "roofline.csv"
 NUM_ROWS = (1024, 4096, 8192, 32768, 131072)
@@ -24,7 +27,7 @@ PHASES = ("forward", "backward")
 
 @dataclass(frozen=True)
 class Card:
-    """Published rates without sparsity, and the clock that they imply."""
+    """Rates without sparsity, published unless measured ones replace them, and the clock of these."""
 
     name: str
     arch: int
@@ -32,7 +35,7 @@ class Card:
     clock_ghz: float
     matrix_tflops: dict[str, float]
     bandwidth_gbs: float
-    ex2_per_sm_clock: int = 16
+    ex2_per_sm_clock: float = 16
     instructions_per_sm_clock: int = 128  # four schedulers, one instruction of 32 threads each
 
     @property
@@ -45,9 +48,12 @@ CARDS = (
     Card("A100", 80, 108, 1.41, {"16-bit": 312, "tf32": 156}, 2039),
     # NVIDIA H100 datasheet (SXM) and architecture whitepaper.
     Card("H100", 90, 132, 1.83, {"16-bit": 989.4, "tf32": 494.7}, 3350),
+    # NVIDIA H200 datasheet (SXM): the H100's chip with other memory.
+    Card("H200", 90, 132, 1.83, {"16-bit": 989.4, "tf32": 494.7}, 4800),
     # NVIDIA HGX B200 datasheet, per GPU.
     Card("B200", 100, 148, 1.86, {"16-bit": 2250, "tf32": 1125}, 8000),
 )
+REGISTERS_PER_SM = 65536
 LAUNCH_US = 2.5
 """Assumed for one launch: what NVIDIA reports for launching a straight-line CUDA graph."""
 
@@ -137,7 +143,10 @@ SCHEMES = (
 
 @dataclass(frozen=True)
 class Bound:
-    """The least time of one phase, limit by limit: a row of the CSV."""
+    """The least time of one phase, limit by limit: a row of the CSV.
+
+    ``serial_us``: the units one after another, shared by the ``programs`` of a multiprocessor.
+    """
 
     scheme: str
     card: str
@@ -148,9 +157,11 @@ class Bound:
     products: int
     exponentials: int
     launches: int
+    programs: int
     matrix_us: float
     exponential_us: float
     instruction_us: float | None
+    serial_us: float
     memory_us: float
     launch_us: float
     least_us: float
@@ -161,33 +172,26 @@ class Bound:
 def bound(
     scheme: Scheme,
     card: Card,
-    num_rows: int,
-    dim: int,
-    dtype: str,
+    workload: Workload,
     phase: str,
     compiled: Sequence[Compiled] = (),
 ) -> Bound:
-    """The model. Instructions count where ``compiled`` holds all kernels of the phase."""
-    is_16_bit = dtype != "float32" and scheme.takes_16_bit
-    passes = scheme.float32_passes if dtype == "float32" else 1
-    pairs = num_rows**2
-    flops = 2 * scheme.products(phase, dim, dtype) * passes * pairs * dim
-    exponentials = scheme.exponentials(phase, dim, dtype) * pairs
+    """The model of a square call; instructions count where ``compiled`` holds all kernels of the phase."""
+    num_rows, dim, dtype = workload.num_rows, workload.dim, workload.dtype
     launches = scheme.launches(phase)
-    # The features once, and a gradient as large, for each launch: columns come again from a cache.
-    matrices = launches * (2 if phase == "backward" else 1)
-    num_bytes = matrices * num_rows * dim * (2 if is_16_bit else 4)
-    instructions = _instructions_per_pair(scheme, card, dim, dtype, phase, compiled)
-    limits_us = {
-        "matrix": 1e-6 * flops / card.matrix_tflops["16-bit" if is_16_bit else "tf32"],
-        "exponential": 1e-3 * exponentials / (card.ex2_per_sm_clock * card.sm_ghz),
-        "memory": 1e-3 * num_bytes / card.bandwidth_gbs,
-        "launch": LAUNCH_US * launches,
-    }
-    if instructions is not None:
-        rate = card.instructions_per_sm_clock * card.sm_ghz
-        limits_us["instruction"] = 1e-3 * instructions * pairs / rate
-    limit = max(limits_us, key=limits_us.__getitem__)
+    steps = [
+        _kernel_us(scheme, card, kernel, workload, compiled) for kernel in scheme.in_phase(phase)
+    ]
+    total = {name: sum(step[name] for step in steps) for name in steps[0]}
+    least_us = LAUNCH_US * launches + sum(
+        max(us for name, us in step.items() if name != "programs") for step in steps
+    )
+    total["launch"] = LAUNCH_US * launches
+    programs = int(min(step["programs"] for step in steps))
+    del total["programs"]
+    has_instructions = all(
+        _row(scheme, card, k, workload, compiled) for k in scheme.in_phase(phase)
+    )
     return Bound(
         scheme=scheme.name,
         card=card.name,
@@ -198,27 +202,62 @@ def bound(
         products=scheme.products(phase, dim, dtype),
         exponentials=scheme.exponentials(phase, dim, dtype),
         launches=launches,
-        instruction_us=limits_us.get("instruction"),
-        **{f"{name}_us": limits_us[name] for name in ("matrix", "exponential", "memory", "launch")},
-        least_us=limits_us[limit],
-        limit=limit,
+        programs=programs,
+        matrix_us=total["matrix"],
+        exponential_us=total["exponential"],
+        instruction_us=total["instruction"] if has_instructions else None,
+        serial_us=total["serial"],
+        memory_us=total["memory"],
+        launch_us=total["launch"],
+        least_us=least_us,
+        limit=max(total, key=total.__getitem__),
     )
 
 
-def _instructions_per_pair(
-    scheme: Scheme, card: Card, dim: int, dtype: str, phase: str, compiled: Sequence[Compiled]
-) -> float | None:
-    """Instructions outside the matrix unit in the main loops, as compiled for the card."""
-    total = 0.0
-    for kernel in scheme.in_phase(phase):
-        taken = dtype if scheme.takes_16_bit else "float32"
-        wanted = (scheme.package, kernel.label, taken, dim, card.arch)
-        row = next((row for row in compiled if row.key == wanted), None)
-        if row is None or row.instructions_per_pair is None:
-            return None
-        slices = scheme.gradient_slices(dim, dtype) if kernel.gradients else 1
-        total += kernel.launches * slices * row.instructions_per_pair
-    return total
+def _kernel_us(
+    scheme: Scheme, card: Card, kernel: PairKernel, workload: Workload, compiled: Sequence[Compiled]
+) -> dict[str, float]:
+    """What each unit takes for all launches of one kernel, one after another, and memory."""
+    num_rows, dim, dtype = workload.num_rows, workload.dim, workload.dtype
+    is_16_bit = dtype != "float32" and scheme.takes_16_bit
+    pairs = num_rows**2 * kernel.launches
+    scores = scheme.gradient_slices(dim, dtype) if kernel.gradients else 1
+    passes = scheme.float32_passes if dtype == "float32" else 1
+    flops = 2 * (scores + kernel.gradients) * passes * pairs * dim
+    # The features once, and a gradient as large, for each launch: columns come again from a cache.
+    matrices = kernel.launches * (2 if kernel.phase == "backward" else 1)
+    row = _row(scheme, card, kernel, workload, compiled)
+    instructions = row.instructions_per_pair if row and row.instructions_per_pair else 0.0
+    rate = card.instructions_per_sm_clock * card.sm_ghz
+    units = {
+        "matrix": 1e-6 * flops / card.matrix_tflops["16-bit" if is_16_bit else "tf32"],
+        "exponential": 1e-3 * scores * pairs / (card.ex2_per_sm_clock * card.sm_ghz),
+        "instruction": 1e-3 * scores * instructions * pairs / rate,
+    }
+    programs = _programs(row) if row else 1
+    return units | {
+        "serial": sum(units.values()) / programs,
+        "memory": 1e-3 * matrices * num_rows * dim * (2 if is_16_bit else 4) / card.bandwidth_gbs,
+        "programs": programs,
+    }
+
+
+def _row(
+    scheme: Scheme, card: Card, kernel: PairKernel, workload: Workload, compiled: Sequence[Compiled]
+) -> Compiled | None:
+    """What the kernel compiled to for the card."""
+    dtype = workload.dtype if scheme.takes_16_bit else "float32"
+    wanted = (scheme.package, kernel.label, dtype, workload.dim, card.arch)
+    return next((row for row in compiled if row.key == wanted), None)
+
+
+def _programs(row: Compiled) -> int:
+    """How many programs of the kernel a multiprocessor holds at once."""
+    threads = 32 * row.num_warps
+    by_registers = REGISTERS_PER_SM // (-(-max(row.registers, 1) // 8) * 8 * threads)
+    kib = SHARED_KIB[row.arch] + 1  # of a multiprocessor, which keeps one for each program
+    by_shared = kib * 1024 // (row.shared_bytes + 1024)
+    return max(1, min(by_registers, by_shared))
 
 
 def read_compiled() -> list[Compiled]:
@@ -227,13 +266,18 @@ def read_compiled() -> list[Compiled]:
     return [row for path in paths if path.exists() for row in read_rows(path, Compiled)]
 
 
-def all_bounds(num_rows: Sequence[int], dims: Sequence[int], dtypes: Sequence[str]) -> list[Bound]:
+def all_bounds(
+    num_rows: Sequence[int],
+    dims: Sequence[int],
+    dtypes: Sequence[str],
+    cards: Sequence[Card] = CARDS,
+) -> list[Bound]:
     compiled = read_compiled()
     return [
-        bound(scheme, card, n, dim, dtype, phase, compiled)
+        bound(scheme, card, Workload(n, dim, dtype=dtype), phase, compiled)
         for dtype in dtypes
         for dim in dims
-        for card in CARDS
+        for card in cards
         for n in num_rows
         for scheme in SCHEMES
         for phase in PHASES
@@ -242,7 +286,22 @@ def all_bounds(num_rows: Sequence[int], dims: Sequence[int], dtypes: Sequence[st
 
 def find_card(device_name: str) -> Card | None:
     """The card of that name, as torch gives it: 'NVIDIA H100 80GB HBM3'."""
-    return next((card for card in CARDS if card.name in device_name), None)
+    return next((card for card in CARDS if card.name in device_name.split()), None)
+
+
+def with_rates(card: Card, rates: Mapping[str, float]) -> Card:
+    """The card with the rates that gpu_check.py's facts have measured, by their names there."""
+    tflops = card.matrix_tflops
+    exponentials = rates.get("exponentials", 1e-3 * card.ex2_per_sm_clock * card.sm_ghz)
+    return replace(
+        card,
+        matrix_tflops={
+            "16-bit": rates.get("bfloat16 product", tflops["16-bit"]),
+            "tf32": rates.get("tf32 product", tflops["tf32"]),
+        },
+        bandwidth_gbs=rates.get("copy", card.bandwidth_gbs),
+        ex2_per_sm_clock=1e3 * exponentials / card.sm_ghz,
+    )
 
 
 # --- the command
@@ -253,7 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.table:
         bounds = read_rows(args.output, Bound)
     else:
-        bounds = all_bounds(args.rows, args.dims, args.dtypes)
+        cards = CARDS if args.rates is None else _measured_card(args.rates)
+        bounds = all_bounds(args.rows, args.dims, args.dtypes, cards)
     print("A MODEL, NOT A MEASUREMENT: the least time in µs, and the limit that binds.")
     print(full_table(bounds))
     if args.check:
@@ -276,12 +336,28 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=ints, default=NUM_ROWS, help="numbers of rows, as 4096,8192")
     parser.add_argument("--dims", type=ints, default=(128,), help="as 128,256")
     parser.add_argument("--dtypes", nargs="+", default=("bfloat16", "float32"))
+    parser.add_argument(
+        "--rates",
+        type=Path,
+        metavar="FILE",
+        help="rows of gpu_check.py: its card, as measured there",
+    )
     parser.add_argument("--output", type=Path, default=CSV)
     parser.add_argument("--table", action="store_true", help="compute nothing, show the CSV")
     parser.add_argument("--update-docs", action="store_true", help="renew the document's table")
     parser.add_argument("--document", type=Path, default=DOCS / "gpu.md")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where stale")
     return parser
+
+
+def _measured_card(path: Path) -> list[Card]:
+    """The card that a run of gpu_check.py has measured."""
+    rows = read_journal([path])
+    names = [row["gpu"] for row in rows if row.get("gpu")]
+    card = find_card(names[-1]) if names else None
+    if card is None:
+        raise SystemExit(f"--rates {path}: none of {', '.join(c.name for c in CARDS)} ran there")
+    return [with_rates(card, {row["rate"]: row["value"] for row in rows if "rate" in row})]
 
 
 def _rounded(row: Bound) -> Bound:
@@ -292,13 +368,14 @@ def _rounded(row: Bound) -> Bound:
 
 def full_table(bounds: Sequence[Bound]) -> str:
     header = ["scheme", "card", "N", "D", "dtype", "phase", "products", "exp"]
-    header += ["matrix", "exponential", "instruction", "memory", "launch", "least", "limit"]
+    header += ["matrix", "exponential", "instruction", "serial", "memory", "launch", "least"]
+    header += ["programs", "limit"]
     cells = [
         [
             *(b.scheme, b.card, str(b.num_rows), str(b.dim), b.dtype, b.phase),
             *(str(b.products), str(b.exponentials)),
-            *(_us(getattr(b, f"{name}_us")) for name in header[8:14]),
-            b.limit,
+            *(_us(getattr(b, f"{name}_us")) for name in header[8:15]),
+            *(str(b.programs), b.limit),
         ]
         for b in bounds
     ]
@@ -318,7 +395,7 @@ def document_block(bounds: Sequence[Bound]) -> str:
             cells.append([str(num_rows), scheme.name, products, *times])
     return (
         f"Model, not measured: least µs at D={bounds[0].dim}, bfloat16 (Inf-CL: widened to float32), "
-        f"and the limit that binds.\n\n{render_table(cells, markdown=True)}"
+        f"and the limit that binds (serial: units one after another).\n\n{render_table(cells, markdown=True)}"
     )
 
 

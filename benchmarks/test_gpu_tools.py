@@ -11,13 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import triton
 import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import gpu_check
 import gpu_codegen
 import roofline
 import sass
@@ -317,95 +315,54 @@ def test_products_are_those_of_the_compiled_kernels() -> None:
 def test_a_bound_by_hand() -> None:
     ours, card = roofline.SCHEMES[0], roofline.find_card("NVIDIA B200")
     assert card is not None
-    bound = roofline.bound(ours, card, 8192, 128, "bfloat16", "forward")
+    bound = roofline.bound(ours, card, Workload(8192, dtype="bfloat16"), "forward")
     assert bound.matrix_us == pytest.approx(2 * 8192**2 * 128 / 2250e12 * 1e6)
     assert bound.exponential_us == pytest.approx(8192**2 / (16 * 148 * 1.86e9) * 1e6)
-    assert bound.limit == "exponential"
-    assert bound.least_us == bound.exponential_us
+    # One program a multiprocessor: one after another, behind the launch.
+    assert bound.serial_us == pytest.approx(bound.matrix_us + bound.exponential_us)
+    assert bound.least_us == pytest.approx(roofline.LAUNCH_US + bound.serial_us)
+    assert (bound.programs, bound.limit) == (1, "serial")
     assert bound.kind == "model, not measured"
-    small = roofline.bound(ours, card, 64, 128, "bfloat16", "forward")
+    small = roofline.bound(ours, card, Workload(64, dtype="bfloat16"), "forward")
     assert small.limit == "launch"
-    backward = roofline.bound(ours, card, 8192, 128, "float32", "backward")
+    backward = roofline.bound(ours, card, Workload(8192), "backward")
     assert backward.matrix_us == pytest.approx(2 * 3 * 2 * 8192**2 * 128 / 1125e12 * 1e6)
+
+
+def test_programs_of_a_multiprocessor_overlap_down_to_the_slowest_unit() -> None:
+    ours, card = roofline.SCHEMES[0], roofline.find_card("NVIDIA H100 80GB HBM3")
+    assert card is not None and card.name == "H100"
+    blank = Compiled("supcon_kernels", "forward out/all", "", "bfloat16", 128, 90, 8, 3, "", "")
+    row = replace(blank, registers=100, shared_bytes=128 * 1024, instructions_per_pair=4.0)
+
+    def forward(**changes: object) -> roofline.Bound:
+        call = Workload(8192, dtype="bfloat16")
+        return roofline.bound(ours, card, call, "forward", [replace(row, **changes)])
+
+    alone, two = forward(), forward(shared_bytes=80 * 1024)
+    units = (alone.matrix_us, alone.exponential_us, alone.instruction_us)
+    assert alone.programs == 1
+    assert alone.least_us == pytest.approx(roofline.LAUNCH_US + sum(units))
+    assert two.programs == 2
+    assert two.least_us == pytest.approx(roofline.LAUNCH_US + max(*units, sum(units) / 2))
+    assert forward(shared_bytes=16 * 1024, registers=32).limit in ("matrix", "exponential")
+    assert forward(shared_bytes=16 * 1024, registers=255).programs == 1
+
+
+def test_measured_rates_replace_published_ones() -> None:
+    card = roofline.find_card("NVIDIA H200")
+    assert card is not None and card.bandwidth_gbs == 4800
+    rates = {"bfloat16 product": 790.0, "exponentials": 4.0, "copy": 4300.0}
+    measured = roofline.with_rates(card, rates)
+    assert measured.matrix_tflops == {"16-bit": 790.0, "tf32": 494.7}
+    bound = roofline.bound(
+        roofline.SCHEMES[0], measured, Workload(8192, dtype="bfloat16"), "forward"
+    )
+    assert bound.matrix_us == pytest.approx(2 * 8192**2 * 128 / 790e12 * 1e6)
+    assert bound.exponential_us == pytest.approx(8192**2 / 4e12 * 1e6)
+    assert bound.memory_us == pytest.approx(8192 * 128 * 2 / 4300e9 * 1e6)
+    assert roofline.with_rates(card, {}) == card
 
 
 def test_a_card_that_is_not_in_the_table_has_no_bound() -> None:
     assert roofline.find_card("NVIDIA GeForce RTX 4090") is None
-
-
-# --- the check of the first GPU
-
-PLACE = gpu_check.Place(device="cpu", backend="tiled", num_jobs=1)
-
-
-def test_without_a_gpu_it_lists_what_it_would_do(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_check.main([]) == 0
-    out = capsys.readouterr().out
-    assert "no CUDA device" in out
-    for step in gpu_check.STEPS:
-        assert step in out
-
-
-def test_cases_are_compared_and_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = [gpu_check.Check("ragged", torch.float32, ("out", "all"), on) for on in (False, True)]
-    assert [f.status for f in gpu_check.check_cases(PLACE, checks)] == ["ok", "ok"]
-    right = gpu_check.supcon_loss
-    monkeypatch.setattr(gpu_check, "supcon_loss", lambda **given: right(**given) * 1.001)
-    assert [f.status for f in gpu_check.check_cases(PLACE, checks)] == ["failed", "failed"]
-    late = replace(PLACE, deadline_s=0.0)
-    assert [f.status for f in gpu_check.check_cases(late, checks)] == ["not reached"] * 2
-
-
-def test_a_call_that_the_backend_refuses_is_no_failure() -> None:
-    native = replace(PLACE, backend="native")
-    (found,) = gpu_check.check_cases(
-        native, [gpu_check.Check("weighted_mask", torch.float32, ("out", "all"))]
-    )
-    assert found.status == "refused"
-
-
-def test_every_case_dtype_and_loss_is_on_the_list() -> None:
-    checks = gpu_check.all_checks()
-    assert len({check.name for check in checks}) == len(checks)
-    assert {c.case for c in checks} == {case.id for case in gpu_check.CASES}
-    assert {c.dtype for c in checks} == set(gpu_check.DTYPES)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_steps_that_a_cpu_can_do() -> None:
-    found = gpu_check.check_determinism(PLACE, num_rows=60)
-    assert [f.status for f in found] == ["ok"] * 3, found
-
-
-def test_a_step_that_varies_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu_check.supcon_loss
-
-    def varies(*args: object, **options: object) -> torch.Tensor:
-        return right(*args, **options) + 1e-3 * torch.rand(())  # type: ignore[arg-type]
-
-    monkeypatch.setattr(gpu_check, "supcon_loss", varies)
-    found = gpu_check.check_determinism(PLACE, num_rows=60)
-    assert [f.status for f in found] == ["failed"] * 3
-
-
-def test_times_stand_beside_the_model() -> None:
-    workload = Workload(64, 16, num_classes=4)
-    names = ("dense", "memeff", "inf-cl", "supcon_kernels[tiled]")
-    results = list(gpu_check.measure(PLACE, [workload], 0.0, names))
-    by_name = {r.provider: r for r in results}
-    assert by_name["supcon_kernels[tiled]"].time_ms
-    assert by_name["memeff"].status == "unavailable"
-    table = gpu_check.time_table(results, "NVIDIA H100 80GB HBM3")
-    assert "model: least ms" in table
-    assert gpu_check.card_stem("NVIDIA H100 80GB HBM3") == "h100_80gb_hbm3"
-
-
-def test_the_summary_names_what_failed() -> None:
-    found = [
-        gpu_check.Finding("cases", "ragged", "failed", "loss: error 1"),
-        gpu_check.Finding("cases", "wide", "ok"),
-    ]
-    assert "FAILED cases: ragged: loss: error 1" in gpu_check.summary(found)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -81,6 +81,15 @@ def assert_close(loss_function: Loss, arguments: dict[str, Any], dtype: torch.dt
     Raises:
         AssertionError: names the quantity, its error and the bound.
     """
+    for name, error, bound in deviations(loss_function, arguments, dtype):
+        assert bound < float("inf"), f"{name}: the bound is {bound}"
+        assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g} in {dtype}"
+
+
+def deviations(
+    loss_function: Loss, arguments: dict[str, Any], dtype: torch.dtype
+) -> Iterator[tuple[str, float, float]]:
+    """(quantity, error, bound) of the loss and of each gradient that has elements; as above."""
     rounded = dict(arguments)
     for name in ("features", "contrast_features"):
         if arguments.get(name) is not None:
@@ -97,9 +106,7 @@ def assert_close(loss_function: Loss, arguments: dict[str, Any], dtype: torch.dt
         scale = _row_scale(name, rounded)
         error = ((got - exact) * scale).abs().max().item()
         dense_error = max(((plain[name] - exact) * scale).abs().max().item() for plain in dense)
-        bound = 2 * dense_error + _floor(name, exact * scale, rounded, dtype)
-        assert bound < float("inf"), f"{name}: the bound is {bound}"
-        assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g} in {dtype}"
+        yield name, error, 2 * dense_error + _floor(name, exact * scale, rounded, dtype)
 
 
 def _dense_formulas(arguments: dict[str, Any], dtype: torch.dtype) -> list[Loss]:

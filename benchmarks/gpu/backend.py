@@ -1,0 +1,154 @@
+"""All that the kit knows of the Triton backend's insides: its launches, its tiles, its pair kernels.
+
+It knows that the backend launches through ``_run(launch, **arguments)``, that a plan names its tiles
+``forward_tile`` and ``backward_tile``, and what ``shipped_launches`` lists. All else goes through
+``supcon_loss``. Where the backend changes, this file follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+from gpu_codegen import Source, shipped
+from supcon_kernels import triton_launch
+from supcon_kernels.backends import triton as triton_backend
+from supcon_kernels.triton_launch import Launch, Plan, Tile
+
+PAIR_KERNELS = {"forward": "_forward_kernel", "backward": "_backward_kernel"}
+"""The kernel over all pairs of each phase: nearly all of the time at large N."""
+SHARED_KIB = 227
+"""Of a program on an H100 or H200."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """One launch that a step made, with the arguments that it had."""
+
+    launch: Launch
+    arguments: dict[str, Any]
+
+    def again(self) -> Any:
+        """Launch it once more, alone; answers the compiled kernel."""
+        return getattr(_kernels(), self.launch.kernel)[self.launch.grid](
+            **self.arguments,
+            **self.launch.constexprs,
+            num_warps=self.launch.num_warps,
+            num_stages=self.launch.num_stages,
+        )
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """The module that holds the kernels."""
+    return importlib.import_module(shipped(["bfloat16"], [128], [90])[0].module)
+
+
+def launches_of(step: Callable[[], object]) -> list[Launched]:
+    """Every kernel that the backend launches in a step, in order."""
+    found: list[Launched] = []
+    run = triton_backend._run
+
+    def recorded(launch: Launch, **arguments: Any) -> None:
+        found.append(Launched(launch, arguments))
+        run(launch, **arguments)
+
+    with mock.patch.object(triton_backend, "_run", recorded):
+        step()
+    return found
+
+
+def pair_kernel(step: Callable[[], object], phase: str) -> Launched:
+    """The launch of a step's pair kernel."""
+    return next(x for x in launches_of(step) if x.launch.kernel == PAIR_KERNELS[phase])
+
+
+def shipped_tile(phase: str, dtype: str, dim: int, arch: int = 90) -> Tile:
+    """The tile of the default loss, as the table has it."""
+    found: list[Tile] = []
+    choose = getattr(Plan, f"{phase}_tile").fget
+
+    def recorded(plan: Plan) -> Tile:
+        found.append(choose(plan))
+        return found[-1]
+
+    with _chosen_by(phase, recorded):
+        shipped([dtype], [dim], [arch])
+    return found[0]
+
+
+def tiles(phase: str, dtype: str = "bfloat16", dim: int = 128) -> list[Tile]:
+    """The shipped tile, then about thirty around it: operands fit, and a warp has 16 rows of its own."""
+    shipped_one = shipped_tile(phase, dtype, dim)
+    found = [
+        _sized(shipped_one, dim, rows, cols, num_warps, num_stages)
+        for rows in (64, 128)
+        for cols in (32, 64, 128)
+        for num_warps in (4, 8)
+        for num_stages in (1, 2, 3, 4)
+        if _kib(dim, rows, cols, num_stages) <= SHARED_KIB
+        and rows >= 16 * num_warps
+        and rows * cols >= 512 * num_warps
+    ]
+    return list(dict.fromkeys([shipped_one, *found]))
+
+
+def _sized(tile: Tile, dim: int, rows: int, cols: int, num_warps: int, num_stages: int) -> Tile:
+    sizes = {"rows": rows, "cols": cols, "num_warps": num_warps, "num_stages": num_stages}
+    names = [field.name for field in dataclasses.fields(tile)]
+    if "narrow" in names:  # columns where pairs are told apart
+        sizes["narrow"] = min(cols, getattr(tile, "narrow", cols))
+    if "residents" in names:  # programs that a multiprocessor holds
+        kib = _kib(dim, rows, cols, num_stages)
+        sizes["residents"] = max(1, min(3, int((SHARED_KIB + 1) // (kib + 1)), 16 // num_warps))
+    return dataclasses.replace(tile, **sizes)
+
+
+def _kib(dim: int, rows: int, cols: int, num_stages: int) -> float:
+    """Shared memory of a program's operands in 16 bits."""
+    return 2 * dim * (rows + num_stages * cols) / 1024
+
+
+def using_tiles(phase: str, tile: Tile) -> contextlib.AbstractContextManager[None]:
+    """Have the backend take this tile in one phase, and its table's in the other."""
+    return _chosen_by(phase, lambda plan: tile)
+
+
+@contextlib.contextmanager
+def _chosen_by(phase: str, choose: Callable[[Plan], Tile]) -> Iterator[None]:
+    with mock.patch.object(Plan, f"{phase}_tile", property(choose)):
+        _forget_plans()
+        yield
+    _forget_plans()
+
+
+def _forget_plans() -> None:
+    """What the backend remembers of former calls was planned with other tiles."""
+    for place in (Plan, triton_launch, triton_backend):
+        for value in vars(place).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
+def sources(dtype: str, dim: int, arch: int, *, with_tiles: bool) -> list[Source]:
+    """What the kit would launch at this width, to be compiled where there is no card."""
+    found = [
+        s for s in shipped([dtype], [dim], [arch]) if "out/all" in s.label or "/" not in s.label
+    ]
+    for phase, kernel in PAIR_KERNELS.items() if with_tiles else ():
+        for tile in tiles(phase, dtype, dim):
+            with using_tiles(phase, tile):
+                launched = shipped([dtype], [dim], [arch])
+            source = next(s for s in launched if s.launch.kernel == kernel)
+            found.append(dataclasses.replace(source, label=f"{phase} in {describe(tile)}"))
+    return found
+
+
+def describe(tile: Tile) -> str:
+    return f"{tile.rows}×{tile.cols} warps={tile.num_warps} stages={tile.num_stages}"

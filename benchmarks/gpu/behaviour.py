@@ -1,0 +1,107 @@
+"""How a step behaves: captured and replayed, the same bits again, no wait for the device, one graph."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gpu.place import Items, Place, Row
+from supcon_kernels import supcon_loss
+from workloads import Problem, Workload, make_problem
+
+DTYPES = ("bfloat16", "float32", "float16")
+NUM_ROWS = 3000
+
+
+def items(place: Place) -> Items:
+    checks = {
+        "the same bits three times": check_determinism,
+        "no host synchronisation": check_no_sync,
+        "capture and replay on other features": check_cuda_graph,
+        "torch.compile in one graph": check_compile,
+    }
+    dtypes = DTYPES[1:2] if place.is_tiny else DTYPES
+    return {
+        f"{name}, {dtype}": functools.partial(_run, check, place, dtype)
+        for name, check in checks.items()
+        for dtype in dtypes
+    }
+
+
+def _run(check: Callable[[Place, Problem], None], place: Place, dtype: str) -> Iterator[Row]:
+    num_rows = 60 if place.is_tiny else NUM_ROWS
+    check(place, make_problem(Workload(num_rows, dtype=dtype, device=place.device)))
+    yield from ()
+
+
+def _step(place: Place, problem: Problem) -> tuple[Tensor, Tensor]:
+    loss = supcon_loss(problem.features, problem.labels, temperature=0.1, backend=place.backend)
+    return loss.detach(), torch.autograd.grad(loss, problem.features)[0]
+
+
+def check_determinism(place: Place, problem: Problem) -> None:
+    """With other work in between."""
+    first = _step(place, problem)
+    for _ in range(2):
+        torch.randn(1024, 1024, device=place.device).mm(torch.eye(1024, device=place.device))
+        _assert_same_bits(_step(place, problem), first)
+
+
+def _assert_same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other), f"differs by {(one - other).abs().max().item():.3g}"
+
+
+def check_no_sync(place: Place, problem: Problem) -> None:
+    """With the temperature as a number and as a parameter on the device."""
+    place.needs_cuda()
+    tau = torch.tensor(0.1, device=place.device, requires_grad=True)
+
+    def learned() -> None:
+        supcon_loss(
+            problem.features, problem.labels, temperature=tau, backend=place.backend
+        ).backward()
+
+    for step in (functools.partial(_step, place, problem), learned):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def check_cuda_graph(place: Place, problem: Problem) -> None:
+    """A captured step, replayed on other features, gives the bits of an eager one."""
+    place.needs_cuda()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            _step(place, problem)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _step(place, problem)
+    with torch.no_grad():
+        problem.features.copy_(problem.features.flip(0))
+    graph.replay()
+    torch.cuda.synchronize()
+    _assert_same_bits(captured, _step(place, problem))
+
+
+def check_compile(place: Place, problem: Problem) -> None:
+    """The loss without a break in the graph, and the gradient through it."""
+    torch.compiler.reset()
+    loss_of = functools.partial(supcon_loss, temperature=0.1, backend=place.backend)
+    compiler = "aot_eager" if place.is_tiny else "inductor"
+    eager = loss_of(problem.features, problem.labels)
+    compiled = torch.compile(loss_of, fullgraph=True, backend=compiler)(
+        problem.features, problem.labels
+    )
+    torch.testing.assert_close(compiled, eager)
+    grads = [torch.autograd.grad(loss, problem.features)[0] for loss in (compiled, eager)]
+    torch.testing.assert_close(*grads)

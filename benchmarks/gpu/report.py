@@ -1,0 +1,250 @@
+"""From committed rows to documents: README's table, the measured section of docs/gpu.md, pictures.
+
+python benchmarks/gpu_check.py report reads benchmarks/results/gpu_*.jsonl, each the rows.jsonl of a
+run on a card; other files or folders may be named. Without any, README says nothing of a GPU's speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpu.journal import read_rows
+from gpu.place import Row
+from gpu.summary import Cells, speed_cells, three, timed
+from machine import REPOSITORY
+from providers import OURS
+from results import Report, Result, render_table, update_document
+from roofline import SCHEMES, bound, find_card, read_compiled, with_rates
+from workloads import Workload
+
+RESULTS = REPOSITORY / "benchmarks" / "results"
+NOT_MEASURED = "Not yet measured on a GPU."
+IN_README = {"dim": 128, "num_cols": 0, "num_classes": 10, "dtype": "bfloat16"}
+"""The shapes of README's table, and of the picture."""
+Rows = Sequence[Row]
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = _make_parser()
+    args = parser.parse_args(argv)
+    if missing := [path for path in args.rows if not path.exists()]:
+        parser.error(
+            f"there is no {missing[0]}: a rows.jsonl, or a folder that holds one, is accepted"
+        )
+    paths = args.rows or sorted(RESULTS.glob("gpu_*.jsonl"))
+    cards = by_card(paths)
+    pictures = {card: args.pictures / f"gpu_{card_stem(card)}.png" for card in cards}
+    if not args.check:
+        for card, rows in cards.items():
+            _draw(rows, pictures[card])
+    readme, document = args.readme, args.docs / "gpu.md"
+    tables = [readme_block(card, rows, pictures[card], readme) for card, rows in cards.items()]
+    sections = [measured_block(card, rows) for card, rows in cards.items()]
+    differs = [
+        update_document(readme, "gpu_speed", "\n\n".join(tables), args.check),
+        update_document(
+            document, "gpu_measured", "\n\n".join(sections) or NOT_MEASURED, args.check
+        ),
+    ]
+    if any(differs) and args.check:
+        print(f"STALE: {readme} or {document} differs from the rows", file=sys.stderr)
+    return int(any(differs) and args.check)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gpu_check.py report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("rows", nargs="*", type=Path, help="files or folders of rows")
+    parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs")
+    parser.add_argument("--pictures", type=Path, default=RESULTS)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where stale")
+    return parser
+
+
+def by_card(paths: Sequence[Path]) -> dict[str, list[Row]]:
+    """The rows of all runs by the name of their card; a rehearsal without one is left out."""
+    found: dict[str, list[Row]] = {}
+    for path in paths:
+        card = ""
+        for row in read_rows([path]):
+            card = row.get("gpu", card) if row["stage"] == "run" else card
+            if card:
+                found.setdefault(card, []).append(row)
+    return found
+
+
+def card_stem(card: str) -> str:
+    """'NVIDIA H100 80GB HBM3' as part of a file's name."""
+    return re.sub(r"\W+", "_", card.removeprefix("NVIDIA ")).lower()
+
+
+# --- README
+
+
+def readme_block(card: str, rows: Rows, picture: Path, readme: Path) -> str:
+    shown = list(_newest(rows, IN_README).values())
+    providers = list(dict.fromkeys(row["provider"] for row in shown))
+    ours = [name for name in providers if name.startswith(OURS)]
+    cells = [["N", *providers, *(f"{name.removeprefix(OURS[:-1])} share" for name in ours)]]
+    by_key = {(row["num_rows"], row["provider"]): row for row in shown}
+    for num_rows in sorted({row["num_rows"] for row in shown}):
+        found = [by_key.get((num_rows, name)) for name in providers]
+        shares = [by_key.get((num_rows, name), {}).get("both_share") for name in ours]
+        cells.append([str(num_rows), *map(_time, found), *map(_percent, shares)])
+    link = os.path.relpath(picture.resolve(), readme.resolve().parent)
+    return "\n\n".join(
+        [
+            f"{_origin(card, rows)}; D=128, 10 classes, τ=0.1, bfloat16. Forward and backward in ms, "
+            "median (quartiles); share: of the rate that this card has for products.",
+            render_table(cells, markdown=True),
+            f"![Time and peak memory against the number of rows on {card}]({link})",
+        ]
+    )
+
+
+def _newest(rows: Rows, wanted: Row) -> dict[tuple[object, ...], Row]:
+    """Rows with times by what was measured: of repeated ones the last."""
+    named = ("provider", "num_rows", "dim", "num_cols", "num_classes", "dtype")
+    return {
+        tuple(row[name] for name in named): row
+        for row in timed(rows)
+        if all(row[name] == value for name, value in wanted.items())
+    }
+
+
+def _time(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{three(row['both_ms'])} ({three(row['q25_ms'])}–{three(row['q75_ms'])})"
+
+
+def _percent(share: float | None) -> str:
+    return f"{share:.0%}" if share else ""
+
+
+def _origin(card: str, rows: Rows) -> str:
+    runs = [row for row in rows if row["stage"] == "run" and "torch" in row]
+    commits = list(dict.fromkeys(f"{r['commit']}{_changed(r)}" for r in runs))
+    last = runs[-1]
+    return (
+        f"{card}, driver {last.get('driver', 'unknown')}, torch {last['torch']}, Triton "
+        f"{last['triton']}, Python {last['python']}; supcon_kernels {last['supcon_kernels']} at "
+        f"{', '.join(commits)}; {last['date']}"
+    )
+
+
+def _changed(run: Row) -> str:
+    return " with local changes" if run["dirty"] == "yes" else ""
+
+
+# --- docs/gpu.md
+
+
+def measured_block(card: str, rows: Rows) -> str:
+    rates = {row["rate"]: row for row in rows if "rate" in row}
+    in_words = "; ".join(f"{n} {three(r['value'])} {r['unit']}" for n, r in rates.items())
+    newest = list(_newest(rows, {}).values())
+    parts = [
+        f"{_origin(card, rows)}. Measured rates: {in_words or 'none'}.",
+        "Steps: `fwd`, `bwd` and `both` are the device's time, `eager` a step from Python, `graph` a "
+        "replay, in ms; `share` is of the measured product rate; `?`: the queue ran dry.",
+        render_table(speed_cells(newest), markdown=True),
+        _beside_model(card, rows, {name: row["value"] for name, row in rates.items()}),
+        _kernels(newest),
+        _tiles(rows),
+        _checks(rows),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _beside_model(card_name: str, rows: Rows, rates: dict[str, float]) -> str:
+    """Ours against the model of the card as measured."""
+    card = find_card(card_name)
+    ours = [r for r in _newest(rows, {}).values() if r["provider"].endswith("[triton]")]
+    ours = [row for row in ours if not row["num_cols"]]
+    if card is None or not ours:
+        return ""
+    cells: Cells = [["N", "D", "dtype", "phase", "ms", "model ms", "limit", "× model"]]
+    compiled, measured = read_compiled(), with_rates(card, rates)
+    for row in ours:
+        workload = Workload(row["num_rows"], row["dim"], dtype=row["dtype"])
+        for phase in ("forward", "backward"):
+            least = bound(SCHEMES[0], measured, workload, phase, compiled)
+            time_ms, least_ms = row[f"{phase}_ms"], 1e-3 * least.least_us
+            shape = [str(workload.num_rows), str(workload.dim), workload.dtype, phase]
+            numbers = [three(time_ms), three(least_ms), least.limit, f"{time_ms / least_ms:.2f}"]
+            cells.append([*shape, *numbers])
+    return f"Beside the model with these rates:\n\n{render_table(cells, markdown=True)}"
+
+
+def _kernels(newest: Rows) -> str:
+    """Where the time of the default step goes."""
+    row = next((r for r in newest if r["provider"].endswith("[triton]") and r.get("kernels")), None)
+    if row is None:
+        return ""
+    cells = [["kernel", "launches", "µs"]]
+    cells += [[f"`{k['kernel']}`", three(k["launches"]), three(k["us"])] for k in row["kernels"]]
+    title = f"Kernels of a step, N={row['num_rows']}, D={row['dim']}, {row['dtype']}:"
+    return f"{title}\n\n{render_table(cells, markdown=True)}"
+
+
+def _tiles(rows: Rows) -> str:
+    found = [row for row in rows if "kernel_ms" in row]
+    cells: Cells = [["kernel", "N", "tile", "ms", "TFLOP/s", "shipped"]]
+    for phase, num_rows in dict.fromkeys((row["phase"], row["num_rows"]) for row in found):
+        same = [row for row in found if (row["phase"], row["num_rows"]) == (phase, num_rows)]
+        best = sorted(same, key=lambda row: row["kernel_ms"])
+        for row in best[:5] + [row for row in best[5:] if row["is_shipped"]]:
+            numbers = [three(row["kernel_ms"]), f"{row['tflops']:.0f}"]
+            is_shipped = "yes" if row["is_shipped"] else ""
+            cells.append([phase, str(num_rows), row["tile"], *numbers, is_shipped])
+    return f"Tiles, fastest first:\n\n{render_table(cells, markdown=True)}" if found else ""
+
+
+def _checks(rows: Rows) -> str:
+    """How many comparisons held, and every part that did not end well."""
+    compared = [row["status"] for row in rows if "case" in row or "call" in row]
+    counts = ", ".join(f"{compared.count(s)} {s}" for s in dict.fromkeys(compared))
+    ended = [row for row in rows if row.get("event") == "end"]
+    good = [f"{r['stage']}: {r['item']}" for r in ended if r["status"] == "ok"]
+    bad = [f"- {r['stage']}: {r['item']}: {r['status']} {r['detail']}" for r in ended]
+    bad = [line for line, row in zip(bad, ended) if row["status"] != "ok"]
+    behaviour = [name for name in good if name.startswith("behaviour")]
+    lines = [f"Comparisons with float64: {counts}." if counts else "", *behaviour, *bad]
+    return "\n".join(f"- {x}" if x in behaviour else x for x in lines if x)
+
+
+# --- the picture
+
+
+def _draw(rows: Rows, path: Path) -> None:
+    from picture import draw_picture
+
+    shown = _newest(rows, IN_README).values()
+    if not shown:
+        return
+    results = [
+        Result(
+            num_rows=row["num_rows"],
+            dtype=row["dtype"],
+            device="cuda",
+            provider=row["provider"],
+            time_ms=row["both_ms"],
+            time_q25_ms=row["q25_ms"],
+            time_q75_ms=row["q75_ms"],
+            peak_mib=row.get("peak_mib"),
+        )
+        for row in shown
+    ]
+    machine = next(row for row in rows if row["stage"] == "run" and "torch" in row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_picture(Report(results, machine), path)

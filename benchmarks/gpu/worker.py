@@ -1,0 +1,95 @@
+"""A process that runs parts of one stage and says what they yield, a JSON line a message.
+
+The runner starts this file with an order; every part begins, yields rows and ends, and one that
+breaks the device ends the process, so that the next part meets a fresh one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+
+from gpu.journal import encode
+from gpu.place import Items, Place, Skipped, first_line
+
+BROKEN_DEVICE = 3
+"""How a process ends that has said all about its part, but cannot run another."""
+
+
+def main(order_json: str) -> int:
+    order = json.loads(order_json)
+    _die_with(order["parent"])
+    faulthandler.register(signal.SIGUSR1)  # the runner asks a process that hangs where it does
+    pipe = order["pipe"]
+    os.set_inheritable(pipe, False)
+
+    def say(event: str, **row: object) -> None:
+        os.write(pipe, encode({"event": event, **row}))
+
+    place = Place(**order["place"])
+    try:
+        items: Items = importlib.import_module(order["module"]).items(place)
+    except Skipped as why:
+        say("stage skipped", detail=str(why))
+        return 0
+    except Exception as failure:
+        traceback.print_exc()
+        say("stage failed", detail=first_line(failure))
+        return 0
+    share = [n for k, n in enumerate(items) if k % order["num_shares"] == order["share"]]
+    say("items", names=share)
+    for name in share:
+        if name in order["done"]:
+            continue
+        if place.is_late:
+            break
+        say("begin", item=name)
+        outcome = {"status": "ok"}
+        try:
+            for row in items[name]():
+                say("row", **row)
+        except Skipped as why:
+            outcome = {"status": "skipped", "detail": str(why)}
+        except Exception as failure:
+            traceback.print_exc()
+            status = "out of memory" if _is_out_of_memory(failure) else "failed"
+            outcome = {"status": status, "detail": first_line(failure)}
+        say("end", item=name, **outcome)
+        if not _device_is_well(place):
+            return BROKEN_DEVICE
+    return 0
+
+
+def _die_with(parent: int) -> None:
+    """Have the system kill this process when the runner is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _is_out_of_memory(failure: BaseException) -> bool:
+    return isinstance(failure, MemoryError) or type(failure).__name__ == "OutOfMemoryError"
+
+
+def _device_is_well(place: Place) -> bool:
+    """Whether the device still answers; memory that nothing holds is given back."""
+    torch = sys.modules.get("torch")
+    if place.device != "cuda" or torch is None:
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
