@@ -171,11 +171,12 @@ void define(py::module_ module) {
   module.def("take_shared_seconds", [] { return std::exchange(shared_seconds, 0.0); });
   module.def("scheduled_jobs", [](int64_t num_rows, int64_t num_cols, bool square, bool to_cols,
                                   int threads) {
-    std::vector<std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>> jobs;
+    std::vector<std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, bool>>> jobs;
     for (const auto& job : supcon::scheduled_jobs(num_rows, num_cols, square, to_cols, threads)) {
       jobs.emplace_back();
       for (const supcon::ScheduledPair& pair : job)
-        jobs.back().emplace_back(pair.row_counter, pair.row_turn, pair.col_counter, pair.col_turn);
+        jobs.back().emplace_back(pair.row_counter, pair.row_turn, pair.col_counter, pair.col_turn,
+                                 pair.is_whole);
     }
     return jobs;
   });

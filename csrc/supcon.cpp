@@ -538,7 +538,7 @@ std::vector<std::vector<ScheduledPair>> scheduled_jobs(int64_t num_rows, int64_t
   for (size_t k = 0; k < jobs.size(); ++k)
     schedule.job(k, threads, schedule.copies(), [&](const Schedule::Pair& pair) {
       jobs[k].push_back({pair.to_row.counter, pair.to_row.turn, to_cols ? pair.to_col.counter : -1,
-                         pair.to_col.turn});
+                         pair.to_col.turn, pair.is_whole()});
     });
   return jobs;
 }

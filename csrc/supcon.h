@@ -203,9 +203,10 @@ template <typename Real>
 double peak_flops(const Isa& isa, const Team& team);
 
 // A pair of tiles as the schedule hands it out: which counters it waits for, at which turns. -1:
-// the tile is not there, or nothing is added to it.
+// the tile is not there, or nothing is added to it. Unless both are there nothing is computed.
 struct ScheduledPair {
   int64_t row_counter, row_turn, col_counter, col_turn;
+  bool is_whole;
 };
 
 // The jobs of a pass over N rows and M columns with so many threads, and their pairs, for a

@@ -30,6 +30,8 @@ def _load_core() -> tuple[Any, str]:
 core, import_error = _load_core()
 # The instruction set that the core uses: the best that this CPU runs. Tests set a lower one.
 isa: str | None = core.isa_names()[0] if core is not None else None
+# How many threads it uses; the benchmark of threads sets others.
+num_threads = torch.get_num_threads
 
 
 def unavailable() -> str | None:
@@ -161,7 +163,7 @@ def _call(problem: Problem) -> Any:
         denominator=problem.denominator,
         is_double=problem.dtype == torch.float64,
         isa=isa,
-        threads=torch.get_num_threads(),
+        threads=num_threads(),
     )
     call.held = held
     return call
