@@ -65,7 +65,7 @@ class Pool {
 #ifdef __SANITIZE_ADDRESS__
   static constexpr size_t kKept = 0;  // memory that is used again hides overruns
 #else
-  static constexpr size_t kKept = size_t{32} << 20;
+  static constexpr size_t kKept = size_t{256} << 20;
 #endif
   static constexpr size_t kPage = 4096, kMaxBlocks = 64;
   std::mutex mutex_;
