@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from cases import CASES, NOWHERE, VARIANTS, by_id
 from compare import assert_close, dense_on_rounded_rows, reference
+from supcon_kernels import loss as loss_module
 from supcon_kernels import op, supcon_loss, triton_launch
 from supcon_kernels.backends import triton as backend
 from supcon_kernels.problem import Problem
@@ -84,7 +85,7 @@ def test_a_temperature_that_the_host_does_not_read(name, variant, monkeypatch):
 def test_columns_split_among_programs(name, variant, monkeypatch):
     whole = value_and_gradients(arguments_of(name, variant))
     monkeypatch.setattr(backend, "_target", lambda device: triton_launch.Target(0, 64))
-    monkeypatch.setattr(triton_launch, "MIN_TILES_OF_SPLIT", 1)
+    monkeypatch.setattr(triton_launch, "MIN_SHARE", 1)
     arguments = arguments_of(name, variant)
     assert_close(triton_loss, arguments, torch.float32)
     split = value_and_gradients(arguments)
@@ -154,87 +155,38 @@ def test_pairs_that_have_nearly_converged(dtype, has_memory):
         assert (ours - want).abs().max() < 3 * (like - want).abs().max()
 
 
-# --- other tiles, other products
+# --- products of TF32
 
 
-def test_tiles_that_were_measured(monkeypatch):
-    tried = []
-
-    def seconds(call, run):
-        run(call)
-        tried.append(call.plan)
-        return call.plan.forward_tile.cols + call.plan.backward_tile.cols
-
-    monkeypatch.setattr(backend, "autotune", True)
-    monkeypatch.setattr(backend, "_measured", {})
-    monkeypatch.setattr(backend, "_seconds", seconds)
-    arguments = arguments_of("memory", ("out", "all"))
-    assert_close(triton_loss, arguments, torch.float32)
-    (plan,) = {p.measured for p in backend._measured.values()}
-    assert plan is not None and [tile.cols for tile in plan] == [16, 16]
-    count = len(tried)
-    assert_close(triton_loss, arguments, torch.float32)
-    assert len(tried) == count
-
-
-def test_a_tile_that_cannot_be_launched_is_no_choice():
-    def run(call):
-        raise RuntimeError("out of resource: shared memory")
-
-    call = backend._Call(problem_of(torch.randn(4, 3), torch.arange(4)))
-    assert backend._seconds(call, run) == float("inf")
-    assert 0 < backend._seconds(call, lambda call: None) < 1
-
-
-@pytest.mark.parametrize("failing", ["_forward", "_backward"])
-def test_what_fails_in_the_table_s_own_tiles_is_no_matter_of_tiles(failing, monkeypatch):
-    def run(*_):
-        raise RuntimeError("no fault of the tile")
-
-    call = backend._Call(problem_of(torch.randn(4, 3), torch.arange(4)))
-    monkeypatch.setattr(backend, failing, run)
-    with pytest.raises(RuntimeError, match="no fault of the tile"):
-        backend._measure(call)
-
-
-def test_a_full_memory_ends_the_search_for_tiles():
-    def run(call):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    call = backend._Call(problem_of(torch.randn(4, 3), torch.arange(4)))
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        backend._seconds(call, run)
-
-
-@pytest.mark.parametrize("precision, products", [("highest", "tf32x3"), ("high", "tf32")])
-def test_torch_is_asked_whether_tf32_will_do(precision, products):
+@pytest.mark.parametrize("precision, is_allowed", [("highest", False), ("high", True)])
+def test_torch_is_asked_whether_tf32_will_do(precision, is_allowed):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        for dtype, expected in ((torch.float32, products), (torch.float16, "16 bits")):
-            problem = problem_of(torch.randn(4, 3, dtype=dtype), torch.arange(4))
-            assert backend._Call(problem).plan.products == expected
+        assert loss_module._allows_tf32() == is_allowed
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def test_with_tf32_the_loss_is_of_the_rows_that_are_multiplied(monkeypatch):
+def as_tf32(x: torch.Tensor) -> torch.Tensor:
+    """What the tensor cores see of it."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def test_with_tf32_the_loss_is_of_the_rows_that_are_multiplied():
     # Pairs that have nearly converged: what the positives have of the rows' other bits is no loss.
-    monkeypatch.setattr(backend, "_wants_tf32", lambda: True)
     g = torch.Generator().manual_seed(0)
     features = torch.randn(60, 48, generator=g)
     features = torch.cat([features, features + 0.1 * torch.randn(60, 48, generator=g)])
-    labels = torch.arange(60).repeat(2)
-    problem = dataclasses.replace(problem_of(features, labels), temperature=0.05)
-    call = backend._Call(problem)
-    loss, *_ = backend._forward(call)
-    rows = call.rows.prepared
-    seen = (rows.view(torch.int32) & ~0x1FFF).view(torch.float32)  # by the tensor cores
-    assert torch.equal(rows, seen)
-    logits = (seen.double() @ seen.double().T)[:120, :120] * math.log(2)
+    problem = problem_of(features, torch.arange(60).repeat(2))
+    problem = dataclasses.replace(problem, temperature=0.05, tf32=True)
+    loss, _, _, prepared = backend.forward(problem, "none")
+    rows = prepared[: 128 * 64].view(128, 64)
+    assert torch.equal(rows, as_tf32(rows))
+    logits = (rows.double() @ rows.double().T)[:120, :120] * math.log(2)
     logits.fill_diagonal_(-math.inf)
-    exact = torch.empty(120, dtype=torch.float64)
-    exact[call.rows.order] = F.cross_entropy(logits, torch.arange(120) ^ 1, reduction="none")
+    positive = (torch.arange(120) + 60) % 120
+    exact = F.cross_entropy(logits, positive, reduction="none")
     assert exact.max() < 1e-3
     torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-5)
 
@@ -255,11 +207,12 @@ def test_float16_keeps_the_probabilities_of_many_rows(headroom, kept, monkeypatc
     results = []
     for dtype in (torch.float16, torch.float32):
         problem = problem_of(features.to(dtype), torch.arange(64) // 2)
-        loss, *_, stats = op.forward(*problem.operands(), "triton")
-        stats[0] += torch.tensor(many / 64).log2()
+        operands = (*problem.operands(), "none", "triton")
+        loss, count, stats, prepared = op.forward(*operands)
+        stats[0] *= many / 64
         stats[1] = 1e30  # as many positives: their pull does not hide the softmax part
         upstream = torch.full_like(loss, 1024.0)  # a loss scale: the result is float16 as well
-        grads = op.backward(upstream, stats, True, False, False, *problem.operands(), "triton")
+        grads = op.backward(upstream, count, stats, prepared, True, False, False, *operands)
         results.append(grads[0].float())
     error = (results[0] - results[1]).abs().max() / results[1].abs().max()
     assert (error < 4 * torch.finfo(torch.float16).eps) == kept
