@@ -159,6 +159,23 @@ class Shares:
         return _cdiv(self.num_blocks * self.num_tiles, self.share)
 
     @property
+    def num_pieces(self) -> int:
+        """Of all blocks."""
+        inner = range(self.share, self.num_blocks * self.num_tiles, self.share)
+        return self.num_blocks + sum(1 for cut in inner if cut % self.num_tiles)
+
+    def slowdown(self, num_slots: int, piece_tiles: float) -> float:
+        """Modelled time over that of all slots at work all the time and nothing written.
+
+        Args:
+            num_slots: programs that run at a time.
+            piece_tiles: what writing a piece takes, in tiles; it goes on beside the products.
+        """
+        ideal = self.num_blocks * self.num_tiles / num_slots
+        products = _cdiv(self.num_programs, num_slots) * self.share
+        return max(products, self.num_pieces / num_slots * piece_tiles) / ideal
+
+    @property
     def max_pieces(self) -> int:
         """Of any block."""
         if self.share % self.num_tiles == 0:
@@ -192,32 +209,37 @@ class _Row:
 
 
 _INTERPRETED = Tile(32, 32, 64, 4, 1)  # small enough for several tiles of 100 rows
-_ALL, _MMA, _WGMMA = (80, 86, 90, 100), (80, 86), (90, 100)
+_ALL, _MMA = (80, 86, 90, 100), (80, 86)
 # How numbers are multiplied: 16-bit ones as they are, float32 in three products of TF32, or in one.
 _SHORT, _TF32X3, _TF32 = "16 bits", "tf32x3", "tf32"
 
 _FORWARD = (
     _Row(_SHORT, 128, (90,), Tile(64, 128, 128, 4, 2, 2), "fewest instructions of two programs"),
-    _Row(_SHORT, 128, (80,), Tile(128, 64, 128, 4, 3, 2), "fewest instructions of two programs"),
-    _Row(_SHORT, 128, (86, 100), Tile(64, 64, 128, 4, 2, 2), "two programs"),
+    _Row(_SHORT, 128, (80,), Tile(128, 64, 128, 4, 3, 2), "as on sm_90", lean=True),
+    _Row(_SHORT, 128, _ALL, Tile(64, 64, 128, 4, 2, 2), "two programs, of two exponentials too"),
     _Row(_SHORT, MAX_DIM, _ALL, Tile(64, 64, 64, 4, 3, 2), "as above"),
     _Row(_TF32X3, MAX_DIM, _ALL, Tile(64, 64, 16, 4, 2), "TF32's parts are in registers"),
-    _Row(_TF32, MAX_DIM, _ALL, Tile(64, 64, 32, 4, 2), "two programs"),
+    _Row(_TF32, MAX_DIM, _ALL, Tile(64, 64, 32, 4, 2, 2), "two programs"),
 )
 _BACKWARD = (
     _Row(_SHORT, 128, (80, 90), Tile(64, 128, 128, 4, 2, 2), "two programs", lean=True),
     _Row(_SHORT, 128, (86,), Tile(64, 64, 128, 4, 2, 2), "two programs in 99 KiB", lean=True),
-    _Row(_SHORT, 128, _ALL, Tile(64, 32, 128, 4, 3, 2), "two exponentials, or tensor memory"),
-    _Row(_SHORT, 256, _ALL, Tile(64, 32, 256, 4, 2), "gradient: half a thread"),
-    _Row(_SHORT, MAX_DIM, _ALL, Tile(64, 32, 64, 4, 3), "with 256 features 64 columns spill"),
-    _Row(_TF32X3, MAX_DIM, _ALL, Tile(64, 16, 16, 4, 1), "TF32's parts are in registers"),
-    _Row(_TF32, MAX_DIM, _ALL, Tile(64, 32, 32, 4, 2), "gradient: half a thread"),
+    _Row(_SHORT, 128, _ALL, Tile(64, 32, 128, 4, 3, 2), "two exponentials: 64 columns spill"),
+    _Row(_SHORT, 256, (90,), Tile(128, 64, 256, 8, 2), "gradient: half a thread", lean=True),
+    _Row(_SHORT, 256, _MMA, Tile(64, 32, 256, 8, 2), "gradient: half a thread"),
+    _Row(_SHORT, MAX_DIM, (90,), Tile(128, 32, 64, 8, 3), "with 256 features 64 columns spill"),
+    _Row(_SHORT, MAX_DIM, _MMA, Tile(64, 32, 64, 8, 3), "with 256 features 64 columns spill"),
+    _Row(_SHORT, MAX_DIM, (100,), Tile(64, 32, 64, 4, 2, 2), "gradient: half a thread"),
+    _Row(_TF32X3, MAX_DIM, _ALL, Tile(64, 16, 16, 4, 1, 2), "TF32's parts are in registers"),
+    _Row(_TF32, MAX_DIM, _ALL, Tile(64, 32, 32, 4, 2, 2), "gradient: half a thread"),
 )
 
 
-def slice_of(dim: int, dtype: str = "bfloat16") -> int:
+def slice_of(dim: int, dtype: str = "bfloat16", capability: int = 90) -> int:
     """Features of the gradient that one program of the backward owns."""
     padded, widest = padded_dim(dim), 1024 // (2 * _BYTES[dtype])
+    if capability == 100:  # what leaves tensor memory takes all registers
+        widest = 128
     return padded if padded <= widest else widest if padded % widest == 0 else 128
 
 
@@ -423,7 +445,7 @@ class Plan:
                 "ROWS_ANCHOR": not of_columns,
                 "COLS_ANCHOR": of_columns or self.square or both_anchor,
                 **self._tile(self.backward_tile),
-                "SLICE": slice_of(self.dim, self.dtype),
+                "SLICE": self._slice,
             },
             self.backward_shares(of_columns).num_programs,
             self._num_slices,
@@ -438,7 +460,11 @@ class Plan:
 
     @property
     def _num_slices(self) -> int:
-        return padded_dim(self.dim) // slice_of(self.dim, self.dtype)
+        return padded_dim(self.dim) // self._slice
+
+    @property
+    def _slice(self) -> int:
+        return slice_of(self.dim, self.dtype, self.target.capability)
 
     def _find(self, table: tuple[_Row, ...]) -> Tile:
         padded, capability = padded_dim(self.dim), self.target.capability

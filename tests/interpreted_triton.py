@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from cases import CASES, NOWHERE, VARIANTS, by_id
 from compare import assert_close, dense_on_rounded_rows, reference
 from supcon_kernels import loss as loss_module
-from supcon_kernels import op, supcon_loss, triton_launch
+from supcon_kernels import op, supcon_loss, triton_launch, validation
 from supcon_kernels.backends import triton as backend
 from supcon_kernels.problem import Problem
 
@@ -74,10 +74,17 @@ def test_every_variant(name, variant):
 @pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
 @pytest.mark.parametrize("name", ["ragged", "self_in_memory"])
 def test_a_temperature_that_the_host_does_not_read(name, variant, monkeypatch):
-    # As on CUDA: the sums keep a running maximum, and the scale is read by the kernels.
-    monkeypatch.setattr(backend, "_temperature", lambda problem: problem.tau)
-    arguments = {**arguments_of(name, variant), "temperature": torch.tensor(0.1)}
-    assert_close(triton_loss, arguments, torch.float32)
+    # Both kernels are launched, and the device decides which of them goes to work.
+    monkeypatch.setattr(backend, "_temperature", on_the_device)
+    for tau in (0.1, 0.01):
+        arguments = {**arguments_of(name, variant), "temperature": torch.tensor(tau)}
+        assert_close(triton_loss, arguments, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["ragged", "self_in_memory", "half_empty_memory"])
+def test_labels_that_are_sorted(name, monkeypatch):
+    monkeypatch.setattr(triton_launch, "SORTED_PAIRS", 0)
+    assert_close(triton_loss, arguments_of(name, ("out", "all")), torch.float32)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
@@ -153,6 +160,84 @@ def test_pairs_that_have_nearly_converged(dtype, has_memory):
     dense = gradients(dense_on_rounded_rows, dtype)
     for ours, want, like in zip(gradients(triton_loss, dtype), exact, dense):
         assert (ours - want).abs().max() < 3 * (like - want).abs().max()
+
+
+# --- launches
+
+
+def launches_of(call) -> list[str]:
+    """What a call asks a device to do: kernels, and PyTorch's operators that are no views."""
+    call()  # what is made once is made
+    with torch.profiler.profile() as profile:
+        call()
+    return [name for event in profile.events() if event.cpu_parent is None for name in work(event)]
+
+
+def work(event) -> list[str]:
+    """The leaves under a profiled operator that are neither views nor allocations."""
+    if event.name.startswith("launch "):
+        return [event.name]
+    inner = [name for child in event.cpu_children for name in work(child)]
+    allocates = "empty" in event.name or "resize" in event.name
+    if inner or allocates or not event.name.startswith("aten::"):
+        return inner
+    packet = getattr(torch.ops.aten, event.name.removeprefix("aten::"))
+    is_view = any(getattr(packet, overload).is_view for overload in packet.overloads())
+    return [] if is_view else [event.name]
+
+
+def launch_cases():
+    """Arguments of a call, changes to what is around it, and the most launches that it may have."""
+    views, rows, memory = torch.randn(16, 2, 8), torch.randn(16, 8), torch.randn(20, 8)
+    labels, of_memory = torch.arange(16) % 4, torch.arange(20) % 4
+    yield pytest.param({"features": rows, "labels": labels}, 8, id="labels")
+    yield pytest.param({"features": views}, 8, id="views")
+    labelled = {"features": views, "labels": labels}
+    yield pytest.param(labelled, 8, id="labelled views")
+    yield pytest.param({**labelled, "reduction": "sum"}, 8, id="sum")
+    yield pytest.param({**labelled, "base_temperature": 0.07}, 10, id="SupConLoss")
+    yield pytest.param({**labelled, "temperature": torch.tensor(0.1)}, 10, id="learned temperature")
+    for summation, denominator in VARIANTS[1:]:
+        variant = {"summation": summation, "denominator": denominator}
+        yield pytest.param({**labelled, **variant}, 10, id=f"{summation}/{denominator}")
+    rectangle = {"contrast_features": memory, "contrast_labels": of_memory}
+    rectangle |= {"features": rows, "labels": labels}
+    yield pytest.param(rectangle, 12, id="rectangle")
+    yield pytest.param({**labelled, "many": True}, 20, id="many rows")
+    yield pytest.param({**rectangle, "many": True}, 20, id="many rows and columns")
+
+
+@pytest.mark.parametrize("arguments, most", list(launch_cases()))
+def test_a_step_has_few_launches(arguments, most, monkeypatch):
+    run = backend._run
+
+    def recorded(launch, **given):
+        with torch.profiler.record_function(f"launch {launch.kernel}"):
+            run(launch, **given)
+
+    arguments = dict(arguments)
+    if arguments.pop("many", False):
+        monkeypatch.setattr(triton_launch, "SORTED_PAIRS", 0)
+    monkeypatch.setattr(backend, "_run", recorded)
+    monkeypatch.setattr(backend, "_temperature", on_the_device)
+    monkeypatch.setattr(validation, "_readable", lambda x: False)
+    leaves = {
+        name: x.clone().requires_grad_()
+        for name, x in arguments.items()
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+    }
+
+    def step():
+        torch.autograd.grad(triton_loss(**{**arguments, **leaves}), list(leaves.values()))
+
+    found = launches_of(step)
+    assert 5 < len(found) <= most, found
+
+
+def on_the_device(problem: Problem) -> torch.Tensor | float:
+    """The temperature as on CUDA, where a tensor is not read by the host."""
+    tau = problem.temperature_tensor
+    return problem.temperature if tau is None else tau.float()
 
 
 # --- products of TF32

@@ -39,10 +39,10 @@ def pull(
 ):
     """What a positive takes off the derivative of its pair."""
     if DENOMINATOR == "one_positive":
-        _, not_q, log_q = sigmoid(x - lse)
-        if not OUT:
-            not_q = tl.exp2(log_q - pull_lse) * not_q
+        _, q, not_q = sigmoid(x - lse)
         taken = pull_weight * not_q
+        if not OUT:  # q by its logarithm, of which 1 / (1 + t) is no part that could underflow
+            taken *= tl.exp2(tl.minimum(x - lse, 0.0) - pull_lse) * tl.maximum(q, not_q)
     elif OUT:
         taken = tl.broadcast_to(pull_weight, x.shape)
     else:

@@ -123,7 +123,9 @@ def _forward_kernel(
                     other = j[None, :] != (own_offset + i)[:, None]
                     positive = positive & other
                 if SECOND:
-                    q, not_q, log_q = sigmoid(x - lse[:, None])
+                    distance = x - lse[:, None]
+                    t, _, not_q = sigmoid(distance)
+                    log_q = tl.minimum(distance, 0.0) - tl.log2(1.0 + t)
                     if OUT:
                         total += tl.sum(tl.where(positive, not_q, 0.0), axis=1)
                         pos_total += tl.sum(tl.where(positive, log_q, 0.0), axis=1)

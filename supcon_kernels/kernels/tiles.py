@@ -90,13 +90,23 @@ def exponents(
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x of a number between 1 and 2, where the hardware's own is exact to a rounding."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def sigmoid(d):
-    """q = 1 / (1 + 2^-d), 1 - q, and log₂ q, none of them by a difference."""
+    """For q = 1 / (1 + 2^-d): the smaller of 2^d and 2^-d, and q and 1 - q, neither by a difference."""
     t = tl.exp2(-tl.abs(d))
-    near = 1.0 / (1.0 + t)
+    near = reciprocal(1.0 + t)
     far = t * near
-    log_q = tl.minimum(d, 0.0) - tl.log2(1.0 + t)
-    return tl.where(d >= 0.0, near, far), tl.where(d >= 0.0, far, near), log_q
+    return t, tl.where(d >= 0.0, near, far), tl.where(d >= 0.0, far, near)
 
 
 @triton.jit
