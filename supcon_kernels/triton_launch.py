@@ -10,7 +10,7 @@ import ctypes
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, cast
+from typing import Any, ParamSpec, cast
 
 # Rows of a side, zeros behind the last, so that no tile of any pair kernel needs a mask to load.
 ROW_PADDING = 128
@@ -41,6 +41,7 @@ class Launch:
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
         grid: programs along each axis.
+        loaded: what has been compiled of it, by index of the device.
     """
 
     kernel: str
@@ -50,11 +51,32 @@ class Launch:
     num_warps: int
     num_stages: int
     grid: tuple[int, int, int]
+    loaded: dict[int, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def options(self) -> dict[str, int]:
         """What the compiler is asked for."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    @functools.cached_property
+    def code(self) -> Code:
+        """All that decides what is compiled."""
+        launch = dataclasses.replace(self, grid=(1, 1, 1), loaded={})
+        pairs = (*launch.signature.items(), *launch.constexprs.items(), *launch.options.items())
+        return Code((launch.kernel, *launch.divisible_by_16, *pairs), launch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """A launch without its grid, equal to others that compile to the same.
+
+    Attributes:
+        key: what it is compared by.
+        launch: the launch.
+    """
+
+    key: tuple[object, ...]
+    launch: Launch = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +175,10 @@ class Shares:
         share = max(_cdiv(num_blocks * num_tiles, num_slots), MIN_SHARE)
         return Shares(num_blocks, num_tiles, share)
 
+    def in_tiles(self, times: int) -> Shares:
+        """The same shares, in so many times as many tiles."""
+        return Shares(self.num_blocks, self.num_tiles * times, self.share * times)
+
     @property
     def num_programs(self) -> int:
         """One for each share."""
@@ -215,7 +241,6 @@ _SHORT, _TF32X3, _TF32 = "16 bits", "tf32x3", "tf32"
 
 _FORWARD = (
     _Row(_SHORT, 128, (90,), Tile(64, 128, 128, 4, 2, 2), "fewest instructions of two programs"),
-    _Row(_SHORT, 128, (80,), Tile(128, 64, 128, 4, 3, 2), "as on sm_90", lean=True),
     _Row(_SHORT, 128, _ALL, Tile(64, 64, 128, 4, 2, 2), "two programs, of two exponentials too"),
     _Row(_SHORT, MAX_DIM, _ALL, Tile(64, 64, 64, 4, 3, 2), "as above"),
     _Row(_TF32X3, MAX_DIM, _ALL, Tile(64, 64, 16, 4, 2), "TF32's parts are in registers"),
@@ -313,25 +338,22 @@ class Plan:
             return (True,)
         return (False, True) if self.fits is None else (not self.fits,)
 
-    @property
-    def forward_tile(self) -> Tile:
+    def forward_tile(self, running: bool) -> Tile:
         """Of the kernel that only multiplies rows with columns."""
-        return self._find(_FORWARD)
+        return self._find(_FORWARD, running)
 
-    @property
-    def backward_tile(self) -> Tile:
+    def backward_tile(self, running: bool) -> Tile:
         """Of the kernel that also multiplies with what it made of the products."""
-        return self._find(_BACKWARD)
+        return self._find(_BACKWARD, running)
 
-    @property
-    def forward_shares(self) -> Shares:
-        """The pairs of the forward kernel."""
-        return self._shares(self.num_rows, self._contrasts, self.forward_tile, 1)
+    def forward_shares(self, running: bool) -> Shares:
+        """The pairs of a forward kernel; its pieces are the same if there is another."""
+        return self._shares(_FORWARD, running, self.num_rows, self._contrasts, 1)
 
-    def backward_shares(self, of_columns: bool) -> Shares:
-        """The pairs of the backward kernel of the rows, or of the columns."""
+    def backward_shares(self, running: bool, *, of_columns: bool = False) -> Shares:
+        """The pairs of a backward kernel of the rows, or of the columns."""
         owners, streamed = (self.num_rows, self._contrasts)[:: -1 if of_columns else 1]
-        return self._shares(owners, streamed, self.backward_tile, self._num_slices)
+        return self._shares(_BACKWARD, running, owners, streamed, self._num_slices)
 
     # --- rows
 
@@ -366,7 +388,7 @@ class Plan:
             {
                 "NORMALIZE": self.normalize,
                 "DOTS": dots,
-                "ROWS": self.backward_tile.rows,
+                "ROWS": self.backward_tile(self.running[0]).rows,
                 **self._row_block,
             },
             padded_rows(num_rows) // self._row_block["BLOCK_ROWS"],
@@ -394,7 +416,7 @@ class Plan:
             {
                 **self._variant,
                 "REDUCTION": reduction,
-                "ROWS": self.forward_tile.rows,
+                "ROWS": self.forward_tile(self.running[0]).rows,
                 "BLOCK_ROWS": 1024,
             },
             1,
@@ -417,7 +439,7 @@ class Plan:
     @_remembered
     def forward(self, running: bool, *, second: bool = False) -> Launch:
         """The sums over all pairs; the second look at positives that stand alone against the negatives."""
-        shares = self.forward_shares
+        tile = self.forward_tile(running)
         return self._launch(
             "_forward_kernel",
             "rows cols row_ids col_ids col_valid first_sums temperature sums padded_rows "
@@ -425,10 +447,10 @@ class Plan:
             {
                 **self._pairs(running),
                 "SECOND": second,
-                **self._tile(self.forward_tile),
+                **self._tile(tile),
             },
-            shares.num_programs,
-            tile=self.forward_tile,
+            self.forward_shares(running).num_programs,
+            tile=tile,
         )
 
     @_remembered
@@ -436,6 +458,7 @@ class Plan:
         self, running: bool, *, of_columns: bool = False, both_anchor: bool = False
     ) -> Launch:
         """The gradient of the rows, of rows that are columns too, or of the columns."""
+        tile = self.backward_tile(running)
         return self._launch(
             "_backward_kernel",
             "rows cols row_ids col_ids row_weights col_weights temperature slices padded_rows "
@@ -444,12 +467,12 @@ class Plan:
                 **self._pairs(running),
                 "ROWS_ANCHOR": not of_columns,
                 "COLS_ANCHOR": of_columns or self.square or both_anchor,
-                **self._tile(self.backward_tile),
+                **self._tile(tile),
                 "SLICE": self._slice,
             },
-            self.backward_shares(of_columns).num_programs,
+            self.backward_shares(running, of_columns=of_columns).num_programs,
             self._num_slices,
-            tile=self.backward_tile,
+            tile=tile,
         )
 
     # --- what they share
@@ -466,9 +489,9 @@ class Plan:
     def _slice(self) -> int:
         return slice_of(self.dim, self.dtype, self.target.capability)
 
-    def _find(self, table: tuple[_Row, ...]) -> Tile:
+    def _find(self, table: tuple[_Row, ...], running: bool) -> Tile:
         padded, capability = padded_dim(self.dim), self.target.capability
-        lean = self.running == (False,) and self.summation == "out" and self.denominator == "all"
+        lean = not running and self.summation == "out" and self.denominator == "all"
         tile = _INTERPRETED
         if capability:
             tile = next(
@@ -481,9 +504,13 @@ class Plan:
             )
         return dataclasses.replace(tile, chunk=min(tile.chunk, padded))
 
-    def _shares(self, owners: int, streamed: int, tile: Tile, num_slices: int) -> Shares:
-        num_slots = max(self.target.num_multiprocessors * tile.residents // num_slices, 1)
-        return Shares.of(padded_rows(owners), padded_rows(streamed), tile, num_slots)
+    def _shares(
+        self, table: tuple[_Row, ...], running: bool, owners: int, streamed: int, num_slices: int
+    ) -> Shares:
+        first = self._find(table, self.running[0])
+        num_slots = max(self.target.num_multiprocessors * first.residents // num_slices, 1)
+        shares = Shares.of(padded_rows(owners), padded_rows(streamed), first, num_slots)
+        return shares.in_tiles(first.cols // self._find(table, running).cols)
 
     @property
     def _temperature(self) -> dict[str, Constexpr]:
@@ -594,8 +621,7 @@ def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, L
                         tf32=dtype == "tf32",
                     )
                     for label, launch in _launches_of(plan):
-                        key = (launch.kernel, *launch.constexprs.items(), *launch.options.items())
-                        launches.setdefault(key, (label, launch))
+                        launches.setdefault(launch.code, (label, launch))
     return list(launches.values())
 
 

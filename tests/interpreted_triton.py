@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from cases import CASES, NOWHERE, VARIANTS, by_id
 from compare import assert_close, dense_on_rounded_rows, reference
 from supcon_kernels import loss as loss_module
-from supcon_kernels import op, supcon_loss, triton_launch, validation
+from supcon_kernels import op, supcon_loss, triton_launch, triton_run, validation
 from supcon_kernels.backends import triton as backend
 from supcon_kernels.problem import Problem
 
@@ -209,16 +209,16 @@ def launch_cases():
 
 @pytest.mark.parametrize("arguments, most", list(launch_cases()))
 def test_a_step_has_few_launches(arguments, most, monkeypatch):
-    run = backend._run
+    run = triton_run.run
 
-    def recorded(launch, **given):
+    def recorded(launch, device, given):
         with torch.profiler.record_function(f"launch {launch.kernel}"):
-            run(launch, **given)
+            run(launch, device, given)
 
     arguments = dict(arguments)
     if arguments.pop("many", False):
         monkeypatch.setattr(triton_launch, "SORTED_PAIRS", 0)
-    monkeypatch.setattr(backend, "_run", recorded)
+    monkeypatch.setattr(triton_run, "run", recorded)
     monkeypatch.setattr(backend, "_temperature", on_the_device)
     monkeypatch.setattr(validation, "_readable", lambda x: False)
     leaves = {

@@ -68,7 +68,7 @@ def test_grids_cover_all_rows(num_rows):
     for launch in (*small, p.weights(num_rows)):
         assert launch.grid[0] * launch.constexprs["BLOCK_ROWS"] == padded
     for launch, shares in (
-        (p.forward(False), p.forward_shares),
+        (p.forward(False), p.forward_shares(False)),
         (p.backward(False), p.backward_shares(False)),
     ):
         assert launch.grid[0] == shares.num_programs
@@ -108,8 +108,8 @@ def test_every_multiprocessor_has_as_much_to_do(num_multiprocessors):
     for num_rows in range(4096, 65536 + 1, 128):
         p = plan(num_rows=num_rows, target=target)
         for shares, tile in (
-            (p.forward_shares, p.forward_tile),
-            (p.backward_shares(False), p.backward_tile),
+            (p.forward_shares(False), p.forward_tile(False)),
+            (p.backward_shares(False), p.backward_tile(False)),
         ):
             slots = num_multiprocessors * tile.residents
             assert shares.slowdown(slots, piece_tiles=1.4) <= 1.15, num_rows
@@ -122,7 +122,7 @@ def test_few_tiles_are_not_torn_apart():
     assert Shares.of(8192, 8192, tile, 264).num_programs == 256  # of 32 tiles
     few = plan(num_rows=256, num_cols=65536)
     assert 250 <= few.forward(False).grid[0] <= 264
-    assert few.backward_shares(True).max_pieces <= 2
+    assert few.backward_shares(False, of_columns=True).max_pieces <= 2
 
 
 def test_wide_rows_divide_their_gradient():
@@ -147,18 +147,24 @@ def test_where_a_maximum_is_kept():
     assert plan(fits=None, normalize=False).running == (True,)
     assert triton_launch.powers_fit(0.023) and triton_launch.powers_fit(4.0)
     assert not triton_launch.powers_fit(0.0229) and not triton_launch.powers_fit(4.1)
-    # Both kernels leave their sums in the same places.
-    for p in (plan(fits=None), plan(fits=None, summation="in")):
-        for launch in (p.forward, p.backward):
-            fast, slow = (launch(running).constexprs for running in p.running)
-            assert (fast["ROWS"], fast["COLS"]) == (slow["ROWS"], slow["COLS"])
+
+
+def test_both_kernels_leave_their_pieces_in_the_same_places():
+    for capability, dim, dtype in itertools.product(CAPABILITIES, (64, 256, 1024), DTYPES):
+        p = plan(fits=None, dim=dim, dtype=dtype, target=Target(capability, 100), num_rows=1024)
+        for tile_of, shares_of in (
+            (p.forward_tile, p.forward_shares),
+            (p.backward_tile, p.backward_shares),
+        ):
+            fast, slow = (tile_of(running) for running in p.running)
+            assert fast.rows == slow.rows and fast.cols % slow.cols == 0
+            pieces = [pieces_by_block(shares_of(running)) for running in p.running]
+            assert pieces[0] == pieces[1]
+            assert len({shares_of(running).max_pieces for running in p.running}) == 1
 
 
 def test_the_shipped_launches_are_those_of_every_plan():
-    shipped = {
-        (launch.kernel, *launch.constexprs.items(), *launch.options.items())
-        for launch in launches("float16", 256, 80).values()
-    }
+    shipped = {launch.code for launch in launches("float16", 256, 80).values()}
     options = itertools.product(
         ("out", "in"),
         ("all", "one_positive", "only_negatives"),
@@ -185,8 +191,7 @@ def test_the_shipped_launches_are_those_of_every_plan():
             found += [p.backward(running, of_columns=True)] if num_cols else []
             found += [p.forward(running, second=True)] if denominator == "one_positive" else []
         for launch in found:
-            key = (launch.kernel, *launch.constexprs.items(), *launch.options.items())
-            assert key in shipped
+            assert launch.code in shipped
 
 
 def test_float32_is_multiplied_in_one_product_of_tf32_only_where_asked():
@@ -194,7 +199,7 @@ def test_float32_is_multiplied_in_one_product_of_tf32_only_where_asked():
     for p, precision in ((exact, "tf32x3"), (fast, "tf32")):
         for launch in (p.forward(False), p.backward(False)):
             assert launch.constexprs["PRECISION"] == precision
-    assert fast.backward_tile.cols > exact.backward_tile.cols
+    assert fast.backward_tile(False).cols > exact.backward_tile(False).cols
     shipped = launches("tf32", 128, 80).values()
     assert fast.forward(False).constexprs in [launch.constexprs for launch in shipped]
 

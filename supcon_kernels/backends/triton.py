@@ -11,13 +11,12 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from supcon_kernels import triton_launch
+from supcon_kernels import triton_launch, triton_run
 from supcon_kernels.problem import Problem
 from supcon_kernels.triton_launch import Launch, Shares, Target
 
@@ -26,7 +25,7 @@ from supcon_kernels.triton_launch import Launch, Shares, Target
 HEADROOM = 2.0**14
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _FOUND = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+_INTERPRETED = triton_run.INTERPRETED
 # The first with triton.knobs, by which the kernels know the interpreter.
 _OLDEST_TRITON = (3, 4)
 
@@ -98,20 +97,20 @@ def forward(problem: Problem, reduction: str) -> tuple[Tensor, Tensor, Tensor, T
     with call.on_device():
         call.place(prepared)
         call.prepare(anchors=True)
-        shares = plan.forward_shares
+        shares = plan.forward_shares(plan.running[0])
         sums = call.new((shares.max_pieces, 4, rows.padded))
         second_sums = torch.empty_like(sums) if plan.denominator == "one_positive" else sums
         for running in plan.running:
             for second in (False, True)[: 1 + (second_sums is not sums)]:
-                _run(
+                call.run(
                     plan.forward(running, second=second),
-                    **call.pairs(rows, cols, shares, call.own_col),
+                    **call.pairs(rows, cols, plan.forward_shares(running), call.own_col),
                     col_valid_ptr=cols.valid,
                     first_sums_ptr=sums,
                     sums_ptr=second_sums if second else sums,
                     max_pieces=shares.max_pieces,
                 )
-        _run(
+        call.run(
             plan.loss(reduction),
             sums_ptr=sums,
             second_sums_ptr=second_sums,
@@ -185,7 +184,7 @@ def backward(
         if needs_cols:
             grad_cols, _ = call.gradient(None, weights, factor, False)
         if needs_temperature:
-            _run(
+            call.run(
                 plan.temperature_gradient(),
                 dots_ptr=dots,
                 temperature_ptr=call.temperature,
@@ -303,6 +302,10 @@ class _Call:
             return torch.cuda.device(self.device)
         return contextlib.nullcontext()
 
+    def run(self, launch: Launch, **arguments: Any) -> None:
+        """Launch a kernel."""
+        triton_run.run(launch, self.device, arguments)
+
     def place(self, prepared: Tensor) -> None:
         """Let the sides' prepared rows and classes be parts of ``prepared``."""
         start = 0
@@ -327,7 +330,7 @@ class _Call:
                 begin = torch.searchsorted(contrasts, side.labels, out_int32=True)
                 end = torch.searchsorted(contrasts, side.labels, out_int32=True, right=True)
             side.valid = self.new(side.padded)
-            _run(
+            self.run(
                 plan.prepare(side.num_rows, anchors=anchors and side is rows, sort=by_order),
                 **side.arguments(),
                 labels_ptr=side.labels,
@@ -373,7 +376,7 @@ class _Call:
         num_rows = stats.shape[1]
         padded = triton_launch.padded_rows(num_rows)
         weights, factor = self.new((4, padded)), self.new(())
-        _run(
+        self.run(
             self.plan.weights(num_rows),
             upstream_ptr=upstream,
             peak_ptr=peak,
@@ -405,14 +408,15 @@ class _Call:
         owner, streamed = (self.cols, self.rows) if of_columns else (self.rows, self.cols)
         own_offset = self.own_row if of_columns else self.own_col
         weights = of_cols if of_rows is None else of_rows
-        shares = plan.backward_shares(of_columns)
+        shares = plan.backward_shares(plan.running[0], of_columns=of_columns)
         width = triton_launch.padded_dim(plan.dim)
         slices = self.new((shares.max_pieces, owner.padded, width))
         both_anchor = of_rows is not None and of_cols is not None
         for running in plan.running:
-            _run(
+            here = plan.backward_shares(running, of_columns=of_columns)
+            self.run(
                 plan.backward(running, of_columns=of_columns, both_anchor=both_anchor),
-                **self.pairs(owner, streamed, shares, own_offset),
+                **self.pairs(owner, streamed, here, own_offset),
                 row_weights_ptr=weights,
                 col_weights_ptr=weights if of_cols is None else of_cols,
                 slices_ptr=slices,
@@ -420,7 +424,7 @@ class _Call:
             )
         gradient = owner.features.new_empty(owner.features.shape)
         dots = self.new(owner.padded if wants_dots else 0, torch.float64)
-        _run(
+        self.run(
             plan.gradient(owner.num_rows, dots=wants_dots),
             **owner.arguments(),
             slices_ptr=slices,
@@ -454,9 +458,3 @@ def _target(device: torch.device) -> Target:
     properties = torch.cuda.get_device_properties(device)
     architecture = triton_launch.architecture(properties.major, properties.minor)
     return Target(architecture, properties.multi_processor_count)
-
-
-def _run(launch: Launch, **arguments: Any) -> None:
-    from supcon_kernels import kernels  # only here: importing it needs triton
-
-    getattr(kernels, launch.kernel)[launch.grid](**arguments, **launch.constexprs, **launch.options)
