@@ -35,7 +35,7 @@ def layers(num_rows: int, dim: int) -> dict[str, Callable[[], object]]:
     problem = Problem(features, None, labels, None, None, None, 0.1, 0, "out", "all", True, -100)
     leaf = features.clone().requires_grad_()
     upstream = torch.full((num_rows,), 1 / num_rows)
-    operands = (*problem.operands(), "native")
+    operands = (*problem.operands(), "none", "native")
     loss, total, counts, stats = native.forward(problem)
     grad = torch.empty_like(features)
     call = native._call(problem)
@@ -49,8 +49,8 @@ def layers(num_rows: int, dim: int) -> dict[str, Callable[[], object]]:
         native.backward(problem, upstream, native.forward(problem)[3], *wanted)
 
     def operator() -> None:
-        result = op.forward(*operands)
-        op.backward(upstream, result[3], *wanted, *operands)
+        saved = op.forward(*operands)[1:]
+        op.backward(upstream, *saved, *wanted, *operands)
 
     def autograd() -> None:
         result = op.forward(leaf, *operands[1:])

@@ -294,7 +294,11 @@ def copies_of_products(ttgir: str) -> dict[tuple[int, int, int], int]:
 
 @dataclass(frozen=True)
 class PairCost:
-    """What one pair costs a thread in a main loop, matrix instructions aside."""
+    """What one pair costs a thread in a main loop, matrix instructions aside.
+
+    ``in_flight`` is the share of the exponentials that stand between the issue of a product and its
+    wait; None where products are not asynchronous, or wait elsewhere.
+    """
 
     macs: float
     instructions: float
@@ -303,6 +307,7 @@ class PairCost:
     compares: float
     pairs_per_trip: float
     global_loads_per_trip: float
+    in_flight: float | None
 
 
 def main_loops(
@@ -380,7 +385,25 @@ def _pair_cost(
         global_loads_per_trip=count(
             lambda i: GLOBAL_LOAD.match(i.opcode) and "DEPBAR" not in i.opcode
         ),
+        in_flight=share_in_flight(loop.body),
     )
+
+
+def share_in_flight(body: list[Instruction]) -> float | None:
+    """The share of a loop's exponentials that are issued while a warpgroup's products run."""
+    if not any(i.opcode.startswith("HGMMA") for i in body):
+        return None
+    running, beside, total = False, 0, 0
+    for trip in range(2):  # the first ends as the second begins
+        for i in body:
+            if i.opcode.startswith("HGMMA"):
+                running = True
+            elif i.opcode.startswith("WARPGROUP.DEPBAR"):
+                running = not i.operands.rstrip().endswith(" 0x0")
+            elif trip and i.opcode.startswith("MUFU.EX2"):
+                total += 1
+                beside += running
+    return beside / total if total else None
 
 
 def _all(loop: Loop) -> Iterator[Instruction]:

@@ -87,6 +87,7 @@ def loss_of_all(
     numbers = [0, 0, 0]
     try:
         problem, backend = build()
+        problem = problem.by_rows()
         _check(problem, backend, call["reduction"], membership)
         text = _text({**call, "backend": backend})
         contrasts, _ = _contrasts(problem)
@@ -392,7 +393,7 @@ class _Differentiable(torch.autograd.Function):
         problem = whole = Problem(*operands)
         if membership.size > 1:  # its own anchors are the first of all contrasts, as of its own
             whole = dataclasses.replace(problem, cols=gathered.cols, col_labels=gathered.col_labels)
-        loss, *_, stats = op.forward(*whole.operands(), backend)
+        loss, _, stats, _ = op.forward(*whole.operands(), "none", backend)
         is_anchor, contributes = ~problem.row_ignored(), stats[1] != torch.inf
         exact = accumulation_dtype(loss)
         sums = torch.stack([x.sum(dtype=exact) for x in (loss, is_anchor, contributes)])
@@ -458,12 +459,12 @@ def _gradients(
     cols, labels = _contrasts(problem)
     *of_cols, other_rows, other_row_labels = gathered
     other_cols, other_col_labels = [x[problem.num_cols :] for x in of_cols]
-    num_others = other_stats.shape[1]
+    num_others, one = other_stats.shape[1], torch.ones_like(weight)
 
     def block(problem: Problem, stats: Tensor, needs: Sequence[bool], *of_cols: Tensor) -> Any:
-        grad_loss = weight.expand(stats.shape[1])
-        grads = op.backward(grad_loss, stats, *needs, *problem.operands(), backend, *of_cols)
-        return [grad.to(problem.dtype) for grad in grads]
+        # The weight is of the sum of all losses, of which no count is taken any more.
+        call = (weight, one, stats, None, *needs, *problem.operands(), "sum", backend, *of_cols)
+        return [grad.to(problem.dtype) for grad in op.backward(*call)]
 
     grad_rows, grad_cols, grad_tau = block(problem, stats, wanted)
     if len(other_cols) and (wants_rows or wants_temperature):
@@ -471,7 +472,7 @@ def _gradients(
             problem, cols=other_cols.to(cols), col_labels=other_col_labels, self_offset=None
         )
         needs = (wants_rows, False, wants_temperature)
-        both = (weight.expand(num_others), other_stats) if problem.square and num_others else ()
+        both = (weight, other_stats) if problem.square and num_others else ()
         more = block(against_others, stats, needs, *both)
         grad_rows, grad_tau = grad_rows + more[0], grad_tau + more[2]
     if num_others and wants_cols:

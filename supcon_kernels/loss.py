@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from supcon_kernels import backends, distributed, op, validation
-from supcon_kernels.problem import Problem
+from supcon_kernels.problem import Problem, as_asked
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -144,11 +144,10 @@ def supcon_loss(
     else:
         problem, chosen = _prepared(backend, **call)
         if chosen == "reference":
-            loss, total, counts = backends.reference.rows_loss(problem)
+            losses = backends.reference.rows_loss(problem.by_rows())
+            loss, _ = as_asked(*losses, reduction)
         else:
-            loss, total, counts, _ = op.forward(*problem.operands(), chosen)
-        if reduction != "none":
-            loss = total if reduction == "sum" else total / counts[0 if reduction == "mean" else 1]
+            loss, *_ = op.forward(*problem.operands(), reduction, chosen)
     if base_temperature is not None:
         loss = loss * (problem.tau / base_temperature)
     return loss
@@ -197,19 +196,16 @@ def _prepared(
         labels = torch.arange(features.shape[0], device=features.device)
         if contrast_features is not None:
             contrast_labels = torch.arange(contrast_features.shape[0], device=features.device)
-    num_views = features.shape[1] if features.ndim == 3 else 1
-    row_labels = _repeated(labels, num_views if cols is None else 1)
+    row_labels = col_labels = _as_numbers(labels)
     if contrast_features is not None:
-        col_labels = _repeated(contrast_labels, 1)
-    else:
-        col_labels = None if cols is None else _repeated(labels, num_views)
+        col_labels = _as_numbers(contrast_labels)
 
     temperature_tensor = temperature if isinstance(temperature, Tensor) else None
     problem = Problem(
         rows=rows,
         cols=cols,
         row_labels=row_labels,
-        col_labels=col_labels,
+        col_labels=None if cols is None else col_labels,
         weights=mask,
         temperature_tensor=temperature_tensor,
         temperature=math.nan if isinstance(temperature, Tensor) else float(temperature),
@@ -218,6 +214,7 @@ def _prepared(
         denominator=denominator,
         normalize=normalize,
         ignore_index=ignore_index,
+        tf32=features.is_cuda and _allows_tf32(),
     )
     return problem, backends.choose(problem, backend)
 
@@ -225,14 +222,13 @@ def _prepared(
 def _rows_and_cols(
     features: Tensor, contrast_features: Tensor | None, contrast_mode: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Anchors (N, D), and contrasts (M, D) or None where they are the anchors themselves."""
+    """Anchors (N, D) or (B, V, D), and contrasts, or None where they are the anchors themselves."""
     first = features if features.ndim == 2 else features[:, 0]
     if contrast_features is not None:
         return first, contrast_features
-    if features.ndim == 2:
+    if features.ndim == 2 or contrast_mode == "all":
         return features, None
-    all_views = features.transpose(0, 1).flatten(0, 1)
-    return (first, all_views) if contrast_mode == "one" else (all_views, None)
+    return first, features
 
 
 def _canonical(labels: Tensor | None) -> Tensor | None:
@@ -245,12 +241,21 @@ def _canonical(labels: Tensor | None) -> Tensor | None:
     return labels.squeeze(1) if is_column else labels
 
 
-def _repeated(labels: Tensor | None, num_views: int) -> Tensor | None:
-    """The labels of the samples once for each view, integers as int64."""
-    if labels is None:
-        return None
-    labels = labels if labels.is_floating_point() else labels.long()
-    return labels if num_views == 1 else labels.repeat(num_views, *[1] * (labels.ndim - 1))
+def _as_numbers(labels: Tensor | None) -> Tensor | None:
+    """The labels, integers as int64."""
+    return labels if labels is None or labels.is_floating_point() else labels.long()
+
+
+def _allows_tf32() -> bool:
+    """Whether torch was told that its own products of float32 on CUDA may be of TF32."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
+
+
+# Dynamo reads it as a constant, and compiles again where it has changed.
+_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class SupConLoss(nn.Module):

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from supcon_kernels.backends import BACKENDS
-from supcon_kernels.problem import Problem, statistics_dtype, working_dtype
+from supcon_kernels.backends import BACKENDS, triton
+from supcon_kernels.problem import Problem, as_asked, statistics_dtype, working_dtype
 
 _PROBLEM = (
     "Tensor rows, Tensor? cols, Tensor? row_labels, Tensor? col_labels, Tensor? weights, "
     "Tensor? temperature_tensor, float temperature, SymInt? self_offset, str summation, "
-    "str denominator, bool normalize, int ignore_index, str backend"
+    "str denominator, bool normalize, int ignore_index, bool tf32, str reduction, str backend"
 )
 _ROWS, _COLS, _TEMPERATURE, _NUM_TENSORS = 0, 1, 5, 6
-_NUM_OPERANDS = 13  # of _PROBLEM
+_NUM_OPERANDS = 15  # of _PROBLEM
 _LIBRARY: Any = torch.library.Library("supcon_kernels", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -32,25 +32,39 @@ def _define(schema: str) -> Any:
 
 
 forward = _define(
-    f"forward({_PROBLEM}) -> (Tensor loss, Tensor total, Tensor counts, Tensor stats)"
+    f"forward({_PROBLEM}) -> (Tensor loss, Tensor count, Tensor stats, Tensor prepared)"
 )
 backward = _define(
-    "backward(Tensor grad_loss, Tensor stats, bool needs_rows, bool needs_cols, "
-    f"bool needs_temperature, {_PROBLEM}, Tensor? col_grad_loss=None, Tensor? col_stats=None) "
-    "-> (Tensor rows, Tensor cols, Tensor temperature)"
+    "backward(Tensor grad_loss, Tensor count, Tensor stats, Tensor? prepared, bool needs_rows, "
+    f"bool needs_cols, bool needs_temperature, {_PROBLEM}, Tensor? col_grad_loss=None, "
+    "Tensor? col_stats=None) -> (Tensor rows, Tensor cols, Tensor temperature)"
 )
 
 
 def _forward(*operands: Any) -> tuple[Tensor, ...]:
-    """Loss (N,), total and counts as ``Problem.reduced`` has them, statistics (3, N) for ``backward``."""
-    *fields, backend = operands
-    result: tuple[Tensor, ...] = BACKENDS[backend].forward(Problem(*fields))
-    return result
+    """The loss and what ``backward`` takes of it.
+
+    Returns:
+        loss: 0-dim, or (N,) where the reduction is "none".
+        count: 0-dim, what the sum of the anchors' losses was divided by, at least 1.
+        stats: (k, N) what is known of each anchor; the second is infinite where it does not contribute.
+        prepared: what the backend makes of the features, or nothing.
+    """
+    *fields, reduction, backend = operands
+    problem = Problem(*fields)
+    if backend == "triton":
+        return triton.forward(problem, reduction)
+    loss, total, counts, stats = BACKENDS[backend].forward(problem.by_rows())
+    asked, count = as_asked(loss, total, counts, reduction)
+    count = loss.new_ones(()) if count is None else count
+    return asked, count, stats, loss.new_empty(0)
 
 
 def _backward(
     grad_loss: Tensor,
+    count: Tensor,
     stats: Tensor,
+    prepared: Tensor | None,
     needs_rows: bool,
     needs_cols: bool,
     needs_temperature: bool,
@@ -58,29 +72,53 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows (N, D), cols (M, D) and the temperature (0-dim); (0,) where not needed.
 
-    Where the columns' statistics (3, M) are given, as the forward of a problem with these columns as
-    anchors has them, with the gradients (M,) of those anchors' losses, the rows' gradient is of
+    Where the columns' statistics (k, M) are given, as the forward of a problem with these columns as
+    anchors has them, with the gradient of those anchors' losses, the rows' gradient is of
     those losses too, to which the rows are contrasts, and the temperature's is half of the sum of
     both. The columns' gradient is not needed then, and no column is a row itself.
     """
-    *fields, backend = operands[:_NUM_OPERANDS]
+    *fields, reduction, backend = operands[:_NUM_OPERANDS]
+    problem, of_cols = Problem(*fields), operands[_NUM_OPERANDS:]
     needs = (needs_rows, needs_cols, needs_temperature)
-    grads: tuple[Tensor, Tensor, Tensor] = BACKENDS[backend].backward(
-        Problem(*fields), grad_loss, stats, *needs, *operands[_NUM_OPERANDS:]
+    if backend == "triton":
+        return triton.backward(problem, grad_loss, count, stats, prepared, *needs, *of_cols)
+    if reduction != "none":
+        weight = grad_loss if reduction == "sum" else grad_loss / count
+        grad_loss = weight.expand(stats.shape[1])
+        if of_cols and of_cols[1] is not None:
+            of_cols = (weight.expand(of_cols[1].shape[1]), of_cols[1])
+    grads = BACKENDS[backend].backward(problem.by_rows(), grad_loss, stats, *needs, *of_cols)
+    return (
+        _as_given(grads[0], problem.rows) if needs_rows else grads[0],
+        _as_given(grads[1], problem.cols) if needs_cols else grads[1],
+        grads[2],
     )
-    return grads
+
+
+def _as_given(gradient: Tensor, features: Tensor | None) -> Tensor:
+    """The gradient (N, D) in the shape of the features."""
+    if features is None or features.ndim == 2:
+        return gradient
+    batch, views, dim = features.shape
+    return gradient.view(views, batch, dim).transpose(0, 1).contiguous()
 
 
 def _forward_fake(*operands: Any) -> tuple[Tensor, ...]:
-    rows = operands[_ROWS]
-    loss = rows.new_empty(rows.shape[0], dtype=working_dtype(rows))
-    stats = rows.new_empty(3, rows.shape[0], dtype=statistics_dtype(rows))
-    return loss, loss.new_empty(()), loss.new_empty(2), stats
+    *fields, reduction, backend = operands
+    problem = Problem(*fields)
+    n, rows = problem.num_rows, problem.rows
+    loss = rows.new_empty((n,) if reduction == "none" else (), dtype=working_dtype(rows))
+    if backend == "triton":
+        return loss, loss.new_empty(()), *triton.empty_saved(problem)
+    stats = rows.new_empty(3, n, dtype=statistics_dtype(rows))
+    return loss, loss.new_empty(()), stats, loss.new_empty(0)
 
 
 def _backward_fake(
     grad_loss: Tensor,
+    count: Tensor,
     stats: Tensor,
+    prepared: Tensor | None,
     needs_rows: bool,
     needs_cols: bool,
     needs_temperature: bool,
@@ -105,26 +143,21 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, ...]:
-        loss, total, counts, stats = _below_autograd(forward, *operands)
+        loss, *saved = _below_autograd(forward, *operands)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(counts, stats)
-        ctx.save_for_backward(stats, *operands[:_NUM_TENSORS])
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*saved, *operands[:_NUM_TENSORS])
         ctx.options = operands[_NUM_TENSORS:]
-        return loss, total, counts, stats
+        return loss, *saved
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_loss: Tensor | None, grad_total: Tensor | None, *_: Any
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        stats, *tensors = ctx.saved_tensors
-        if grad_total is not None:
-            of_all = grad_total.expand(stats.shape[1])
-            grad_loss = of_all if grad_loss is None else grad_loss + of_all
         if grad_loss is None:
             return tuple(result)
+        saved, tensors = ctx.saved_tensors[:-_NUM_TENSORS], ctx.saved_tensors[-_NUM_TENSORS:]
         wanted = [ctx.needs_input_grad[k] for k in (_ROWS, _COLS, _TEMPERATURE)]
-        grads = backward(grad_loss, stats, *wanted, *tensors, *ctx.options)
+        grads = backward(grad_loss, *saved, *wanted, *tensors, *ctx.options)
         for index, want, grad in zip((_ROWS, _COLS, _TEMPERATURE), wanted, grads):
             if want:
                 result[index] = grad.to(tensors[index]) if index == _TEMPERATURE else grad

@@ -20,10 +20,12 @@ class Problem:
     """N anchor rows against M contrast columns; the fields are the operator's operands, in order.
 
     Attributes:
-        rows: (N, D) anchors, float16, bfloat16, float32 or float64.
-        cols: (M, D) contrasts; None where the rows are contrasted with each other (square, M = N).
-        row_labels: (N,) int64 or (N, C) float; None with ``weights``.
-        col_labels: (M,) int64 or (M, C) float; None where square or with ``weights``.
+        rows: (N, D) anchors, or (B, V, D) of V views, which are N = V·B rows ordered view by view;
+            float16, bfloat16, float32 or float64.
+        cols: (M, D) or (B, V, D) contrasts; None where the rows are contrasted with each other
+            (square, M = N).
+        row_labels: (N,) or (B,) int64, or (N, C) or (B, C) float; None with ``weights``.
+        col_labels: the same of the contrasts; None where square or with ``weights``.
         weights: (n, m) weight of each pair, repeated to (N, M) by index modulo (n, m):
             > 0 positive, 0 negative, < 0 ignored.
         temperature_tensor: 0-dim, overrides ``temperature`` where given.
@@ -33,6 +35,7 @@ class Problem:
         denominator: one of ``DENOMINATORS``.
         normalize: L2-normalise rows and columns.
         ignore_index: the integer label of rows and columns that take no part.
+        tf32: whether torch was told that a product of float32 on CUDA may be one of TF32.
     """
 
     rows: Tensor
@@ -47,6 +50,7 @@ class Problem:
     denominator: str
     normalize: bool
     ignore_index: int
+    tf32: bool = False
 
     def operands(self) -> tuple[object, ...]:
         """The fields as a flat tuple: ``Problem(*problem.operands())`` is the same problem."""
@@ -58,9 +62,27 @@ class Problem:
         return self.cols is None
 
     @property
+    def num_rows(self) -> int:
+        """N."""
+        return _num_rows(self.rows)
+
+    @property
     def num_cols(self) -> int:
         """M."""
-        return self.rows.shape[0] if self.cols is None else self.cols.shape[0]
+        return _num_rows(self.rows if self.cols is None else self.cols)
+
+    def by_rows(self) -> Problem:
+        """The same problem with rows (N, D) and cols (M, D), and a label for each."""
+        if self.rows.ndim == 2 and (self.cols is None or self.cols.ndim == 2):
+            return self
+        of_rows, of_cols = self.row_labels, self.col_labels
+        return dataclasses.replace(
+            self,
+            rows=_by_view(self.rows),
+            cols=None if self.cols is None else _by_view(self.cols),
+            row_labels=of_rows if of_rows is None else _repeated(of_rows, self.rows),
+            col_labels=of_cols if of_cols is None else _repeated(of_cols, self.cols),
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -171,6 +193,36 @@ class Problem:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Problem))
+
+
+def as_asked(
+    loss: Tensor, total: Tensor, counts: Tensor, reduction: str
+) -> tuple[Tensor, Tensor | None]:
+    """The loss that was asked for, and what the sum of the anchors' losses was divided by, if it was.
+
+    Args:
+        loss, total, counts: as ``Problem.reduced`` has them.
+        reduction: as in ``supcon_loss``.
+    """
+    if reduction in ("none", "sum"):
+        return loss if reduction == "none" else total, None
+    count = counts[0 if reduction == "mean" else 1]
+    return total / count, count
+
+
+def _num_rows(x: Tensor) -> int:
+    return x.shape[0] if x.ndim == 2 else x.shape[0] * x.shape[1]
+
+
+def _by_view(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.transpose(0, 1).flatten(0, 1)
+
+
+def _repeated(labels: Tensor, x: Tensor | None) -> Tensor:
+    """The labels of the samples of ``x`` once for each view."""
+    if x is None or x.ndim == 2:
+        return labels
+    return labels.repeat(x.shape[1], *[1] * (labels.ndim - 1))
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -1,25 +1,29 @@
-"""How the Triton kernels are launched: block sizes, warps, stages, grids and column splits.
+"""How the Triton kernels are launched: tiles, warps, stages, and who does which share of the pairs.
 
-Pure functions of metadata. Nothing here needs triton or a device, and the backend launches
-through these very objects, so what a test or a compiler is given is what ships.
+Pure functions of metadata. Nothing here needs triton or a device, and the backend compiles and
+launches through these very objects, so what a test or a compiler is given is what ships.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, cast
+from typing import Any, ParamSpec, cast
 
 # Rows of a side, zeros behind the last, so that no tile of any pair kernel needs a mask to load.
 ROW_PADDING = 128
-# Rows whose sum is kept, so that the sum of a class costs its length over this.
-CHUNK_ROWS = 64
 MAX_DIM = 2048
-# Rows and features of a program that goes from class to class.
-CLASS_ROWS, CLASS_DIM = 32, 32
-# Tiles of columns below which another split costs more than it brings.
-MIN_TILES_OF_SPLIT = 4
+# Tiles of pairs below which a program costs more than it brings.
+MIN_SHARE = 4
+# Pairs of anchor and contrast, from which on labels are sorted and not compared each with each.
+SORTED_PAIRS = 2**26
+# The offset of a side of which no row is among the other: below every row's number.
+NOT_AMONG = -(2**30)
+# Down to the first, sums of 2^x over unit rows stay within half of float32's exponents; up to the
+# second, rows that carry the temperature are not so small that float16 loses their bits.
+FITTING_TEMPERATURES = (0.023, 4.0)
 
 Constexpr = int | bool | str
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -30,13 +34,14 @@ class Launch:
     """One launch of a kernel: everything but the values of its runtime arguments.
 
     Attributes:
-        kernel: name of a ``@triton.jit`` function in ``triton_kernels``.
+        kernel: name of a ``@triton.jit`` function in ``supcon_kernels.kernels``.
         signature: runtime argument -> triton type, such as "*bf16" or "i32", in order.
         constexprs: compile-time argument -> value.
         divisible_by_16: runtime arguments known to be multiples of 16.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
         grid: programs along each axis.
+        loaded: what has been compiled of it, by index of the device.
     """
 
     kernel: str
@@ -45,7 +50,33 @@ class Launch:
     divisible_by_16: tuple[str, ...]
     num_warps: int
     num_stages: int
-    grid: tuple[int, ...]
+    grid: tuple[int, int, int]
+    loaded: dict[int, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is asked for."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    @functools.cached_property
+    def code(self) -> Code:
+        """All that decides what is compiled."""
+        launch = dataclasses.replace(self, grid=(1, 1, 1), loaded={})
+        pairs = (*launch.signature.items(), *launch.constexprs.items(), *launch.options.items())
+        return Code((launch.kernel, *launch.divisible_by_16, *pairs), launch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """A launch without its grid, equal to others that compile to the same.
+
+    Attributes:
+        key: what it is compared by.
+        launch: the launch.
+    """
+
+    key: tuple[object, ...]
+    launch: Launch = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +84,20 @@ class Tile:
     """What a program of a pair kernel works on at a time.
 
     Attributes:
-        rows: rows that it owns.
-        cols: columns that it streams at a time.
-        narrow: columns at a time where pairs are told apart, which takes registers.
+        rows: rows of a block.
+        cols: columns that are streamed at a time.
         chunk: features multiplied at a time; all where there are no more.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
+        residents: programs that a multiprocessor holds: one's exponentials run beside another's products.
     """
 
     rows: int
     cols: int
-    narrow: int
     chunk: int
     num_warps: int
     num_stages: int
+    residents: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,32 +127,87 @@ def padded_dim(dim: int) -> int:
     """Features of a padded row: a power of two up to 256, then whole chunks."""
     if dim <= 256:
         return max(16, 1 << (dim - 1).bit_length()) if dim > 0 else 16
-    return _round_up(dim, 128)
+    return _cdiv(dim, 128) * 128
 
 
 def padded_rows(num_rows: int) -> int:
     """Rows of a side with the zeros behind them; never none, so that it has an address."""
-    return max(_round_up(num_rows, ROW_PADDING), ROW_PADDING)
+    return max(_cdiv(num_rows, ROW_PADDING), 1) * ROW_PADDING
 
 
-def num_splits(owners: int, streamed: int, num_multiprocessors: int) -> int:
-    """Into how many parts the columns go where the row blocks alone leave multiprocessors idle.
-
-    Args:
-        owners: programs without a split.
-        streamed: tiles of columns.
-        num_multiprocessors: of the device.
-    """
-    wanted = num_multiprocessors // max(owners, 1)
-    return max(1, min(wanted, streamed // MIN_TILES_OF_SPLIT))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def powers_fit(temperature: float) -> bool:
+    """Whether sums of powers of unit rows need no maximum; as the kernels decide it, in float32."""
+    low, high = (ctypes.c_float(t).value for t in FITTING_TEMPERATURES)
+    return low <= ctypes.c_float(temperature).value <= high
 
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """All pairs, as tiles in the order of row blocks, cut into equal runs, one for each program.
+
+    A run goes on from one block of rows to the next, so that every program has as much to do as
+    any other. What several programs do of one block are its pieces, which are added in order.
+
+    Attributes:
+        num_blocks: of rows.
+        num_tiles: of columns, in each block.
+        share: tiles of a program.
+    """
+
+    num_blocks: int
+    num_tiles: int
+    share: int
+
+    @staticmethod
+    def of(num_rows: int, num_cols: int, tile: Tile, num_slots: int) -> Shares:
+        """As many programs as run at a time, or fewer where there are few tiles.
+
+        Args:
+            num_rows, num_cols: padded.
+            tile: of the kernel.
+            num_slots: programs that run at a time.
+        """
+        num_blocks, num_tiles = num_rows // tile.rows, num_cols // tile.cols
+        share = max(_cdiv(num_blocks * num_tiles, num_slots), MIN_SHARE)
+        return Shares(num_blocks, num_tiles, share)
+
+    def in_tiles(self, times: int) -> Shares:
+        """The same shares, in so many times as many tiles."""
+        return Shares(self.num_blocks, self.num_tiles * times, self.share * times)
+
+    @property
+    def num_programs(self) -> int:
+        """One for each share."""
+        return _cdiv(self.num_blocks * self.num_tiles, self.share)
+
+    @property
+    def num_pieces(self) -> int:
+        """Of all blocks."""
+        inner = range(self.share, self.num_blocks * self.num_tiles, self.share)
+        return self.num_blocks + sum(1 for cut in inner if cut % self.num_tiles)
+
+    def slowdown(self, num_slots: int, piece_tiles: float) -> float:
+        """Modelled time over that of all slots at work all the time and nothing written.
+
+        Args:
+            num_slots: programs that run at a time.
+            piece_tiles: what writing a piece takes, in tiles; it goes on beside the products.
+        """
+        ideal = self.num_blocks * self.num_tiles / num_slots
+        products = _cdiv(self.num_programs, num_slots) * self.share
+        return max(products, self.num_pieces / num_slots * piece_tiles) / ideal
+
+    @property
+    def max_pieces(self) -> int:
+        """Of any block."""
+        if self.share % self.num_tiles == 0:
+            return 1
+        aligned = self.num_tiles % self.share == 0
+        return min(_cdiv(self.num_tiles, self.share) + (not aligned), self.num_programs)
 
 
 # --- the tables: the first row that applies
@@ -137,8 +223,7 @@ class _Row:
         capabilities: architectures.
         tile: the tile; a chunk wider than the rows is all of a row.
         why: what decided.
-        lean: only where positives come from sums over classes, but for the few of a small class, and
-            where sums need no maximum, which takes fewer registers.
+        lean: only for the default loss, whose powers fit.
     """
 
     products: str
@@ -149,91 +234,37 @@ class _Row:
     lean: bool = False
 
 
-_INTERPRETED = Tile(32, 32, 16, 64, 4, 1)  # small enough for several tiles of 100 rows
-_ALL, _MMA, _WGMMA = (80, 86, 90, 100), (80, 86), (90, 100)
+_INTERPRETED = Tile(32, 32, 64, 4, 1)  # small enough for several tiles of 100 rows
+_ALL, _MMA = (80, 86, 90, 100), (80, 86)
 # How numbers are multiplied: 16-bit ones as they are, float32 in three products of TF32, or in one.
 _SHORT, _TF32X3, _TF32 = "16 bits", "tf32x3", "tf32"
 
 _FORWARD = (
-    _Row(_SHORT, 128, (86,), Tile(128, 128, 32, 128, 8, 2), "three stages exceed 99 KiB"),
-    _Row(_SHORT, 128, _ALL, Tile(128, 128, 32, 128, 8, 3), "a row stays in registers or is shared"),
-    _Row(_SHORT, MAX_DIM, (86,), Tile(128, 128, 32, 64, 8, 2), "as below, in 99 KiB"),
-    _Row(_SHORT, MAX_DIM, _ALL, Tile(128, 128, 32, 64, 8, 3), "square tiles load least"),
-    _Row(_TF32X3, MAX_DIM, _ALL, Tile(64, 64, 16, 16, 4, 2), "TF32's parts are in registers"),
-    _Row(_TF32, 64, (100,), Tile(128, 128, 16, 32, 8, 2), "as below; 32 narrow columns spill"),
-    _Row(_TF32, MAX_DIM, _ALL, Tile(128, 128, 32, 32, 8, 2), "square tiles load least"),
+    _Row(_SHORT, 128, (90,), Tile(64, 128, 128, 4, 2, 2), "fewest instructions of two programs"),
+    _Row(_SHORT, 128, _ALL, Tile(64, 64, 128, 4, 2, 2), "two programs, of two exponentials too"),
+    _Row(_SHORT, MAX_DIM, _ALL, Tile(64, 64, 64, 4, 3, 2), "as above"),
+    _Row(_TF32X3, MAX_DIM, _ALL, Tile(64, 64, 16, 4, 2), "TF32's parts are in registers"),
+    _Row(_TF32, MAX_DIM, _ALL, Tile(64, 64, 32, 4, 2, 2), "two programs"),
 )
 _BACKWARD = (
-    _Row(_SHORT, 128, _WGMMA, Tile(128, 128, 32, 128, 8, 2), "fewest instructions", lean=True),
-    _Row(_SHORT, 128, _MMA, Tile(64, 128, 32, 128, 4, 2), "128 rows spill", lean=True),
-    _Row(_SHORT, 128, _WGMMA, Tile(128, 64, 16, 128, 8, 2), "two exponentials: 128 columns spill"),
-    _Row(_SHORT, 128, _MMA, Tile(64, 64, 32, 128, 4, 2), "two exponentials: 128 columns spill"),
-    _Row(_SHORT, 256, _WGMMA, Tile(128, 64, 32, 256, 8, 2), "gradient: half a thread", lean=True),
-    _Row(_SHORT, 256, (86,), Tile(64, 64, 16, 256, 4, 1), "two stages spill", lean=True),
-    _Row(_SHORT, 256, (80,), Tile(64, 64, 16, 256, 4, 2), "gradient: half a thread", lean=True),
-    _Row(_SHORT, MAX_DIM, _WGMMA, Tile(128, 64, 16, 64, 8, 3), "with 256 features rows spill"),
-    _Row(_SHORT, MAX_DIM, (80,), Tile(64, 64, 32, 64, 4, 3), "as on sm_90", lean=True),
-    _Row(_SHORT, MAX_DIM, _MMA, Tile(64, 32, 16, 64, 4, 3), "with 256 features 64 columns spill"),
-    _Row(_TF32X3, 64, (80,), Tile(64, 16, 16, 16, 4, 2), "one stage spills"),
-    _Row(_TF32X3, MAX_DIM, (100,), Tile(64, 16, 16, 16, 4, 2), "one stage spills"),
-    _Row(_TF32X3, MAX_DIM, _ALL, Tile(64, 16, 16, 16, 4, 1), "TF32's parts are in registers"),
-    _Row(_TF32, MAX_DIM, _ALL, Tile(64, 64, 16, 32, 4, 2), "gradient: half a thread"),
+    _Row(_SHORT, 128, (80, 90), Tile(64, 128, 128, 4, 2, 2), "two programs", lean=True),
+    _Row(_SHORT, 128, (86,), Tile(64, 64, 128, 4, 2, 2), "two programs in 99 KiB", lean=True),
+    _Row(_SHORT, 128, _ALL, Tile(64, 32, 128, 4, 3, 2), "two exponentials: 64 columns spill"),
+    _Row(_SHORT, 256, (90,), Tile(128, 64, 256, 8, 2), "gradient: half a thread", lean=True),
+    _Row(_SHORT, 256, _MMA, Tile(64, 32, 256, 8, 2), "gradient: half a thread"),
+    _Row(_SHORT, MAX_DIM, (90,), Tile(128, 32, 64, 8, 3), "with 256 features 64 columns spill"),
+    _Row(_SHORT, MAX_DIM, _MMA, Tile(64, 32, 64, 8, 3), "with 256 features 64 columns spill"),
+    _Row(_SHORT, MAX_DIM, (100,), Tile(64, 32, 64, 4, 2, 2), "gradient: half a thread"),
+    _Row(_TF32X3, MAX_DIM, _ALL, Tile(64, 16, 16, 4, 1, 2), "TF32's parts are in registers"),
+    _Row(_TF32, MAX_DIM, _ALL, Tile(64, 32, 32, 4, 2, 2), "gradient: half a thread"),
 )
 
 
-def _find(table: tuple[_Row, ...], plan: Plan, lean: bool) -> Tile:
-    padded, capability = padded_dim(plan.dim), plan.target.capability
-    tile = _INTERPRETED
-    if capability:
-        tile = next(
-            row.tile
-            for row in table
-            if row.products == plan.products
-            and padded <= row.max_dim
-            and capability in row.capabilities
-            and (lean or not row.lean)
-        )
-    return dataclasses.replace(tile, chunk=min(tile.chunk, padded))
-
-
-def fastest(tile: Tile, dim: int, seconds: Callable[[Tile], float]) -> Tile:
-    """The best tile that is found by going from ``tile`` to a faster neighbour as long as there is one.
-
-    Args:
-        tile: where to start.
-        dim: D.
-        seconds: how long a tile takes; infinity where it cannot be launched.
-    """
-    best, shortest, tried = tile, seconds(tile), {tile}
-    while True:
-        times = {t: seconds(t) for t in _neighbours(best, dim) if t not in tried}
-        tried |= times.keys()
-        found = min(times, key=times.__getitem__, default=best)
-        if not times or times[found] >= shortest:
-            return best
-        best, shortest = found, times[found]
-
-
-def _neighbours(tile: Tile, dim: int) -> list[Tile]:
-    """Tiles that differ in one thing, as far as the kernels take them."""
-
-    def halved_and_doubled(name: str, low: int, high: int) -> list[Tile]:
-        size = getattr(tile, name)
-        sizes = [s for s in (size // 2, size * 2) if low <= s <= high]
-        return [dataclasses.replace(tile, **{name: s}) for s in sizes]
-
-    found = halved_and_doubled("rows", 32, ROW_PADDING)
-    found += halved_and_doubled("cols", tile.narrow, ROW_PADDING)
-    found += halved_and_doubled("narrow", 16, tile.cols)
-    found += [t for t in halved_and_doubled("chunk", 16, 256) if padded_dim(dim) % t.chunk == 0]
-    found += halved_and_doubled("num_warps", 4, 8)
-    stages = [s for s in (tile.num_stages - 1, tile.num_stages + 1) if 1 <= s <= 4]
-    return found + [dataclasses.replace(tile, num_stages=s) for s in stages]
-
-
-def slice_of(dim: int, dtype: str = "bfloat16") -> int:
+def slice_of(dim: int, dtype: str = "bfloat16", capability: int = 90) -> int:
     """Features of the gradient that one program of the backward owns."""
     padded, widest = padded_dim(dim), 1024 // (2 * _BYTES[dtype])
+    if capability == 100:  # what leaves tensor memory takes all registers
+        widest = 128
     return padded if padded <= widest else widest if padded % widest == 0 else 128
 
 
@@ -241,17 +272,18 @@ def slice_of(dim: int, dtype: str = "bfloat16") -> int:
 
 
 _TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-# Runtime arguments by type; those of the features' dtype and plain numbers are not listed.
+# Runtime arguments by type; those of the features' dtype are not listed, plain integers neither.
 _ARGUMENT_TYPES = {
-    "*fp32": "poison scale powers logits peak loss contributes upstream weights "
-    "row_weights col_weights row_pull col_pull slices",
-    "*fp64": "factor sums weighted_sums totals stats dots",
-    "*i64": "order num_valid num_valid_rows num_valid_cols",
-    "*i32": "begin end own",
+    "*fp32": "valid col_valid sums first_sums second_sums loss count stats upstream peak weights "
+    "row_weights col_weights factor slices temperature temperature_gradient",
+    "*fp64": "dots",
+    "*i64": "labels anchor_labels contrast_labels",
+    "*i32": "ids row_ids col_ids sorted_begin sorted_end num_positives",
+    "i64": "sample_stride view_stride gradient_sample_stride gradient_view_stride ignore_index",
+    "fp32": "host_temperature headroom part",
 }
 # Tensors of the caller, which may begin anywhere.
-_UNALIGNED = ("features_ptr", "upstream_ptr")
-
+_UNALIGNED = "features gradient upstream peak temperature labels anchor_labels contrast_labels"
 
 _P = ParamSpec("_P")
 
@@ -271,10 +303,9 @@ class Plan:
         num_rows: anchors N.
         num_cols: contrasts M, or None where the rows are contrasted with each other.
         target: where it runs.
-        shifted: whether a temperature known to the host keeps sums of powers within range.
+        fits: whether sums of powers need no maximum; None: the temperature is on the device.
         summation, denominator, normalize: as in ``Problem``.
         tf32: whether one product of TF32 stands for one of float32.
-        measured: the forward's and the backward's tile, where they were chosen by measurement.
     """
 
     dtype: str
@@ -282,12 +313,11 @@ class Plan:
     num_rows: int
     num_cols: int | None
     target: Target
-    shifted: bool
+    fits: bool | None
     summation: str
     denominator: str
     normalize: bool
     tf32: bool = False
-    measured: tuple[Tile, Tile] | None = None
 
     @property
     def products(self) -> str:
@@ -297,196 +327,152 @@ class Plan:
         return _TF32 if self.tf32 else _TF32X3
 
     @property
-    def forward_tile(self) -> Tile:
-        """Of the kernels that only multiply rows with columns."""
-        return self.measured[0] if self.measured else _find(_FORWARD, self, False)
-
-    @property
-    def backward_tile(self) -> Tile:
-        """Of the kernel that also multiplies with what it made of the products."""
-        lean = self.shifted and self.by_class
-        return self.measured[1] if self.measured else _find(_BACKWARD, self, lean)
-
-    @property
     def square(self) -> bool:
         """Whether the rows are contrasted with each other."""
         return self.num_cols is None
 
     @property
-    def by_class(self) -> bool:
-        """Whether positives come from sums over classes, all in the loss, and most in the gradient."""
-        return self.summation == "out" and self.denominator == "all"
+    def running(self) -> tuple[bool, ...]:
+        """Which pair kernels are launched: without a maximum, with one, or both, of which one returns at once."""
+        if not self.normalize:
+            return (True,)
+        return (False, True) if self.fits is None else (not self.fits,)
 
-    @property
-    def sums_positives(self) -> bool:
-        """Whether the loss takes the mean similarity of the positives, another sum over classes."""
-        return self.summation == "out" and self.denominator != "one_positive"
+    def forward_tile(self, running: bool) -> Tile:
+        """Of the kernel that only multiplies rows with columns."""
+        return self._find(_FORWARD, running)
 
-    @property
-    def num_totals(self) -> int:
-        """Blocks of features into which the sums over classes are divided."""
-        return _cdiv(padded_dim(self.dim), self._class_block)
+    def backward_tile(self, running: bool) -> Tile:
+        """Of the kernel that also multiplies with what it made of the products."""
+        return self._find(_BACKWARD, running)
 
-    @property
-    def forward_splits(self) -> int:
-        """Parts of the columns in the forward kernel."""
-        return self._splits(self.num_rows, self._contrasts, self.forward_tile, 1)
+    def forward_shares(self, running: bool) -> Shares:
+        """The pairs of a forward kernel; its pieces are the same if there is another."""
+        return self._shares(_FORWARD, running, self.num_rows, self._contrasts, 1)
 
-    def backward_splits(self, of_columns: bool) -> int:
-        """Parts of the streamed side in the backward kernel of the rows, or of the columns."""
-        owners, streamed = self._sides(of_columns)
-        slices = padded_dim(self.dim) // slice_of(self.dim, self.dtype)
-        return self._splits(owners, streamed, self.backward_tile, slices)
+    def backward_shares(self, running: bool, *, of_columns: bool = False) -> Shares:
+        """The pairs of a backward kernel of the rows, or of the columns."""
+        owners, streamed = (self.num_rows, self._contrasts)[:: -1 if of_columns else 1]
+        return self._shares(_BACKWARD, running, owners, streamed, self._num_slices)
 
-    # --- the small kernels
+    # --- rows
 
     @_remembered
-    def prepare(self, num_rows: int) -> Launch:
-        """Sorts, normalises, scales, rounds and pads a side of ``num_rows``."""
+    def prepare(self, num_rows: int, *, anchors: bool, sort: bool) -> Launch:
+        """Normalises, scales, rounds and pads a side, and makes its labels small numbers."""
         return self._launch(
             "_prepare_kernel",
-            "features order num_valid rows poison num_rows dim fold",
-            {"NORMALIZE": self.normalize, "TF32": self.tf32, **self._row_block},
-            (padded_rows(num_rows) // self._row_block["BLOCK_ROWS"],),
+            "features labels anchor_labels contrast_labels sorted_begin sorted_end temperature "
+            "rows ids valid num_positives num_rows num_samples num_anchors num_contrasts "
+            "num_contrast_views own_offset dim sample_stride view_stride ignore_index "
+            "host_temperature",
+            {
+                **self._temperature,
+                "TF32": self.tf32,
+                "SQUARE": self.square,
+                "ANCHORS": anchors,
+                "SORTED": sort,
+                **self._row_block,
+            },
+            padded_rows(num_rows) // self._row_block["BLOCK_ROWS"],
         )
 
     @_remembered
-    def finish_gradient(self, num_rows: int) -> Launch:
-        """Adds up slices and goes back through normalisation and sorting."""
-        # Found by compiling; a single row leaves too little for so many warps.
-        spills = self.target.capability == 100 and self._row_block["BLOCK_ROWS"] > 1
+    def gradient(self, num_rows: int, *, dots: bool) -> Launch:
+        """Adds up pieces and goes back through normalisation."""
         return self._launch(
-            "_finish_gradient_kernel",
-            "slices features rows order num_valid factor gradient dots num_rows dim num_slices "
-            "padded_rows",
-            {"NORMALIZE": self.normalize, **self._row_block},
-            (_cdiv(num_rows, self._row_block["BLOCK_ROWS"]),),
-            num_warps=8 if spills else 4,
+            "_gradient_kernel",
+            "slices features rows ids factor gradient dots num_rows num_samples dim "
+            "sample_stride view_stride gradient_sample_stride gradient_view_stride padded_rows "
+            "num_tiles share",
+            {
+                "NORMALIZE": self.normalize,
+                "DOTS": dots,
+                "ROWS": self.backward_tile(self.running[0]).rows,
+                **self._row_block,
+            },
+            padded_rows(num_rows) // self._row_block["BLOCK_ROWS"],
         )
 
     @_remembered
-    def chunk_sums(self, num_rows: int, *, weighted: bool) -> Launch:
-        """Sums of chunks of the rows that attract."""
+    def temperature_gradient(self) -> Launch:
+        """Adds up what the rows give to it."""
         return self._launch(
-            "_chunk_sums_kernel",
-            "rows weights sums",
-            {"WEIGHTED": weighted, **self._class_blocks(rows=False)},
-            (padded_rows(num_rows) // CHUNK_ROWS, self.num_totals),
+            "_temperature_kernel",
+            "dots temperature temperature_gradient padded_rows part host_temperature",
+            {**self._temperature, "BLOCK_ROWS": ROW_PADDING},
+            1,
         )
 
-    @_remembered
-    def positive_sums(self) -> Launch:
-        """Σ over the positives of row · col."""
-        blocks = self._class_blocks(rows=True)
-        return self._launch(
-            "_positive_sums_kernel",
-            "rows cols sums begin end own num_valid totals padded_rows",
-            blocks,
-            (padded_rows(self.num_rows) // CLASS_ROWS, self.num_totals),
-        )
+    # --- statistics
 
     @_remembered
-    def attraction(self, *, of_columns: bool, both_anchor: bool = False) -> Launch:
-        """The part of the gradient that comes from positives by class."""
-        owners, _ = self._sides(of_columns)
-        blocks = self._class_blocks(rows=True)
-        return self._launch(
-            "_attraction_kernel",
-            "rows cols row_pull col_pull sums weighted_sums begin end own num_valid slices",
-            {**self._anchors(of_columns, both_anchor), **blocks},
-            (padded_rows(owners) // CLASS_ROWS, self.num_totals),
-            num_warps=8,  # two sums of rows in float64
-        )
-
-    @_remembered
-    def finish_loss(self) -> Launch:
+    def loss(self, reduction: str) -> Launch:
         """Losses and statistics from the sums."""
         return self._launch(
-            "_finish_loss_kernel",
-            "powers totals logits order begin end own num_valid_rows num_valid_cols scale poison "
-            "loss stats contributes num_rows padded_rows num_splits num_totals",
+            "_loss_kernel",
+            "sums second_sums valid col_valid num_positives loss count stats num_rows padded_rows "
+            "padded_cols num_tiles share max_pieces",
             {
-                "SHIFTED": self.shifted,
-                "OUT": self.summation == "out",
-                "DENOMINATOR": self.denominator,
-                "ROWS": ROW_PADDING,
+                **self._variant,
+                "REDUCTION": reduction,
+                "ROWS": self.forward_tile(self.running[0]).rows,
+                "BLOCK_ROWS": 1024,
             },
-            (padded_rows(self.num_rows) // ROW_PADDING,),
+            1,
+            num_warps=8,
         )
 
     @_remembered
-    def weights(self) -> Launch:
-        """What each anchor weighs in the backward kernels."""
+    def weights(self, num_rows: int) -> Launch:
+        """What each anchor weighs in the backward kernel."""
         return self._launch(
             "_weights_kernel",
-            "upstream peak stats order weights num_rows padded_rows upstream_stride headroom",
-            {
-                "SHIFTED": self.shifted,
-                "OUT": self.summation == "out",
-                "DENOMINATOR": self.denominator,
-                "ROWS": ROW_PADDING,
-            },
-            (padded_rows(self.num_rows) // ROW_PADDING,),
+            "upstream peak count stats temperature weights factor num_rows padded_rows "
+            "upstream_stride headroom host_temperature",
+            {**self._temperature, **self._variant, "BLOCK_ROWS": ROW_PADDING},
+            padded_rows(num_rows) // ROW_PADDING,
         )
 
-    # --- the kernels of pairs
+    # --- pairs
 
     @_remembered
-    def forward(self) -> Launch:
-        """The sums of powers over all pairs."""
-        tile = self.forward_tile
+    def forward(self, running: bool, *, second: bool = False) -> Launch:
+        """The sums over all pairs; the second look at positives that stand alone against the negatives."""
+        tile = self.forward_tile(running)
         return self._launch(
             "_forward_kernel",
-            "rows cols begin end own num_valid_rows num_valid_cols scale powers padded_rows",
+            "rows cols row_ids col_ids col_valid first_sums temperature sums padded_rows "
+            "num_blocks num_tiles share max_pieces own_offset host_temperature",
             {
-                "SHIFTED": self.shifted,
-                "BANDED": not self.by_class,
-                **self._pair_constexprs(tile),
-                "NARROW": tile.narrow,
+                **self._pairs(running),
+                "SECOND": second,
+                **self._tile(tile),
             },
-            (padded_rows(self.num_rows) // tile.rows, self.forward_splits),
-            tile,
+            self.forward_shares(running).num_programs,
+            tile=tile,
         )
 
     @_remembered
-    def one_positive(self) -> Launch:
-        """The second look at positives that stand alone against the negatives."""
-        tile = self.forward_tile
-        return self._launch(
-            "_one_positive_kernel",
-            "rows cols begin end own num_valid_rows num_valid_cols scale powers logits "
-            "padded_rows num_splits",
-            {
-                "SHIFTED": self.shifted,
-                "OUT": self.summation == "out",
-                **self._pair_constexprs(tile),
-                "COLS": tile.narrow,
-            },
-            (padded_rows(self.num_rows) // tile.rows,),
-            tile,
-        )
-
-    @_remembered
-    def backward(self, *, of_columns: bool, both_anchor: bool = False) -> Launch:
+    def backward(
+        self, running: bool, *, of_columns: bool = False, both_anchor: bool = False
+    ) -> Launch:
         """The gradient of the rows, of rows that are columns too, or of the columns."""
-        tile = self.backward_tile
-        owners, _ = self._sides(of_columns)
-        slices = padded_dim(self.dim) // slice_of(self.dim, self.dtype)
+        tile = self.backward_tile(running)
         return self._launch(
             "_backward_kernel",
-            "rows cols begin end own row_weights col_weights num_valid_rows num_valid_cols scale "
-            "slices padded_rows padded_cols",
+            "rows cols row_ids col_ids row_weights col_weights temperature slices padded_rows "
+            "padded_cols num_blocks num_tiles share own_offset host_temperature",
             {
-                "SHIFTED": self.shifted,
-                "OUT": self.summation == "out",
-                "DENOMINATOR": self.denominator,
-                **self._anchors(of_columns, both_anchor),
-                **self._pair_constexprs(tile),
-                "NARROW": tile.narrow,
-                "SLICE": slice_of(self.dim, self.dtype),
+                **self._pairs(running),
+                "ROWS_ANCHOR": not of_columns,
+                "COLS_ANCHOR": of_columns or self.square or both_anchor,
+                **self._tile(tile),
+                "SLICE": self._slice,
             },
-            (padded_rows(owners) // tile.rows, self.backward_splits(of_columns), slices),
-            tile,
+            self.backward_shares(running, of_columns=of_columns).num_programs,
+            self._num_slices,
+            tile=tile,
         )
 
     # --- what they share
@@ -495,44 +481,54 @@ class Plan:
     def _contrasts(self) -> int:
         return self.num_rows if self.num_cols is None else self.num_cols
 
-    def _sides(self, of_columns: bool) -> tuple[int, int]:
-        """How many rows own the gradient, and how many are streamed past them."""
-        sides = (self.num_rows, self._contrasts)
-        return sides[::-1] if of_columns else sides
-
-    def _splits(self, owners: int, streamed: int, tile: Tile, slices: int) -> int:
-        blocks = slices * _cdiv(owners, tile.rows)
-        return num_splits(blocks, _cdiv(streamed, tile.cols), self.target.num_multiprocessors)
-
-    def _anchors(self, of_columns: bool, both_anchor: bool) -> dict[str, Constexpr]:
-        """Which of the two sides of a gradient are anchors, as the kernels' constants."""
-        streamed = of_columns or self.square or both_anchor
-        return {"ROWS_ANCHOR": not of_columns, "COLS_ANCHOR": streamed}
+    @property
+    def _num_slices(self) -> int:
+        return padded_dim(self.dim) // self._slice
 
     @property
-    def _row_block(self) -> dict[str, int]:
-        """A few thousand features a program, in whole rows."""
-        padded = padded_dim(self.dim)
-        width = 1 << (padded - 1).bit_length()
+    def _slice(self) -> int:
+        return slice_of(self.dim, self.dtype, self.target.capability)
+
+    def _find(self, table: tuple[_Row, ...], running: bool) -> Tile:
+        padded, capability = padded_dim(self.dim), self.target.capability
+        lean = not running and self.summation == "out" and self.denominator == "all"
+        tile = _INTERPRETED
+        if capability:
+            tile = next(
+                row.tile
+                for row in table
+                if row.products == self.products
+                and padded <= row.max_dim
+                and capability in row.capabilities
+                and (lean or not row.lean)
+            )
+        return dataclasses.replace(tile, chunk=min(tile.chunk, padded))
+
+    def _shares(
+        self, table: tuple[_Row, ...], running: bool, owners: int, streamed: int, num_slices: int
+    ) -> Shares:
+        first = self._find(table, self.running[0])
+        num_slots = max(self.target.num_multiprocessors * first.residents // num_slices, 1)
+        shares = Shares.of(padded_rows(owners), padded_rows(streamed), first, num_slots)
+        return shares.in_tiles(first.cols // self._find(table, running).cols)
+
+    @property
+    def _temperature(self) -> dict[str, Constexpr]:
+        return {"ON_DEVICE": self.fits is None, "NORMALIZE": self.normalize}
+
+    @property
+    def _variant(self) -> dict[str, Constexpr]:
+        return {"OUT": self.summation == "out", "DENOMINATOR": self.denominator}
+
+    def _pairs(self, running: bool) -> dict[str, Constexpr]:
         return {
-            "PADDED_DIM": padded,
-            "BLOCK_ROWS": min(max(2048 // width, 1), ROW_PADDING),
-            "BLOCK_DIM": width,
+            "ON_DEVICE": self.fits is None,
+            "EITHER": len(self.running) == 2,
+            "RUNNING": running,
+            **self._variant,
         }
 
-    @property
-    def _class_block(self) -> int:
-        return min(padded_dim(self.dim), CLASS_DIM)
-
-    def _class_blocks(self, *, rows: bool) -> dict[str, Constexpr]:
-        blocks: dict[str, Constexpr] = {
-            "PADDED_DIM": padded_dim(self.dim),
-            "CHUNK": CHUNK_ROWS,
-            "BLOCK_DIM": self._class_block,
-        }
-        return {**blocks, "BLOCK_ROWS": CLASS_ROWS} if rows else blocks
-
-    def _pair_constexprs(self, tile: Tile) -> dict[str, Constexpr]:
+    def _tile(self, tile: Tile) -> dict[str, Constexpr]:
         return {
             "PADDED_DIM": padded_dim(self.dim),
             "ROWS": tile.rows,
@@ -542,12 +538,23 @@ class Plan:
             "PRECISION": "tf32" if self.tf32 else "tf32x3",
         }
 
+    @property
+    def _row_block(self) -> dict[str, int]:
+        """A few thousand features a program, in whole rows of one block of any pair kernel."""
+        padded = padded_dim(self.dim)
+        width = 1 << (padded - 1).bit_length()
+        return {
+            "PADDED_DIM": padded,
+            "BLOCK_ROWS": min(max(2048 // width, 1), 32),
+            "BLOCK_DIM": width,
+        }
+
     def _launch(
         self,
         kernel: str,
         arguments: str,
         constexprs: dict[str, Constexpr],
-        grid: tuple[int, ...],
+        *grid: int,
         tile: Tile | None = None,
         num_warps: int = 4,
     ) -> Launch:
@@ -558,18 +565,20 @@ class Plan:
         aligned = tuple(
             name
             for name, kind in signature.items()
-            if name.startswith("padded") or (kind.startswith("*") and name not in _UNALIGNED)
+            if name.startswith("padded")
+            or (kind.startswith("*") and name.removesuffix("_ptr") not in _UNALIGNED.split())
         )
-        warps, stages = (num_warps, 1) if tile is None else (tile.num_warps, tile.num_stages)
-        return Launch(kernel, signature, constexprs, aligned, warps, stages, grid)
+        whole_grid = (grid[0], grid[1] if grid[1:] else 1, 1)
+        if tile is None:
+            return Launch(kernel, signature, constexprs, aligned, num_warps, 1, whole_grid)
+        depth = (tile.num_warps, tile.num_stages)
+        return Launch(kernel, signature, constexprs, aligned, *depth, whole_grid)
 
     def _type_of(self, name: str) -> str:
         if name in ("features", "gradient", "rows", "cols"):
             return "*" + _TYPES[self.dtype]
-        for kind, names in _ARGUMENT_TYPES.items():
-            if name in names.split():
-                return kind
-        return "fp32" if name in ("fold", "headroom") else "i32"
+        kinds = (kind for kind, names in _ARGUMENT_TYPES.items() if name in names.split())
+        return next(kinds, "i32")
 
 
 # Calls of one shape share their plan.
@@ -585,13 +594,19 @@ def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, L
         capability: 80, 86, 90 or 100.
 
     Returns:
-        (label, launch) pairs, the default loss first. Sizes stand in grids alone, so that one
-        number of rows stands for all.
+        (label, launch) pairs, the default loss first, one for each that compiles to a kernel of
+        its own. Sizes stand in grids alone, so that one number of rows stands for all.
     """
-    launches: dict[str, Launch] = {}
+    launches: dict[object, tuple[str, Launch]] = {}
     for summation in ("out", "in"):
         for denominator in ("all", "one_positive", "only_negatives"):
-            for shifted in (True, False):
+            for normalize, fits in (
+                (True, True),
+                (True, False),
+                (True, None),
+                (False, False),
+                (False, None),
+            ):
                 for num_cols in (None, 16384):
                     plan = Plan(
                         dtype="float32" if dtype == "tf32" else dtype,
@@ -599,55 +614,45 @@ def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, L
                         num_rows=8192,
                         num_cols=num_cols,
                         target=Target(capability, 100),
-                        shifted=shifted,
+                        fits=fits,
                         summation=summation,
                         denominator=denominator,
-                        normalize=True,
+                        normalize=normalize,
                         tf32=dtype == "tf32",
                     )
                     for label, launch in _launches_of(plan):
-                        launches.setdefault(label, launch)
-    return _without_repetition(launches)
+                        launches.setdefault(launch.code, (label, launch))
+    return list(launches.values())
 
 
 def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
     """The launches of one plan under labels that tell them from those of another plan."""
     loss = f"{plan.summation}/{plan.denominator}"
-    sums = "" if plan.shifted else ", running maximum"
     shape = "" if plan.square else ", memory"
-    call = f"{loss}{sums}{shape}"
-    found = [(f"forward {call}", plan.forward())]
-    if plan.denominator == "one_positive":
-        found.append((f"one_positive {call}", plan.one_positive()))
-    found.append((f"backward {call}", plan.backward(of_columns=False)))
-    if not plan.square:
-        found.append((f"backward of columns {call}", plan.backward(of_columns=True)))
-    found += [
-        (f"finish_loss {call}", plan.finish_loss()),
-        (f"weights {call}", plan.weights()),
-        ("prepare", plan.prepare(plan.num_rows)),
-        ("prepare as given", dataclasses.replace(plan, normalize=False).prepare(plan.num_rows)),
-        ("finish_gradient", plan.finish_gradient(plan.num_rows)),
-        (
-            "finish_gradient as given",
-            dataclasses.replace(plan, normalize=False).finish_gradient(plan.num_rows),
-        ),
-    ]
-    if plan.sums_positives:
-        found.append((f"chunk_sums {call}", plan.chunk_sums(plan.num_rows, weighted=False)))
-        found.append((f"positive_sums {call}", plan.positive_sums()))
-    if plan.by_class:
-        found.append((f"chunk_sums weighted {call}", plan.chunk_sums(8192, weighted=True)))
-        found.append((f"attraction {call}", plan.attraction(of_columns=False)))
+    given = "" if plan.normalize else ", as given"
+    tau = ", τ on the device" if plan.fits is None else ""
+    n, found = plan.num_rows, []
+    for running in plan.running:
+        call = f"{loss}{', running maximum' if running else ''}{tau}{given}{shape}"
+        found.append((f"forward {call}", plan.forward(running)))
+        if plan.denominator == "one_positive":
+            found.append((f"second forward {call}", plan.forward(running, second=True)))
+        found.append((f"backward {call}", plan.backward(running)))
         if not plan.square:
-            found.append((f"attraction of columns {call}", plan.attraction(of_columns=True)))
+            found += [
+                (f"backward of both {call}", plan.backward(running, both_anchor=True)),
+                (f"backward of columns {call}", plan.backward(running, of_columns=True)),
+            ]
+    found.append((f"weights {loss}{tau}{given}", plan.weights(n)))
+    for reduction in ("mean", "positive_mean", "sum", "none"):
+        found.append((f"loss {loss}, {reduction}", plan.loss(reduction)))
+    for sort in (False, True):
+        for anchors in (True,) if plan.square else (True, False):
+            side = f"{shape}{'' if anchors else ', contrasts'}{', sorted' if sort else ''}"
+            launch = plan.prepare(n, anchors=anchors, sort=sort)
+            found.append((f"prepare{tau}{given}{side}", launch))
+    for dots in (False, True):
+        label = f"gradient{given}{', dots' if dots else ''}"
+        found.append((label, plan.gradient(n, dots=dots)))
+    found.append((f"temperature{tau}{given}", plan.temperature_gradient()))
     return found
-
-
-def _without_repetition(launches: dict[str, Launch]) -> list[tuple[str, Launch]]:
-    """One launch for each that compiles to a kernel of its own."""
-    seen: dict[object, tuple[str, Launch]] = {}
-    for label, launch in launches.items():
-        key = (launch.kernel, tuple(launch.constexprs.items()))
-        seen.setdefault(key, (label, launch))
-    return list(seen.values())

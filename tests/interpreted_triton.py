@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from cases import CASES, NOWHERE, VARIANTS, by_id
 from compare import assert_close, dense_on_rounded_rows, reference
-from supcon_kernels import op, supcon_loss, triton_launch
+from supcon_kernels import loss as loss_module
+from supcon_kernels import op, supcon_loss, triton_launch, triton_run, validation
 from supcon_kernels.backends import triton as backend
 from supcon_kernels.problem import Problem
 
@@ -73,10 +74,17 @@ def test_every_variant(name, variant):
 @pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
 @pytest.mark.parametrize("name", ["ragged", "self_in_memory"])
 def test_a_temperature_that_the_host_does_not_read(name, variant, monkeypatch):
-    # As on CUDA: the sums keep a running maximum, and the scale is read by the kernels.
-    monkeypatch.setattr(backend, "_temperature", lambda problem: problem.tau)
-    arguments = {**arguments_of(name, variant), "temperature": torch.tensor(0.1)}
-    assert_close(triton_loss, arguments, torch.float32)
+    # Both kernels are launched, and the device decides which of them goes to work.
+    monkeypatch.setattr(backend, "_temperature", on_the_device)
+    for tau in (0.1, 0.01):
+        arguments = {**arguments_of(name, variant), "temperature": torch.tensor(tau)}
+        assert_close(triton_loss, arguments, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["ragged", "self_in_memory", "half_empty_memory"])
+def test_labels_that_are_sorted(name, monkeypatch):
+    monkeypatch.setattr(triton_launch, "SORTED_PAIRS", 0)
+    assert_close(triton_loss, arguments_of(name, ("out", "all")), torch.float32)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
@@ -84,7 +92,7 @@ def test_a_temperature_that_the_host_does_not_read(name, variant, monkeypatch):
 def test_columns_split_among_programs(name, variant, monkeypatch):
     whole = value_and_gradients(arguments_of(name, variant))
     monkeypatch.setattr(backend, "_target", lambda device: triton_launch.Target(0, 64))
-    monkeypatch.setattr(triton_launch, "MIN_TILES_OF_SPLIT", 1)
+    monkeypatch.setattr(triton_launch, "MIN_SHARE", 1)
     arguments = arguments_of(name, variant)
     assert_close(triton_loss, arguments, torch.float32)
     split = value_and_gradients(arguments)
@@ -154,87 +162,116 @@ def test_pairs_that_have_nearly_converged(dtype, has_memory):
         assert (ours - want).abs().max() < 3 * (like - want).abs().max()
 
 
-# --- other tiles, other products
+# --- launches
 
 
-def test_tiles_that_were_measured(monkeypatch):
-    tried = []
-
-    def seconds(call, run):
-        run(call)
-        tried.append(call.plan)
-        return call.plan.forward_tile.cols + call.plan.backward_tile.cols
-
-    monkeypatch.setattr(backend, "autotune", True)
-    monkeypatch.setattr(backend, "_measured", {})
-    monkeypatch.setattr(backend, "_seconds", seconds)
-    arguments = arguments_of("memory", ("out", "all"))
-    assert_close(triton_loss, arguments, torch.float32)
-    (plan,) = {p.measured for p in backend._measured.values()}
-    assert plan is not None and [tile.cols for tile in plan] == [16, 16]
-    count = len(tried)
-    assert_close(triton_loss, arguments, torch.float32)
-    assert len(tried) == count
+def launches_of(call) -> list[str]:
+    """What a call asks a device to do: kernels, and PyTorch's operators that are no views."""
+    call()  # what is made once is made
+    with torch.profiler.profile() as profile:
+        call()
+    return [name for event in profile.events() if event.cpu_parent is None for name in work(event)]
 
 
-def test_a_tile_that_cannot_be_launched_is_no_choice():
-    def run(call):
-        raise RuntimeError("out of resource: shared memory")
-
-    call = backend._Call(problem_of(torch.randn(4, 3), torch.arange(4)))
-    assert backend._seconds(call, run) == float("inf")
-    assert 0 < backend._seconds(call, lambda call: None) < 1
-
-
-@pytest.mark.parametrize("failing", ["_forward", "_backward"])
-def test_what_fails_in_the_table_s_own_tiles_is_no_matter_of_tiles(failing, monkeypatch):
-    def run(*_):
-        raise RuntimeError("no fault of the tile")
-
-    call = backend._Call(problem_of(torch.randn(4, 3), torch.arange(4)))
-    monkeypatch.setattr(backend, failing, run)
-    with pytest.raises(RuntimeError, match="no fault of the tile"):
-        backend._measure(call)
+def work(event) -> list[str]:
+    """The leaves under a profiled operator that are neither views nor allocations."""
+    if event.name.startswith("launch "):
+        return [event.name]
+    inner = [name for child in event.cpu_children for name in work(child)]
+    allocates = "empty" in event.name or "resize" in event.name
+    if inner or allocates or not event.name.startswith("aten::"):
+        return inner
+    packet = getattr(torch.ops.aten, event.name.removeprefix("aten::"))
+    is_view = any(getattr(packet, overload).is_view for overload in packet.overloads())
+    return [] if is_view else [event.name]
 
 
-def test_a_full_memory_ends_the_search_for_tiles():
-    def run(call):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+def launch_cases():
+    """Arguments of a call, changes to what is around it, and the most launches that it may have."""
+    views, rows, memory = torch.randn(16, 2, 8), torch.randn(16, 8), torch.randn(20, 8)
+    labels, of_memory = torch.arange(16) % 4, torch.arange(20) % 4
+    yield pytest.param({"features": rows, "labels": labels}, 8, id="labels")
+    yield pytest.param({"features": views}, 8, id="views")
+    labelled = {"features": views, "labels": labels}
+    yield pytest.param(labelled, 8, id="labelled views")
+    yield pytest.param({**labelled, "reduction": "sum"}, 8, id="sum")
+    yield pytest.param({**labelled, "base_temperature": 0.07}, 10, id="SupConLoss")
+    yield pytest.param({**labelled, "temperature": torch.tensor(0.1)}, 10, id="learned temperature")
+    for summation, denominator in VARIANTS[1:]:
+        variant = {"summation": summation, "denominator": denominator}
+        yield pytest.param({**labelled, **variant}, 10, id=f"{summation}/{denominator}")
+    rectangle = {"contrast_features": memory, "contrast_labels": of_memory}
+    rectangle |= {"features": rows, "labels": labels}
+    yield pytest.param(rectangle, 12, id="rectangle")
+    yield pytest.param({**labelled, "many": True}, 20, id="many rows")
+    yield pytest.param({**rectangle, "many": True}, 20, id="many rows and columns")
 
-    call = backend._Call(problem_of(torch.randn(4, 3), torch.arange(4)))
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        backend._seconds(call, run)
+
+@pytest.mark.parametrize("arguments, most", list(launch_cases()))
+def test_a_step_has_few_launches(arguments, most, monkeypatch):
+    run = triton_run.run
+
+    def recorded(launch, device, given):
+        with torch.profiler.record_function(f"launch {launch.kernel}"):
+            run(launch, device, given)
+
+    arguments = dict(arguments)
+    if arguments.pop("many", False):
+        monkeypatch.setattr(triton_launch, "SORTED_PAIRS", 0)
+    monkeypatch.setattr(triton_run, "run", recorded)
+    monkeypatch.setattr(backend, "_temperature", on_the_device)
+    monkeypatch.setattr(validation, "_readable", lambda x: False)
+    leaves = {
+        name: x.clone().requires_grad_()
+        for name, x in arguments.items()
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+    }
+
+    def step():
+        torch.autograd.grad(triton_loss(**{**arguments, **leaves}), list(leaves.values()))
+
+    found = launches_of(step)
+    assert 5 < len(found) <= most, found
 
 
-@pytest.mark.parametrize("precision, products", [("highest", "tf32x3"), ("high", "tf32")])
-def test_torch_is_asked_whether_tf32_will_do(precision, products):
+def on_the_device(problem: Problem) -> torch.Tensor | float:
+    """The temperature as on CUDA, where a tensor is not read by the host."""
+    tau = problem.temperature_tensor
+    return problem.temperature if tau is None else tau.float()
+
+
+# --- products of TF32
+
+
+@pytest.mark.parametrize("precision, is_allowed", [("highest", False), ("high", True)])
+def test_torch_is_asked_whether_tf32_will_do(precision, is_allowed):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        for dtype, expected in ((torch.float32, products), (torch.float16, "16 bits")):
-            problem = problem_of(torch.randn(4, 3, dtype=dtype), torch.arange(4))
-            assert backend._Call(problem).plan.products == expected
+        assert loss_module._allows_tf32() == is_allowed
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def test_with_tf32_the_loss_is_of_the_rows_that_are_multiplied(monkeypatch):
+def as_tf32(x: torch.Tensor) -> torch.Tensor:
+    """What the tensor cores see of it."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def test_with_tf32_the_loss_is_of_the_rows_that_are_multiplied():
     # Pairs that have nearly converged: what the positives have of the rows' other bits is no loss.
-    monkeypatch.setattr(backend, "_wants_tf32", lambda: True)
     g = torch.Generator().manual_seed(0)
     features = torch.randn(60, 48, generator=g)
     features = torch.cat([features, features + 0.1 * torch.randn(60, 48, generator=g)])
-    labels = torch.arange(60).repeat(2)
-    problem = dataclasses.replace(problem_of(features, labels), temperature=0.05)
-    call = backend._Call(problem)
-    loss, *_ = backend._forward(call)
-    rows = call.rows.prepared
-    seen = (rows.view(torch.int32) & ~0x1FFF).view(torch.float32)  # by the tensor cores
-    assert torch.equal(rows, seen)
-    logits = (seen.double() @ seen.double().T)[:120, :120] * math.log(2)
+    problem = problem_of(features, torch.arange(60).repeat(2))
+    problem = dataclasses.replace(problem, temperature=0.05, tf32=True)
+    loss, _, _, prepared = backend.forward(problem, "none")
+    rows = prepared[: 128 * 64].view(128, 64)
+    assert torch.equal(rows, as_tf32(rows))
+    logits = (rows.double() @ rows.double().T)[:120, :120] * math.log(2)
     logits.fill_diagonal_(-math.inf)
-    exact = torch.empty(120, dtype=torch.float64)
-    exact[call.rows.order] = F.cross_entropy(logits, torch.arange(120) ^ 1, reduction="none")
+    positive = (torch.arange(120) + 60) % 120
+    exact = F.cross_entropy(logits, positive, reduction="none")
     assert exact.max() < 1e-3
     torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-5)
 
@@ -255,11 +292,12 @@ def test_float16_keeps_the_probabilities_of_many_rows(headroom, kept, monkeypatc
     results = []
     for dtype in (torch.float16, torch.float32):
         problem = problem_of(features.to(dtype), torch.arange(64) // 2)
-        loss, *_, stats = op.forward(*problem.operands(), "triton")
-        stats[0] += torch.tensor(many / 64).log2()
+        operands = (*problem.operands(), "none", "triton")
+        loss, count, stats, prepared = op.forward(*operands)
+        stats[0] *= many / 64
         stats[1] = 1e30  # as many positives: their pull does not hide the softmax part
         upstream = torch.full_like(loss, 1024.0)  # a loss scale: the result is float16 as well
-        grads = op.backward(upstream, stats, True, False, False, *problem.operands(), "triton")
+        grads = op.backward(upstream, count, stats, prepared, True, False, False, *operands)
         results.append(grads[0].float())
     error = (results[0] - results[1]).abs().max() / results[1].abs().max()
     assert (error < 4 * torch.finfo(torch.float16).eps) == kept

@@ -73,29 +73,33 @@ def test_opcheck(backend, name, variant):
     if name in ("ragged", "self_in_memory"):
         options["temperature"] = torch.tensor(0.1)
     problem = problem_of(name, **options)
-    operands = (*require_grad(problem), backend)
+    operands = (*require_grad(problem), "none", backend)
     torch.library.opcheck(op.forward, operands)
-    loss, *_, stats = op.forward(*problem.operands(), backend)
+    loss, *saved = op.forward(*problem.operands(), "none", backend)
     needs = (True, problem.cols is not None, problem.temperature_tensor is not None)
     fixed = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in operands)
     torch.library.opcheck(
         op.backward,
-        (torch.ones_like(loss), stats, *needs, *fixed),
+        (torch.ones_like(loss), *saved, *needs, *fixed),
         test_utils=("test_schema", "test_faketensor"),
     )
 
 
 @fused
-def test_losses_and_their_total_are_differentiated_together(backend):
-    operands = (*require_grad(problem_of("ragged")), backend)
-    loss, total, counts, _ = op.forward(*operands)
-    torch.testing.assert_close(total, loss.sum())
-    assert counts.tolist() == [len(loss), len(loss)]
-    weight = torch.linspace(0.5, 1.5, len(loss))
-    (together,) = torch.autograd.grad((loss * weight).sum() + 3 * total, operands[:1])
-    loss, *_ = op.forward(*operands)
-    (apart,) = torch.autograd.grad((loss * (weight + 3)).sum(), operands[:1])
-    torch.testing.assert_close(together, apart)
+def test_every_reduction_is_of_the_anchors_losses(backend):
+    problem = problem_of("singleton")  # one anchor without positives
+    features, *others = require_grad(problem)
+    losses, *_ = op.forward(features, *others, "none", backend)
+    expected = {
+        "mean": losses.mean(),
+        "positive_mean": losses.sum() / (len(losses) - 1),
+        "sum": losses.sum(),
+    }
+    for reduction, want in expected.items():
+        loss, *_ = op.forward(features, *others, reduction, backend)
+        torch.testing.assert_close(loss, want)
+        gradients = [torch.autograd.grad(x, features, retain_graph=True) for x in (loss, want)]
+        torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize(
@@ -120,13 +124,14 @@ def test_columns_that_are_anchors_too(backend, name, variant):
         col_labels=problem.row_labels,
     )
     rows, cols = problem.operands(), turned.operands()
-    loss, _, _, stats = op.forward(*rows, backend)
-    col_loss, _, _, col_stats = op.forward(*cols, backend)
+    loss, count, stats, _ = op.forward(*rows, "none", backend)
+    col_loss, _, col_stats, _ = op.forward(*cols, "none", backend)
     weights = torch.linspace(0.5, 1.5, len(loss) + len(col_loss), dtype=torch.float64)
     weight, col_weight = weights.split((len(loss), len(col_loss)))
-    by_rows = op.backward(weight, stats, True, False, True, *rows, backend)
-    by_cols = op.backward(col_weight, col_stats, False, True, True, *cols, backend)
-    call = (weight, stats, True, False, True, *rows, backend, col_weight, col_stats)
+    rows, cols = (*rows, "none", backend), (*cols, "none", backend)
+    by_rows = op.backward(weight, count, stats, None, True, False, True, *rows)
+    by_cols = op.backward(col_weight, count, col_stats, None, False, True, True, *cols)
+    call = (weight, count, stats, None, True, False, True, *rows, col_weight, col_stats)
     together = op.backward(*call)
     torch.testing.assert_close(together[0], by_rows[0] + by_cols[1])
     torch.testing.assert_close(together[2], (by_rows[2] + by_cols[2]) / 2)

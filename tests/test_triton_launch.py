@@ -1,8 +1,9 @@
-"""The launch logic of the Triton kernels: grids, splits and tables, without a device or triton."""
+"""The launch logic of the Triton kernels: grids, shares and tables, without a device or triton."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import pytest
 
 from supcon_kernels import triton_launch
-from supcon_kernels.triton_launch import Launch, Plan, Target, Tile
+from supcon_kernels.triton_launch import Launch, Plan, Shares, Target, Tile
 
 DTYPES = ["float32", "float16", "bfloat16"]
 DIMS = [0, 1, 16, 100, 128, 129, 256, 257, 384, 512, 1000, 2048]
@@ -27,7 +28,7 @@ def plan(**changes) -> Plan:
         num_rows=8192,
         num_cols=None,
         target=H100,
-        shifted=True,
+        fits=True,
         summation="out",
         denominator="all",
         normalize=True,
@@ -35,6 +36,7 @@ def plan(**changes) -> Plan:
     return dataclasses.replace(usual, **changes)
 
 
+@functools.cache
 def launches(dtype="bfloat16", dim=128, capability=90) -> dict[str, Launch]:
     return dict(triton_launch.shipped_launches(dtype, dim, capability))
 
@@ -47,13 +49,14 @@ def test_rows_are_padded_to_whole_chunks_and_slices(dim):
     for dtype, capability in itertools.product([*DTYPES, "tf32"], [0, *CAPABILITIES]):
         for launch in launches(dtype, dim, capability).values():
             sizes = launch.constexprs
-            if "CHUNK" in sizes and "ROWS" in sizes:
+            if "CHUNK" in sizes:
                 assert padded % sizes["CHUNK"] == 0
                 for name in ("ROWS", "COLS", "CHUNK"):
                     assert sizes[name] >= 16 and sizes[name] & (sizes[name] - 1) == 0
                 assert triton_launch.ROW_PADDING % sizes["ROWS"] == 0
                 assert triton_launch.ROW_PADDING % sizes["COLS"] == 0
-                assert sizes["COLS"] % sizes.get("NARROW", sizes["COLS"]) == 0
+            elif "ROWS" in sizes and launch.kernel == "_gradient_kernel":
+                assert sizes["ROWS"] % sizes["BLOCK_ROWS"] == 0
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 127, 128, 129, 8192, 100_000])
@@ -61,119 +64,144 @@ def test_grids_cover_all_rows(num_rows):
     p = plan(num_rows=num_rows)
     padded = triton_launch.padded_rows(num_rows)
     assert padded >= max(num_rows, 1) and padded % triton_launch.ROW_PADDING == 0
-    for launch in (p.forward(), p.backward(of_columns=False), p.finish_loss(), p.weights()):
-        assert launch.grid[0] * launch.constexprs["ROWS"] == padded
-    for launch in (p.prepare(num_rows), p.positive_sums(), p.attraction(of_columns=False)):
+    small = [p.prepare(num_rows, anchors=True, sort=False), p.gradient(num_rows, dots=False)]
+    for launch in (*small, p.weights(num_rows)):
         assert launch.grid[0] * launch.constexprs["BLOCK_ROWS"] == padded
-    finish = p.finish_gradient(num_rows)
-    assert finish.grid[0] * finish.constexprs["BLOCK_ROWS"] >= num_rows
+    for launch, shares in (
+        (p.forward(False), p.forward_shares(False)),
+        (p.backward(False), p.backward_shares(False)),
+    ):
+        assert launch.grid[0] == shares.num_programs
+        assert shares.num_blocks * launch.constexprs["ROWS"] == padded
+        assert shares.num_tiles * launch.constexprs["COLS"] == padded
 
 
-def test_columns_are_split_where_rows_are_few():
-    split = triton_launch.num_splits
-    assert split(owners=64, streamed=64, num_multiprocessors=132) == 2
-    assert split(owners=132, streamed=132, num_multiprocessors=132) == 1
-    assert split(owners=1000, streamed=1000, num_multiprocessors=132) == 1
-    # No split of fewer than four tiles, and never none.
-    assert split(owners=2, streamed=8, num_multiprocessors=132) == 2
-    assert split(owners=1, streamed=1, num_multiprocessors=132) == 1
-    assert split(owners=0, streamed=0, num_multiprocessors=132) == 1
+def pieces_by_block(shares: Shares) -> list[int]:
+    """In how many pieces each block is done, by going through the programs."""
+    found = [0] * shares.num_blocks
+    tiles = shares.num_blocks * shares.num_tiles
+    for program in range(shares.num_programs):
+        first = program * shares.share
+        last = min(first + shares.share, tiles)
+        assert first < last
+        for block in range(first // shares.num_tiles, -(-last // shares.num_tiles)):
+            # What the kernels take to be the number of the piece.
+            assert program - block * shares.num_tiles // shares.share == found[block]
+            found[block] += 1
+    return found
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 64), (33, 2), (2, 100), (7, 8)])
+@pytest.mark.parametrize("share", [1, 2, 4, 5, 8, 16, 1000])
+def test_shares_are_whole_and_their_pieces_are_counted(shape, share):
+    shares = Shares(*shape, share)
+    pieces = pieces_by_block(shares)
+    assert sum(pieces) == shares.num_pieces
+    assert max(pieces) <= shares.max_pieces <= max(pieces) + 1
+
+
+@pytest.mark.parametrize("num_multiprocessors", [108, 132, 148])
+def test_every_multiprocessor_has_as_much_to_do(num_multiprocessors):
+    # On H100 a piece of 64 rows of 128 features takes about 1,400 clocks to be written, its share of
+    # the L2 cache's bandwidth, and a tile of 64×128 pairs 1,024 to be multiplied twice.
+    target = Target(90, num_multiprocessors)
+    for num_rows in range(4096, 65536 + 1, 128):
+        p = plan(num_rows=num_rows, target=target)
+        for shares, tile in (
+            (p.forward_shares(False), p.forward_tile(False)),
+            (p.backward_shares(False), p.backward_tile(False)),
+        ):
+            slots = num_multiprocessors * tile.residents
+            assert shares.slowdown(slots, piece_tiles=1.4) <= 1.15, num_rows
+            assert shares.max_pieces <= (4 if num_rows >= 8192 else 6), num_rows
+
+
+def test_few_tiles_are_not_torn_apart():
+    tile = Tile(64, 128, 128, 4, 2, 2)
+    assert Shares.of(128, 128, tile, 264).num_programs == 1
+    assert Shares.of(8192, 8192, tile, 264).num_programs == 256  # of 32 tiles
     few = plan(num_rows=256, num_cols=65536)
-    assert few.forward().grid == (2, 66)
-    assert few.backward_splits(of_columns=True) == 1  # 512 blocks of columns own it
+    assert 250 <= few.forward(False).grid[0] <= 264
+    assert few.backward_shares(False, of_columns=True).max_pieces <= 2
 
 
 def test_wide_rows_divide_their_gradient():
-    wide = plan(dim=2048)
-    launch = wide.backward(of_columns=False)
-    assert launch.grid[2] * launch.constexprs["SLICE"] == 2048
-    assert plan(dim=256).backward(of_columns=False).grid[2] == 1
+    launch = plan(dim=2048).backward(False)
+    assert launch.grid[1] * launch.constexprs["SLICE"] == 2048
+    assert plan(dim=256).backward(False).grid[1] == 1
 
 
-def test_the_gradient_of_the_columns_streams_the_rows():
+def test_who_is_an_anchor():
     memory = plan(num_rows=256, num_cols=4096)
-    rows, cols = (memory.backward(of_columns=c) for c in (False, True))
-    assert rows.grid[0] * rows.constexprs["ROWS"] == 256
-    assert cols.grid[0] * cols.constexprs["ROWS"] == 4096
-    assert rows.constexprs["ROWS_ANCHOR"] and not rows.constexprs["COLS_ANCHOR"]
-    assert cols.constexprs["COLS_ANCHOR"] and not cols.constexprs["ROWS_ANCHOR"]
-    square = plan().backward(of_columns=False).constexprs
-    assert square["ROWS_ANCHOR"] and square["COLS_ANCHOR"]
+    rows, cols = (memory.backward(False, of_columns=c).constexprs for c in (False, True))
+    assert rows["ROWS_ANCHOR"] and not rows["COLS_ANCHOR"]
+    assert cols["COLS_ANCHOR"] and not cols["ROWS_ANCHOR"]
+    for launch in (plan().backward(False), memory.backward(False, both_anchor=True)):
+        assert launch.constexprs["ROWS_ANCHOR"] and launch.constexprs["COLS_ANCHOR"]
 
 
-def test_the_forward_of_the_default_loss_never_looks_at_positives_in_pairs():
-    assert not plan().forward().constexprs["BANDED"]
-    assert plan(summation="in").forward().constexprs["BANDED"]
+def test_where_a_maximum_is_kept():
+    assert plan().running == (False,)
+    assert plan(fits=False).running == (True,)
+    assert plan(fits=None).running == (False, True)  # the device decides
+    assert plan(fits=None, normalize=False).running == (True,)
+    assert triton_launch.powers_fit(0.023) and triton_launch.powers_fit(4.0)
+    assert not triton_launch.powers_fit(0.0229) and not triton_launch.powers_fit(4.1)
+
+
+def test_both_kernels_leave_their_pieces_in_the_same_places():
+    for capability, dim, dtype in itertools.product(CAPABILITIES, (64, 256, 1024), DTYPES):
+        p = plan(fits=None, dim=dim, dtype=dtype, target=Target(capability, 100), num_rows=1024)
+        for tile_of, shares_of in (
+            (p.forward_tile, p.forward_shares),
+            (p.backward_tile, p.backward_shares),
+        ):
+            fast, slow = (tile_of(running) for running in p.running)
+            assert fast.rows == slow.rows and fast.cols % slow.cols == 0
+            pieces = [pieces_by_block(shares_of(running)) for running in p.running]
+            assert pieces[0] == pieces[1]
+            assert len({shares_of(running).max_pieces for running in p.running}) == 1
 
 
 def test_the_shipped_launches_are_those_of_every_plan():
-    shipped = {
-        (launch.kernel, tuple(launch.constexprs.items()), launch.num_warps, launch.num_stages)
-        for launch in launches("float16", 256, 80).values()
-    }
+    shipped = {launch.code for launch in launches("float16", 256, 80).values()}
     options = itertools.product(
-        ("out", "in"), ("all", "one_positive", "only_negatives"), (True, False), (None, 77)
+        ("out", "in"),
+        ("all", "one_positive", "only_negatives"),
+        (True, False, None),
+        (None, 77),
+        (True, False),
     )
-    for summation, denominator, shifted, num_cols in options:
+    for summation, denominator, fits, num_cols, normalize in options:
         p = plan(
             dtype="float16",
             dim=256,
             num_rows=77,
             num_cols=num_cols,
             target=Target(80, 108),
-            shifted=shifted,
+            fits=None if fits is None else fits and normalize,
             summation=summation,
             denominator=denominator,
-            normalize=shifted,
+            normalize=normalize,
         )
-        found = [p.forward(), p.backward(of_columns=False), p.finish_loss(), p.weights()]
-        found += [p.prepare(77), p.finish_gradient(77)]
-        found += [p.backward(of_columns=True)] if num_cols else []
-        found += [p.one_positive()] if denominator == "one_positive" else []
-        found += [p.positive_sums()] if p.sums_positives else []
-        found += [p.attraction(of_columns=False)] if p.by_class else []
-        found += [p.chunk_sums(77, weighted=w) for w in (False, True)] if p.by_class else []
+        found = [p.loss("mean"), p.weights(77), p.gradient(77, dots=True)]
+        found += [p.prepare(77, anchors=True, sort=True), p.temperature_gradient()]
+        for running in p.running:
+            found += [p.forward(running), p.backward(running)]
+            found += [p.backward(running, of_columns=True)] if num_cols else []
+            found += [p.forward(running, second=True)] if denominator == "one_positive" else []
         for launch in found:
-            key = (
-                launch.kernel,
-                tuple(launch.constexprs.items()),
-                launch.num_warps,
-                launch.num_stages,
-            )
-            assert key in shipped
+            assert launch.code in shipped
 
 
 def test_float32_is_multiplied_in_one_product_of_tf32_only_where_asked():
     exact, fast = (plan(dtype="float32", tf32=tf32) for tf32 in (False, True))
     for p, precision in ((exact, "tf32x3"), (fast, "tf32")):
-        for launch in (p.forward(), p.backward(of_columns=False)):
+        for launch in (p.forward(False), p.backward(False)):
             assert launch.constexprs["PRECISION"] == precision
-    assert fast.backward_tile.cols > exact.backward_tile.cols
+    assert fast.backward_tile(False).cols > exact.backward_tile(False).cols
     shipped = launches("tf32", 128, 80).values()
-    assert fast.forward().constexprs in [launch.constexprs for launch in shipped]
-
-
-def test_the_fastest_tile_is_found_by_its_neighbours():
-    start, goal = Tile(64, 32, 16, 64, 4, 1), Tile(128, 64, 32, 32, 8, 3)
-    names = [field.name for field in dataclasses.fields(Tile)]
-    tried = []
-
-    def seconds(tile):
-        tried.append(tile)
-        return sum(getattr(tile, name) != getattr(goal, name) for name in names)
-
-    def seconds_or_failure(tile):
-        return float("inf") if tile.num_warps == 8 else seconds(tile)
-
-    # Stages one by one, of which the next is no better: what takes two steps is not found.
-    found = triton_launch.fastest(start, 128, seconds)
-    assert found == dataclasses.replace(goal, num_stages=1)
-    assert len(tried) == len(set(tried))
-    found = triton_launch.fastest(start, 128, seconds_or_failure)
-    assert found == dataclasses.replace(goal, num_stages=1, num_warps=4)
-    for tile in tried:
-        assert 32 <= tile.rows <= 128 and tile.narrow <= tile.cols <= 128
-        assert tile.narrow >= 16 and 128 % tile.chunk == 0 and 1 <= tile.num_stages <= 4
+    assert fast.forward(False).constexprs in [launch.constexprs for launch in shipped]
 
 
 def test_architectures_share_limits():
@@ -186,10 +214,10 @@ def test_architectures_share_limits():
 
 def test_the_signatures_are_those_of_the_kernels():
     pytest.importorskip("triton", reason="triton is not installed")
-    from supcon_kernels import triton_kernels
+    from supcon_kernels import kernels
 
     for launch in launches().values():
-        kernel = getattr(triton_kernels, launch.kernel)
+        kernel = getattr(kernels, launch.kernel)
         names = list(inspect.signature(kernel.fn).parameters)
         assert names == [*launch.signature, *(n for n in names if n in launch.constexprs)]
         assert {*launch.signature, *launch.constexprs} == {*names}

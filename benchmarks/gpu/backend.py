@@ -1,28 +1,28 @@
 """All that the kit knows of the Triton backend's insides: its launches, its tiles, its pair kernels.
 
-It knows that the backend launches through ``_run(launch, **arguments)``, that a plan names its tiles
-``forward_tile`` and ``backward_tile``, and what ``shipped_launches`` lists. All else goes through
-``supcon_loss``. Where the backend changes, this file follows.
+It knows that the backend launches through ``triton_run.run``, that a plan finds its tiles in two
+tables, and what ``shipped_launches`` lists. All else goes through ``supcon_loss``. Where the backend
+changes, this file follows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import importlib
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import torch
+
 from gpu_codegen import Source, shipped
-from supcon_kernels import triton_launch
-from supcon_kernels.backends import triton as triton_backend
+from supcon_kernels import triton_launch, triton_run
 from supcon_kernels.triton_launch import Launch, Plan, Tile
 
 PAIR_KERNELS = {"forward": "_forward_kernel", "backward": "_backward_kernel"}
 """The kernel over all pairs of each phase: nearly all of the time at large N."""
+TABLES = {"forward": triton_launch._FORWARD, "backward": triton_launch._BACKWARD}
+"""Where a plan finds the tile of each phase."""
 SHARED_KIB = 227
 """Of a program on an H100 or H200."""
 
@@ -32,34 +32,30 @@ class Launched:
     """One launch that a step made, with the arguments that it had."""
 
     launch: Launch
+    device: torch.device
     arguments: dict[str, Any]
 
-    def again(self) -> Any:
-        """Launch it once more, alone; answers the compiled kernel."""
-        return getattr(_kernels(), self.launch.kernel)[self.launch.grid](
-            **self.arguments,
-            **self.launch.constexprs,
-            num_warps=self.launch.num_warps,
-            num_stages=self.launch.num_stages,
-        )
+    def again(self) -> None:
+        """Launch it once more, alone."""
+        triton_run.run(self.launch, self.device, self.arguments)
 
-
-@functools.cache
-def _kernels() -> ModuleType:
-    """The module that holds the kernels."""
-    return importlib.import_module(shipped(["bfloat16"], [128], [90])[0].module)
+    @property
+    def compiled(self) -> Any:
+        """The compiled kernel; None under the interpreter."""
+        kernel, _ = self.launch.loaded.get(self.device.index, (None, None))
+        return kernel
 
 
 def launches_of(step: Callable[[], object]) -> list[Launched]:
     """Every kernel that the backend launches in a step, in order."""
     found: list[Launched] = []
-    run = triton_backend._run
+    run = triton_run.run
 
-    def recorded(launch: Launch, **arguments: Any) -> None:
-        found.append(Launched(launch, arguments))
-        run(launch, **arguments)
+    def recorded(launch: Launch, device: torch.device, arguments: dict[str, Any]) -> None:
+        found.append(Launched(launch, device, arguments))
+        run(launch, device, arguments)
 
-    with mock.patch.object(triton_backend, "_run", recorded):
+    with mock.patch.object(triton_run, "run", recorded):
         step()
     return found
 
@@ -72,10 +68,10 @@ def pair_kernel(step: Callable[[], object], phase: str) -> Launched:
 def shipped_tile(phase: str, dtype: str, dim: int, arch: int = 90) -> Tile:
     """The tile of the default loss, as the table has it."""
     found: list[Tile] = []
-    choose = getattr(Plan, f"{phase}_tile").fget
+    find = Plan._find
 
-    def recorded(plan: Plan) -> Tile:
-        found.append(choose(plan))
+    def recorded(plan: Plan, running: bool) -> Tile:
+        found.append(find(plan, TABLES[phase], running))
         return found[-1]
 
     with _chosen_by(phase, recorded):
@@ -101,13 +97,9 @@ def tiles(phase: str, dtype: str = "bfloat16", dim: int = 128) -> list[Tile]:
 
 def _sized(tile: Tile, dim: int, rows: int, cols: int, num_warps: int, num_stages: int) -> Tile:
     sizes = {"rows": rows, "cols": cols, "num_warps": num_warps, "num_stages": num_stages}
-    names = [field.name for field in dataclasses.fields(tile)]
-    if "narrow" in names:  # columns where pairs are told apart
-        sizes["narrow"] = min(cols, getattr(tile, "narrow", cols))
-    if "residents" in names:  # programs that a multiprocessor holds
-        kib = _kib(dim, rows, cols, num_stages)
-        sizes["residents"] = max(1, min(3, int((SHARED_KIB + 1) // (kib + 1)), 16 // num_warps))
-    return dataclasses.replace(tile, **sizes)
+    kib = _kib(dim, rows, cols, num_stages)
+    residents = max(1, min(3, int((SHARED_KIB + 1) // (kib + 1)), 16 // num_warps))
+    return dataclasses.replace(tile, residents=residents, **sizes)
 
 
 def _kib(dim: int, rows: int, cols: int, num_stages: int) -> float:
@@ -117,12 +109,17 @@ def _kib(dim: int, rows: int, cols: int, num_stages: int) -> float:
 
 def using_tiles(phase: str, tile: Tile) -> contextlib.AbstractContextManager[None]:
     """Have the backend take this tile in one phase, and its table's in the other."""
-    return _chosen_by(phase, lambda plan: tile)
+    return _chosen_by(phase, lambda plan, running: tile)
 
 
 @contextlib.contextmanager
-def _chosen_by(phase: str, choose: Callable[[Plan], Tile]) -> Iterator[None]:
-    with mock.patch.object(Plan, f"{phase}_tile", property(choose)):
+def _chosen_by(phase: str, choose: Callable[[Plan, bool], Tile]) -> Iterator[None]:
+    find = Plan._find
+
+    def found(plan: Plan, table: Any, running: bool) -> Tile:
+        return choose(plan, running) if table is TABLES[phase] else find(plan, table, running)
+
+    with mock.patch.object(Plan, "_find", found):
         _forget_plans()
         yield
     _forget_plans()
@@ -130,7 +127,7 @@ def _chosen_by(phase: str, choose: Callable[[Plan], Tile]) -> Iterator[None]:
 
 def _forget_plans() -> None:
     """What the backend remembers of former calls was planned with other tiles."""
-    for place in (Plan, triton_launch, triton_backend):
+    for place in (Plan, triton_launch):
         for value in vars(place).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()

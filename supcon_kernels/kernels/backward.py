@@ -1,0 +1,193 @@
+"""The backward over pairs: H, the derivative of the loss by each exponent, times the columns."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped, import-not-found"
+
+import triton
+import triton.language as tl
+
+from supcon_kernels.kernels.tiles import (
+    LN2,
+    dot,
+    exponents,
+    fits,
+    own_tiles,
+    rounded,
+    rounded_to_tf32,
+    sigmoid,
+    temperature_of,
+)
+
+
+@triton.jit
+def softmax(x, power, weight, lse, RUNNING: tl.constexpr):
+    """weight · 2^(x - lse); the weight holds 2^-lse unless RUNNING."""
+    if RUNNING:  # no exponent of the sum exceeds lse: what does is multiplied with 0
+        power = tl.exp2(tl.minimum(x - lse, 1.0))
+    return weight * power
+
+
+@triton.jit
+def pull(
+    x,  # exponents (ROWS, COLS)
+    power,  # 2^x, unless RUNNING
+    lse,  # of the anchors' denominators, broadcastable to the tile
+    pull_weight,  # of the anchors' positives
+    pull_lse,
+    RUNNING: tl.constexpr,
+    OUT: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+):
+    """What a positive takes off the derivative of its pair."""
+    if DENOMINATOR == "one_positive":
+        _, q, not_q = sigmoid(x - lse)
+        taken = pull_weight * not_q
+        if not OUT:  # q by its logarithm, of which 1 / (1 + t) is no part that could underflow
+            taken *= tl.exp2(tl.minimum(x - lse, 0.0) - pull_lse) * tl.maximum(q, not_q)
+    elif OUT:
+        taken = tl.broadcast_to(pull_weight, x.shape)
+    else:
+        taken = softmax(x, power, pull_weight, pull_lse, RUNNING)
+    return taken
+
+
+@triton.jit
+def _backward_kernel(
+    rows_ptr,  # (padded rows, PADDED_DIM) whose gradient this is
+    cols_ptr,  # (padded cols, PADDED_DIM) streamed
+    row_ids_ptr,  # (padded rows,) classes
+    col_ids_ptr,  # (padded cols,)
+    row_weights_ptr,  # (4, padded rows) from the weights kernel, if ROWS_ANCHOR
+    col_weights_ptr,  # (4, padded cols), if COLS_ANCHOR
+    temperature_ptr,
+    slices_ptr,  # out: (pieces, padded rows, PADDED_DIM)
+    padded_rows,
+    padded_cols,
+    num_blocks,  # of rows
+    num_tiles,  # of columns
+    share,  # tiles of a program
+    own_offset,  # the column that is row 0 itself, or far below 0
+    host_temperature,
+    ON_DEVICE: tl.constexpr,
+    EITHER: tl.constexpr,
+    RUNNING: tl.constexpr,
+    OUT: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+    ROWS_ANCHOR: tl.constexpr,
+    COLS_ANCHOR: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A program owns ``share`` tiles, of one block of rows after the other, and SLICE features.
+
+    It keeps Σ H_ij col_j of a block, H being the derivative as seen from every side that is an
+    anchor: from both, where the rows are contrasted with each other.
+    """
+    tau = temperature_of(host_temperature, temperature_ptr, ON_DEVICE)
+    if EITHER:  # noqa: SIM102 - a constant, decided when the kernel is compiled
+        if fits(tau) == RUNNING:
+            return
+    scale = 1.0 / (tau * LN2)
+    NUM_CHUNKS: tl.constexpr = PADDED_DIM // CHUNK
+    USES_LSE: tl.constexpr = RUNNING or DENOMINATOR == "one_positive"
+    padded_rows = padded_rows.to(tl.int64)
+    padded_cols = padded_cols.to(tl.int64)
+    k = tl.arange(0, COLS)
+    d = tl.arange(0, CHUNK)
+    kept = d  # the very columns that were multiplied, where they are one chunk
+    if NUM_CHUNKS > 1:
+        kept = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    b_offsets = k[:, None] * PADDED_DIM + d[None, :]
+    kept_offsets = k[:, None] * PADDED_DIM + kept[None, :]
+    first = tl.program_id(0) * share
+    last = tl.minimum(first + share, num_blocks * num_tiles)
+    for block in range(first // num_tiles, tl.cdiv(last, num_tiles)):
+        begin = tl.maximum(first - block * num_tiles, 0)
+        end = tl.minimum(last - block * num_tiles, num_tiles)
+        lo, hi = own_tiles(own_offset + block * ROWS, begin, end, ROWS, COLS)
+        i = block * ROWS + tl.arange(0, ROWS)
+        a_ptrs = rows_ptr + i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
+        a = tl.load(a_ptrs)
+        row_id = tl.load(row_ids_ptr + i)
+        if ROWS_ANCHOR:
+            weight = tl.load(row_weights_ptr + i)
+            pull_weight = tl.load(row_weights_ptr + 2 * padded_rows + i)
+            lse = weight
+            pull_lse = weight
+            if USES_LSE:
+                lse = tl.load(row_weights_ptr + padded_rows + i)
+                pull_lse = tl.load(row_weights_ptr + 3 * padded_rows + i)
+        gradient = tl.zeros((ROWS, SLICE), tl.float32)
+
+        # The tiles before those that hold a row itself, those, and the tiles after them.
+        for part in tl.static_range(3):
+            start = begin if part == 0 else lo if part == 1 else hi
+            stop = lo if part == 0 else hi if part == 1 else end
+            for tile in range(start, stop):
+                j = tile * COLS + k
+                tile_ptr = cols_ptr + tl.cast(tile, tl.int64) * (COLS * PADDED_DIM)
+                col_id = tl.load(col_ids_ptr + j)
+                x = exponents(
+                    a,
+                    a_ptrs,
+                    tile_ptr + b_offsets,
+                    scale,
+                    ROWS,
+                    COLS,
+                    NUM_CHUNKS,
+                    CHUNK,
+                    PRECISION,
+                    RUNNING,
+                )
+                power = x
+                if not RUNNING:
+                    power = tl.exp2(x)
+                if ROWS_ANCHOR:
+                    h = softmax(x, power, weight[:, None], lse[:, None], RUNNING)
+                    pulled = pull(
+                        x,
+                        power,
+                        lse[:, None],
+                        pull_weight[:, None],
+                        pull_lse[:, None],
+                        RUNNING,
+                        OUT,
+                        DENOMINATOR,
+                    )
+                if COLS_ANCHOR:
+                    col_weight = tl.load(col_weights_ptr + j)
+                    col_pull_weight = tl.load(col_weights_ptr + 2 * padded_cols + j)
+                    col_lse = col_weight
+                    col_pull_lse = col_weight
+                    if USES_LSE:
+                        col_lse = tl.load(col_weights_ptr + padded_cols + j)
+                        col_pull_lse = tl.load(col_weights_ptr + 3 * padded_cols + j)
+                    of_col = softmax(x, power, col_weight[None, :], col_lse[None, :], RUNNING)
+                    h = h + of_col if ROWS_ANCHOR else of_col
+                    of_col = pull(
+                        x,
+                        power,
+                        col_lse[None, :],
+                        col_pull_weight[None, :],
+                        col_pull_lse[None, :],
+                        RUNNING,
+                        OUT,
+                        DENOMINATOR,
+                    )
+                    pulled = pulled + of_col if ROWS_ANCHOR else of_col
+                of_positive = h - pulled if DENOMINATOR == "all" else -pulled
+                h = tl.where(row_id[:, None] == col_id[None, :], of_positive, h)
+                if part == 1:
+                    h = tl.where(j[None, :] != (own_offset + i)[:, None], h, 0.0)
+                b = tl.load(tile_ptr + kept_offsets)
+                if PRECISION == "tf32":
+                    h = rounded_to_tf32(h)
+                gradient = dot(rounded(h, b.dtype), b, gradient, PRECISION)
+
+        piece = tl.program_id(0) - block * num_tiles // share
+        out = slices_ptr + piece * padded_rows * PADDED_DIM
+        out += i.to(tl.int64)[:, None] * PADDED_DIM + kept[None, :]
+        tl.store(out, gradient)

@@ -1,0 +1,172 @@
+"""The forward over pairs: each anchor's sum of powers, and what its positives add up to."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped, import-not-found"
+
+import triton
+import triton.language as tl
+
+from supcon_kernels.kernels.tiles import (
+    LN2,
+    LOWEST,
+    exponents,
+    fits,
+    log_sum,
+    merged,
+    own_tiles,
+    sigmoid,
+    temperature_of,
+)
+
+
+@triton.jit
+def add_powers(x, total, largest):
+    """Add Σ 2^x of each row to total · 2^largest, of which the new largest is the maximum."""
+    new = tl.maximum(largest, tl.max(x, axis=1))
+    powers = tl.exp2(x - new[:, None])
+    return total * tl.exp2(largest - new) + tl.sum(powers, axis=1), new
+
+
+@triton.jit
+def add_places(x):
+    """Sums (ROWS, 8) over every eighth column: of what one thread holds of a row, no other's."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), axis=1)
+
+
+@triton.jit
+def _forward_kernel(
+    rows_ptr,  # (padded rows, PADDED_DIM) anchors
+    cols_ptr,  # (padded cols, PADDED_DIM) contrasts
+    row_ids_ptr,  # (padded rows,) classes
+    col_ids_ptr,  # (padded cols,)
+    col_valid_ptr,  # (padded cols,) 1, or 0 where a column takes no part
+    first_sums_ptr,  # what the first look has put in sums, if SECOND
+    temperature_ptr,
+    sums_ptr,  # out: (pieces, 4, padded rows) total and largest of the denominator, then of the positives
+    padded_rows,
+    num_blocks,  # of rows
+    num_tiles,  # of columns
+    share,  # tiles of a program
+    max_pieces,  # of a block
+    own_offset,  # the column that is row 0 itself, or far below 0
+    host_temperature,
+    ON_DEVICE: tl.constexpr,
+    EITHER: tl.constexpr,
+    RUNNING: tl.constexpr,
+    OUT: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+    SECOND: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A program owns ``share`` tiles, of one block of rows after the other; it keeps their sums.
+
+    SECOND: once the negatives' sum is known, each positive stands against it alone, with q the
+    probability of the positive: Σ log₂ q and Σ (1 - q) if OUT, else Σ q and Σ q (1 - q).
+    """
+    tau = temperature_of(host_temperature, temperature_ptr, ON_DEVICE)
+    if EITHER:  # noqa: SIM102 - a constant, decided when the kernel is compiled
+        if fits(tau) == RUNNING:
+            return
+    scale = 1.0 / (tau * LN2)
+    NUM_CHUNKS: tl.constexpr = PADDED_DIM // CHUNK
+    # Without a maximum each thread has sums of its own: adding along rows comes last.
+    PLACES: tl.constexpr = not (RUNNING or SECOND)
+    padded_rows = padded_rows.to(tl.int64)
+    k = tl.arange(0, COLS)
+    d = tl.arange(0, CHUNK)
+    b_offsets = k[:, None] * PADDED_DIM + d[None, :]
+    first = tl.program_id(0) * share
+    last = tl.minimum(first + share, num_blocks * num_tiles)
+    for block in range(first // num_tiles, tl.cdiv(last, num_tiles)):
+        begin = tl.maximum(first - block * num_tiles, 0)
+        end = tl.minimum(last - block * num_tiles, num_tiles)
+        lo, hi = own_tiles(own_offset + block * ROWS, begin, end, ROWS, COLS)
+        i = block * ROWS + tl.arange(0, ROWS)
+        a_ptrs = rows_ptr + i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
+        a = tl.load(a_ptrs)
+        row_id = tl.load(row_ids_ptr + i)
+        if SECOND:
+            all_rows = i >= 0
+            lse = log_sum(
+                *merged(
+                    first_sums_ptr, i, all_rows, padded_rows, num_tiles, share, max_pieces, ROWS
+                )
+            )
+        if PLACES:
+            total = tl.zeros((ROWS, 8), tl.float32)
+            pos_total = total
+            largest = tl.zeros((ROWS,), tl.float32)
+            pos_largest = largest
+        else:
+            total = tl.zeros((ROWS,), tl.float32)
+            pos_total = total
+            largest = tl.full((ROWS,), LOWEST, tl.float32)
+            pos_largest = tl.zeros((ROWS,), tl.float32) if OUT else largest
+
+        # The tiles before those that hold a row itself, those, and the tiles after them.
+        for part in tl.static_range(3):
+            start = begin if part == 0 else lo if part == 1 else hi
+            stop = lo if part == 0 else hi if part == 1 else end
+            for tile in range(start, stop):
+                j = tile * COLS + k
+                col_id = tl.load(col_ids_ptr + j)
+                valid = tl.load(col_valid_ptr + j)
+                b_ptrs = cols_ptr + tl.cast(tile, tl.int64) * (COLS * PADDED_DIM) + b_offsets
+                x = exponents(
+                    a, a_ptrs, b_ptrs, scale, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION, RUNNING
+                )
+                positive = row_id[:, None] == col_id[None, :]
+                if part == 1:
+                    other = j[None, :] != (own_offset + i)[:, None]
+                    positive = positive & other
+                if SECOND:
+                    distance = x - lse[:, None]
+                    t, _, not_q = sigmoid(distance)
+                    log_q = tl.minimum(distance, 0.0) - tl.log2(1.0 + t)
+                    if OUT:
+                        total += tl.sum(tl.where(positive, not_q, 0.0), axis=1)
+                        pos_total += tl.sum(tl.where(positive, log_q, 0.0), axis=1)
+                    else:
+                        log_q = tl.where(positive, log_q, float("-inf"))
+                        new = tl.maximum(largest, tl.max(log_q, axis=1))
+                        q = tl.exp2(log_q - new[:, None])
+                        shrink = tl.exp2(largest - new)
+                        total = total * shrink + tl.sum(q * not_q, axis=1)
+                        pos_total = pos_total * shrink + tl.sum(q, axis=1)
+                        largest = new
+                        pos_largest = new
+                elif RUNNING:
+                    counts = (valid != 0.0)[None, :]
+                    if part == 1:
+                        counts = counts & other
+                    if OUT:
+                        pos_total += tl.sum(tl.where(positive, x, 0.0), axis=1)
+                    elif DENOMINATOR != "one_positive":
+                        of_positives = tl.where(positive, x, float("-inf"))
+                        pos_total, pos_largest = add_powers(of_positives, pos_total, pos_largest)
+                    if DENOMINATOR != "all":
+                        counts = counts & (positive == 0)
+                    x = tl.where(counts, x, float("-inf"))
+                    total, largest = add_powers(x, total, largest)
+                else:
+                    power = tl.exp2(x)
+                    if part == 1:
+                        power = tl.where(other, power, 0.0)
+                    of_positives = x if OUT else power
+                    pos_total += add_places(tl.where(positive, of_positives, 0.0))
+                    if DENOMINATOR != "all":
+                        power = tl.where(positive, 0.0, power)
+                    total += add_places(power * valid[None, :])
+
+        if PLACES:
+            total = tl.sum(total, axis=1)
+            pos_total = tl.sum(pos_total, axis=1)
+        piece = tl.program_id(0) - block * num_tiles // share
+        out = sums_ptr + piece * 4 * padded_rows + i
+        tl.store(out, total)
+        tl.store(out + padded_rows, largest)
+        tl.store(out + 2 * padded_rows, pos_total)
+        tl.store(out + 3 * padded_rows, pos_largest)
