@@ -348,7 +348,7 @@ class NothingWaits(TorchDispatchMode):
 @pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
 def test_the_tiled_backend_waits_for_no_device(variant):
     for name in ("ragged", "self_in_memory", "half_empty_memory", "soft_memory", "weighted_mask"):
-        problem = problem_of(name, **variant_of(name, variant))
+        problem = problem_of(name, **variant_of(name, variant)).by_rows()
         needs = (True, problem.cols is not None, True)
         with NothingWaits():
             loss, _, _, stats = tiled.forward(problem)
