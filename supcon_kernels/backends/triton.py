@@ -375,7 +375,7 @@ class _Call:
         """(4, padded rows) what anchors weigh, and the factor that was taken out, 0-dim."""
         num_rows = stats.shape[1]
         padded = triton_launch.padded_rows(num_rows)
-        weights, factor = self.new((4, padded)), self.new(())
+        weights, factor, stats = self.new((4, padded)), self.new(()), stats.contiguous()
         self.run(
             self.plan.weights(num_rows),
             upstream_ptr=upstream,
