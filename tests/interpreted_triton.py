@@ -72,7 +72,7 @@ def test_every_variant(name, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
-@pytest.mark.parametrize("name", ["ragged", "self_in_memory"])
+@pytest.mark.parametrize("name", ["ragged", "self_in_memory", "unnormalised"])
 def test_a_temperature_that_the_host_does_not_read(name, variant, monkeypatch):
     # Both kernels are launched, and the device decides which of them goes to work.
     monkeypatch.setattr(backend, "_temperature", on_the_device)
@@ -403,3 +403,6 @@ def test_what_it_leaves_to_others():
         triton_loss(features.double(), torch.arange(4))
     with pytest.raises(ValueError, match="up to 2048 features"):
         triton_loss(torch.randn(4, 2049), torch.arange(4))
+    with pytest.raises(ValueError, match="up to 2\\^40 pairs"):
+        many = torch.zeros(1, 1).expand(2**20 + 1, 1)
+        triton_loss(many, torch.zeros(1, dtype=torch.int64).expand(2**20 + 1))
