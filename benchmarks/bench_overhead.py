@@ -1,7 +1,9 @@
 """Where the time of a small batch goes: the core alone, then each layer that a call has around it.
 
 python benchmarks/bench_overhead.py writes overhead_cpu_float32.csv. All layers
-take turns in one run; a layer's time holds those of the layers below it.
+take turns in one run; a layer's time holds those of the layers below it. With --gpu-host it writes
+overhead_gpu_host.csv: the host's part of a call of the Triton backend, its launches included, with a
+driver that does nothing in the place of a GPU's.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ from statistics import median
 
 import torch
 
+import stub_driver
 from machine import describe_machine
 from results import add_output_options, results_path, write_table
 from stopwatch import elapsed_ms, fma_peak_gflops
 from supcon_kernels import op, supcon_loss
-from supcon_kernels.backends import native
+from supcon_kernels.backends import native, triton
 from supcon_kernels.problem import Problem
+from supcon_kernels.triton_launch import Target
 
 RESULTS = "overhead_cpu_float32.csv"
 SIZES = (4, 256, 512, 1024, 2048)
+GPU_RESULTS = "overhead_gpu_host.csv"
 BEGIN, END = "<!-- bench_overhead:begin -->", "<!-- bench_overhead:end -->"
 
 
@@ -68,9 +73,38 @@ def layers(num_rows: int, dim: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(num_rows: int, dim: int, rounds: int) -> dict[str, float]:
+def gpu_layers(num_rows: int, dim: int) -> dict[str, Callable[[], object]]:
+    """As ``layers``, of the Triton backend for an H100 that is not there."""
+    stub_driver.install()
+    triton._target = lambda device: Target(90, stub_driver.NUM_MULTIPROCESSORS)
+    triton.why_not = lambda problem: None
+    triton.unavailable = lambda: None
+    features = torch.zeros(num_rows, dim, dtype=torch.bfloat16)
+    labels = torch.zeros(num_rows, dtype=torch.int64)
+    problem = Problem(features, None, labels, None, None, None, 0.1, 0, "out", "all", True, -100)
+    leaf, one = features.clone().requires_grad_(), torch.ones(())
+    operands = (*problem.operands(), "mean", "triton")
+    wanted = (True, False, False)
+
+    def backend() -> None:
+        saved = triton.forward(problem, "mean")[1:]
+        triton.backward(problem, one, *saved, *wanted)
+
+    def operator() -> None:
+        saved = op.forward(*operands)[1:]
+        op.backward(one, *saved, *wanted, *operands)
+
+    def autograd() -> None:
+        torch.autograd.grad(op.forward(leaf, *operands[1:])[0], leaf)
+
+    def whole() -> None:
+        torch.autograd.grad(supcon_loss(leaf, labels, temperature=0.1, backend="triton"), leaf)
+
+    return {"backend": backend, "operator": operator, "autograd": autograd, "supcon_loss": whole}
+
+
+def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median microseconds of each layer, taking turns."""
-    calls = layers(num_rows, dim)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -98,6 +132,16 @@ def table(rows: list[dict[str, str]]) -> str:
     return f"{about}\n\n" + "\n".join(lines)
 
 
+def measure_gpu_host(path: Path, dim: int, rounds: int) -> int:
+    """Write and show the one row: the host's time does not depend on the number of rows."""
+    machine = describe_machine("cpu")
+    times = measure(gpu_layers(256, dim), rounds)
+    row = {"num_rows": 256, "dim": dim} | {f"{k}_us": f"{us:.0f}" for k, us in times.items()}
+    write_table(path, [row | machine])
+    print(row)
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--dim", type=int, default=128)
@@ -107,16 +151,22 @@ def main() -> int:
         "--table", action="store_true", help="measure nothing, show the committed rows"
     )
     parser.add_argument("--update-docs", type=Path, metavar="DOC", help="replace its block")
+    parser.add_argument("--gpu-host", action="store_true", help="the host's part of a GPU's call")
     options = parser.parse_args()
     if options.update_docs and not (options.update or options.table):
         parser.error("--update-docs needs --update, whose rows it shows, or --table")
+    if options.gpu_host:
+        path = results_path(GPU_RESULTS, options.output_dir, options.update)
+        return measure_gpu_host(path, options.dim, options.rounds)
     path = results_path(RESULTS, options.output_dir, options.update or options.table)
     if not options.table:
         machine = describe_machine("cpu")
         peaks, times_of = [], {}
         for n in SIZES:
             peaks.append(fma_peak_gflops(torch.float32, "cpu"))
-            times_of[n] = measure(n, options.dim, max(20, options.rounds * 256 // max(n, 256)))
+            times_of[n] = measure(
+                layers(n, options.dim), max(20, options.rounds * 256 // max(n, 256))
+            )
         peak = max(peaks)
         measured = []
         for n, times in times_of.items():

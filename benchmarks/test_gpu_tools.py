@@ -206,7 +206,7 @@ def test_too_much_shared_memory_is_a_fault() -> None:
 def test_more_instructions_than_the_goal_are_a_fault() -> None:
     row = replace(compiled(forward, 90), label="forward out/all")
     assert row.faults == []
-    assert "instructions" in replace(row, instructions_per_pair=4.4).faults[0]
+    assert "instructions" in replace(row, instructions_per_pair=8.1).faults[0]
     assert "rcp" in replace(row, rcp_per_pair=0.5).faults[0]
 
 

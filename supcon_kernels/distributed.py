@@ -393,7 +393,7 @@ class _Differentiable(torch.autograd.Function):
         problem = whole = Problem(*operands)
         if membership.size > 1:  # its own anchors are the first of all contrasts, as of its own
             whole = dataclasses.replace(problem, cols=gathered.cols, col_labels=gathered.col_labels)
-        loss, _, stats, _ = op.forward(*whole.operands(), "none", backend)
+        loss, _, stats, prepared = op.forward(*whole.operands(), "none", backend)
         is_anchor, contributes = ~problem.row_ignored(), stats[1] != torch.inf
         exact = accumulation_dtype(loss)
         sums = torch.stack([x.sum(dtype=exact) for x in (loss, is_anchor, contributes)])
@@ -405,9 +405,8 @@ class _Differentiable(torch.autograd.Function):
         count = counts.get(reduction, torch.ones_like(total)).clamp(min=1)
         other_stats = membership.without_own(stats_by_rank).T.contiguous()
 
-        ctx.save_for_backward(
-            count, stats, other_stats, *gathered.tensors(), *operands[:_NUM_TENSORS]
-        )
+        saved = (count, stats, other_stats, prepared, *gathered.tensors())
+        ctx.save_for_backward(*saved, *operands[:_NUM_TENSORS])
         ctx.options = operands[_NUM_TENSORS:]
         ctx.backend, ctx.num_ranks, ctx.num_arguments = backend, membership.size, len(arguments)
         mean: Tensor = (total / count).to(loss.dtype)
@@ -415,12 +414,16 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        count, stats, other_stats, *tensors = ctx.saved_tensors
+        count, stats, other_stats, prepared, *tensors = ctx.saved_tensors
         gathered, inputs = tensors[:-_NUM_TENSORS], tensors[-_NUM_TENSORS:]
         wanted = [ctx.needs_input_grad[k] for k in (_ROWS, _COLS, _TEMPERATURE)]
         weight = grad * (ctx.num_ranks / count).to(grad.dtype)
         problem = Problem(*inputs, *ctx.options)
-        grads = _gradients(problem, gathered, weight, stats, other_stats, wanted, ctx.backend)
+        of_all = torch.cat([stats, other_stats], dim=1)
+        if ctx.backend == "triton" and problem.square and of_all.shape[1] == len(gathered[0]):
+            grads = _gradients_at_once(problem, gathered, weight, of_all, prepared, wanted)
+        else:
+            grads = _gradients(problem, gathered, weight, stats, other_stats, wanted, ctx.backend)
         result: list[Tensor | None] = [None] * ctx.num_arguments
         for index, want, gradient in zip((_ROWS, _COLS, _TEMPERATURE), wanted, grads):
             if want:
@@ -486,6 +489,32 @@ def _gradients(
         )
         grad_cols = grad_cols + block(of_others, other_stats, (False, True, False))[1]
     return grad_rows, grad_cols, grad_tau
+
+
+def _gradients_at_once(
+    problem: Problem,
+    gathered: Sequence[Tensor],
+    weight: Tensor,
+    stats: Tensor,
+    prepared: Tensor,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``_gradients``, where anchors are contrasts, by the backend that masks a row among anchors.
+
+    Args:
+        problem, gathered, weight, wanted: as there.
+        stats: (5, N) of all anchors, this rank's own first.
+        prepared: what the forward made of this rank's rows and of all contrasts.
+    """
+    wants_rows, _, wants_temperature = wanted
+    if len(gathered[0]) > problem.num_rows:
+        cols, labels = gathered[:2]
+        problem = dataclasses.replace(problem, cols=cols, col_labels=labels)
+    call = (weight, torch.ones_like(weight), stats[:, : problem.num_rows], prepared)
+    needs = (wants_rows, False, wants_temperature)
+    of_cols = () if problem.square else (weight, stats)
+    grads = op.backward(*call, *needs, *problem.operands(), "sum", "triton", *of_cols)
+    return tuple(grad.to(problem.dtype) for grad in grads)
 
 
 def _widened(problem: Problem) -> Problem:

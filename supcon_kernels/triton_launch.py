@@ -15,6 +15,8 @@ from typing import Any, ParamSpec, cast
 # Rows of a side, zeros behind the last, so that no tile of any pair kernel needs a mask to load.
 ROW_PADDING = 128
 MAX_DIM = 2048
+# Rows times columns: tiles are counted in 32 bits.
+MAX_PAIRS = 2**40
 # Tiles of pairs below which a program costs more than it brings.
 MIN_SHARE = 4
 # Pairs of anchor and contrast, from which on labels are sorted and not compared each with each.
@@ -338,6 +340,11 @@ class Plan:
             return (True,)
         return (False, True) if self.fits is None else (not self.fits,)
 
+    @property
+    def looks_twice(self) -> bool:
+        """Whether the forward needs the sum of the negatives before it can look at positives."""
+        return self.denominator == "one_positive"
+
     def forward_tile(self, running: bool) -> Tile:
         """Of the kernel that only multiplies rows with columns."""
         return self._find(_FORWARD, running)
@@ -635,7 +642,7 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
     for running in plan.running:
         call = f"{loss}{', running maximum' if running else ''}{tau}{given}{shape}"
         found.append((f"forward {call}", plan.forward(running)))
-        if plan.denominator == "one_positive":
+        if plan.looks_twice:
             found.append((f"second forward {call}", plan.forward(running, second=True)))
         found.append((f"backward {call}", plan.backward(running)))
         if not plan.square:
@@ -647,8 +654,8 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
     for reduction in ("mean", "positive_mean", "sum", "none"):
         found.append((f"loss {loss}, {reduction}", plan.loss(reduction)))
     for sort in (False, True):
-        for anchors in (True,) if plan.square else (True, False):
-            side = f"{shape}{'' if anchors else ', contrasts'}{', sorted' if sort else ''}"
+        for anchors in (True, False):
+            side = f"{shape}{'' if anchors else ', not counted'}{', sorted' if sort else ''}"
             launch = plan.prepare(n, anchors=anchors, sort=sort)
             found.append((f"prepare{tau}{given}{side}", launch))
     for dots in (False, True):

@@ -72,7 +72,7 @@ def test_every_variant(name, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
-@pytest.mark.parametrize("name", ["ragged", "self_in_memory"])
+@pytest.mark.parametrize("name", ["ragged", "self_in_memory", "unnormalised"])
 def test_a_temperature_that_the_host_does_not_read(name, variant, monkeypatch):
     # Both kernels are launched, and the device decides which of them goes to work.
     monkeypatch.setattr(backend, "_temperature", on_the_device)
@@ -160,6 +160,75 @@ def test_pairs_that_have_nearly_converged(dtype, has_memory):
     dense = gradients(dense_on_rounded_rows, dtype)
     for ours, want, like in zip(gradients(triton_loss, dtype), exact, dense):
         assert (ours - want).abs().max() < 3 * (like - want).abs().max()
+
+
+# --- the rows of a rank among those of all
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
+def test_own_rows_among_all(variant):
+    g = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(60, 24, generator=g), torch.randint(4, (60,), generator=g)
+    problem = dataclasses.replace(
+        problem_of(features, labels), summation=variant[0], denominator=variant[1]
+    )
+    tau = torch.tensor(0.5)
+    whole = dataclasses.replace(problem, temperature_tensor=tau)
+    _, one, stats, prepared = op.forward(*whole.operands(), "sum", "triton")
+    weight, needs = torch.tensor(0.25), (True, False, True)
+    want = op.backward(weight, one, stats, prepared, *needs, *whole.operands(), "sum", "triton")
+    own = slice(0, 25)
+    among_all = dataclasses.replace(
+        whole, rows=features[own], row_labels=labels[own], cols=features, col_labels=labels
+    )
+    operands = (*among_all.operands(), "sum", "triton")
+    _, _, own_stats, prepared = op.forward(*operands)
+    torch.testing.assert_close(own_stats, stats[:, own])
+    for given in (prepared, None):
+        grads = op.backward(weight, one, own_stats, given, *needs, *operands, weight, stats)
+        torch.testing.assert_close(grads[0], want[0][own], rtol=1e-4, atol=1e-6)
+    others = dataclasses.replace(
+        whole,
+        rows=features[25:],
+        row_labels=labels[25:],
+        cols=features[own],
+        col_labels=labels[own],
+    )
+    others = dataclasses.replace(others, self_offset=None)
+    rest = op.backward(
+        weight, one, stats[:, 25:], None, False, True, True, *others.operands(), "sum", "triton"
+    )
+    against = dataclasses.replace(
+        among_all, cols=features[own], col_labels=labels[own], self_offset=0
+    )
+    mine = op.backward(
+        weight, one, own_stats, None, True, True, True, *against.operands(), "sum", "triton"
+    )
+    both = dataclasses.replace(among_all, cols=features[25:], col_labels=labels[25:])
+    both = dataclasses.replace(both, self_offset=None)
+    theirs = op.backward(
+        weight, one, own_stats, None, True, False, False, *both.operands(), "sum", "triton"
+    )
+    total = mine[0] + mine[1] + rest[1] + theirs[0]  # as anchors and as contrasts, block by block
+    torch.testing.assert_close(total, want[0][own], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ragged", "self_in_memory", "two_views"])
+def test_the_operator_is_registered_as_it_works(name):
+    arguments = as_float32(by_id(name).arguments())
+    built = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "forward", lambda *operands: built.append(operands) or (torch.zeros(()),))
+        triton_loss(**arguments)
+    operands = tuple(
+        x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in built[0]
+    )
+    torch.library.opcheck(op.forward, operands, test_utils=("test_schema", "test_faketensor"))
+    loss, *saved = op.forward(*operands)
+    call = (torch.ones_like(loss), *saved, True, operands[1] is not None, False)
+    fixed = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in (*call, *operands))
+    torch.library.opcheck(op.backward, fixed, test_utils=("test_schema", "test_faketensor"))
 
 
 # --- launches
@@ -334,3 +403,6 @@ def test_what_it_leaves_to_others():
         triton_loss(features.double(), torch.arange(4))
     with pytest.raises(ValueError, match="up to 2048 features"):
         triton_loss(torch.randn(4, 2049), torch.arange(4))
+    with pytest.raises(ValueError, match="up to 2\\^40 pairs"):
+        many = torch.zeros(1, 1).expand(2**20 + 1, 1)
+        triton_loss(many, torch.zeros(1, dtype=torch.int64).expand(2**20 + 1))

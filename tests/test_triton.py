@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -13,7 +14,7 @@ import types
 import pytest
 import torch
 
-from supcon_kernels import available_backends, supcon_loss
+from supcon_kernels import available_backends, supcon_loss, triton_launch, triton_run
 from supcon_kernels.backends import triton as backend
 
 NO_TRITON = "triton is not installed"
@@ -59,6 +60,42 @@ def test_it_says_what_the_installation_lacks(monkeypatch):
     assert available_backends()["triton"] == "triton is not installed: pip install triton."
     with pytest.raises(ValueError, match="triton is not installed"):
         supcon_loss(torch.randn(4, 3), torch.arange(4), backend="triton")
+
+
+def test_a_capture_is_refused_where_a_kernel_is_not_compiled_yet(monkeypatch):
+    launch = triton_launch.Launch("_loss_kernel", {"loss_ptr": "*fp32"}, {}, (), 4, 1, (1, 1, 1))
+    monkeypatch.setattr(triton_run, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(
+        RuntimeError, match="make such a call, with its backward, before the capture"
+    ):
+        triton_run.run(launch, torch.device("cuda", 0), {"loss_ptr": torch.zeros(())})
+    assert not launch.loaded
+
+
+def test_a_launch_is_compiled_once_for_all_sizes(monkeypatch):
+    compiled, launched = [], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments: launched.append((grid, arguments))
+
+    def compile_it(code, device_index):
+        compiled.append((code, device_index))
+        return Kernel(), ["num_rows", "ROWS", "loss_ptr"]
+
+    monkeypatch.setattr(triton_run, "INTERPRETED", False)
+    monkeypatch.setattr(triton_run, "_compiled", functools.cache(compile_it))
+    for num_programs in (1, 1, 2):
+        grid = (num_programs, 1, 1)
+        kind = {"loss_ptr": "*fp32", "num_rows": "i32"}
+        launch = triton_launch.Launch("_loss_kernel", kind, {"ROWS": 64}, (), 4, 1, grid)
+        for index in (0, 1):
+            device = torch.device("cuda", index)
+            triton_run.run(launch, device, {"loss_ptr": "loss", "num_rows": 5})
+            assert launched[-1] == (grid, (5, None, "loss"))
+    assert [index for _, index in compiled] == [0, 1]
 
 
 def test_without_triton_the_package_works():

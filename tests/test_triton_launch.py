@@ -16,6 +16,7 @@ from supcon_kernels.triton_launch import Launch, Plan, Shares, Target, Tile
 
 DTYPES = ["float32", "float16", "bfloat16"]
 DIMS = [0, 1, 16, 100, 128, 129, 256, 257, 384, 512, 1000, 2048]
+FEW_DIMS = [1, 129, 256, 1000]
 CAPABILITIES = [80, 86, 90, 100]
 H100 = Target(capability=90, num_multiprocessors=132)
 
@@ -45,7 +46,13 @@ def launches(dtype="bfloat16", dim=128, capability=90) -> dict[str, Launch]:
 def test_rows_are_padded_to_whole_chunks_and_slices(dim):
     padded = triton_launch.padded_dim(dim)
     assert dim <= padded < max(2 * dim, 17) and padded >= 16
-    assert all(padded % triton_launch.slice_of(dim, dtype) == 0 for dtype in DTYPES)
+    for dtype, capability in itertools.product(DTYPES, CAPABILITIES):
+        assert padded % triton_launch.slice_of(dim, dtype, capability) == 0
+
+
+@pytest.mark.parametrize("dim", FEW_DIMS)
+def test_tiles_divide_what_they_are_parts_of(dim):
+    padded = triton_launch.padded_dim(dim)
     for dtype, capability in itertools.product([*DTYPES, "tf32"], [0, *CAPABILITIES]):
         for launch in launches(dtype, dim, capability).values():
             sizes = launch.constexprs

@@ -76,6 +76,8 @@ def why_not(problem: Problem) -> str | None:
         return "it takes integer labels or none, not soft ones."
     if problem.rows.shape[-1] > triton_launch.MAX_DIM:
         return f"it takes up to {triton_launch.MAX_DIM} features, not {problem.rows.shape[-1]}."
+    if problem.num_rows * problem.num_cols > triton_launch.MAX_PAIRS:
+        return f"it takes up to 2^40 pairs, not {problem.num_rows} × {problem.num_cols}."
     return None if _INTERPRETED else _too_old(device)
 
 
@@ -104,9 +106,9 @@ def forward(problem: Problem, reduction: str) -> tuple[Tensor, Tensor, Tensor, T
         call.prepare(anchors=True)
         shares = plan.forward_shares(plan.running[0])
         sums = call.new((shares.max_pieces, 4, rows.padded))
-        second_sums = torch.empty_like(sums) if plan.denominator == "one_positive" else sums
+        second_sums = torch.empty_like(sums) if plan.looks_twice else sums
         for running in plan.running:
-            for second in (False, True)[: 1 + (second_sums is not sums)]:
+            for second in (False, True) if plan.looks_twice else (False,):
                 call.run(
                     plan.forward(running, second=second),
                     **call.pairs(rows, cols, plan.forward_shares(running), call.own_col),
@@ -380,7 +382,7 @@ class _Call:
         """(4, padded rows) what anchors weigh, and the factor that was taken out, 0-dim."""
         num_rows = stats.shape[1]
         padded = triton_launch.padded_rows(num_rows)
-        weights, factor = self.new((4, padded)), self.new(())
+        weights, factor, stats = self.new((4, padded)), self.new(()), stats.contiguous()
         self.run(
             self.plan.weights(num_rows),
             upstream_ptr=upstream,
