@@ -257,7 +257,9 @@ _BACKWARD = (
     _Row(_SHORT, MAX_DIM, (90,), Tile(128, 32, 64, 8, 3), "with 256 features 64 columns spill"),
     _Row(_SHORT, MAX_DIM, _MMA, Tile(64, 32, 64, 8, 3), "with 256 features 64 columns spill"),
     _Row(_SHORT, MAX_DIM, (100,), Tile(64, 32, 64, 4, 2, 2), "gradient: half a thread"),
+    _Row(_TF32X3, MAX_DIM, (86,), Tile(64, 16, 16, 4, 2, 2), "as below; one stage spills"),
     _Row(_TF32X3, MAX_DIM, _ALL, Tile(64, 16, 16, 4, 1, 2), "TF32's parts are in registers"),
+    _Row(_TF32, MAX_DIM, (100,), Tile(64, 32, 32, 4, 3, 2), "as below; two stages spill"),
     _Row(_TF32, MAX_DIM, _ALL, Tile(64, 32, 32, 4, 2, 2), "gradient: half a thread"),
 )
 
