@@ -49,6 +49,9 @@ class PretrainConfig:
         method: supcon: images of one class attract each other; simclr: only the views of one
             image do (labels are not used in training).
         temperature: Of the loss.
+        base_temperature: Multiply the loss by temperature / base_temperature, so that the size of a step
+            does not follow the temperature. 1: as the SupCon authors' code; 0.07: as SupContrast's.
+            Default: do not.
         queue_size: Contrast the first view of each image with a queue of so many keys, such as 8192:
             the other views of this step's and of earlier images, embedded without gradient by an
             average of the weights (MoCo). Default: the views of a step with each other.
@@ -130,6 +133,7 @@ class PretrainConfig:
     num_views: int = 2
     method: Literal["supcon", "simclr"] = "supcon"
     temperature: float = 0.1
+    base_temperature: float | None = None
     queue_size: int | None = None
     queue_momentum: float = 0.999
     model: str = "resnet18"
@@ -310,6 +314,11 @@ class PretrainConfig:
         ]
 
     @property
+    def loss_scale(self) -> float:
+        """What the contrastive loss is multiplied by."""
+        return self.temperature / (self.base_temperature or self.temperature)
+
+    @property
     def memory_format(self) -> torch.memory_format:
         """How images and filters lie in memory."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
@@ -341,9 +350,11 @@ class PretrainConfig:
         ]
         return found + [
             f"--{option} {values[option]}: must be greater than 0"
-            for option in ("temperature", "learning_rate", "clip_grad", "timeout_minutes")
+            for option in (
+                "temperature", "base_temperature", "learning_rate", "clip_grad", "timeout_minutes",
+            )
             if values[option] is not None and not values[option] > 0
-        ]
+        ]  # fmt: skip
 
 
 @dataclass
