@@ -8,23 +8,18 @@ from collections.abc import Sequence
 
 import kornia.augmentation as K
 import torch
-from kornia.augmentation.auto import AutoAugment, RandAugment
-from kornia.augmentation.auto.autoaugment.autoaugment import cifar10_policy, imagenet_policy
-from kornia.augmentation.auto.base import SUBPOLICY_CONFIG
-from kornia.augmentation.auto.rand_augment.rand_augment import default_policy
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from config import PretrainConfig, UserError
 from data import ImageData
+from policies import autoaugment, randaugment
 from ranks import ALONE, Ranks
 from seeds import seed_of
 
 # Each holds a change that needs three channels.
 POLICIES = ("autoaugment", "randaugment", "stacked_randaugment")
 CIFAR = ("cifar10", "cifar100")
-# Of RandAugment: changes in a row, and their strength of 30.
-NUM_CHANGES, MAGNITUDE = 2, 9
 
 
 class Views:
@@ -93,24 +88,38 @@ def build_views(config: PretrainConfig, data: ImageData, ranks: Ranks = ALONE) -
     )
 
 
-class EachImage(nn.Module):
-    """Applies to every image of (B, C, s, s) one of some changes, drawn for it alone.
+class GreyJitter(nn.Module):
+    """Of each image of (B, 1, s, s) brightness and contrast, in either order, with a probability.
 
-    kornia's own policies draw one change for a whole batch.
+    Both are torchvision's: the image times a factor, and away from its mean by one. kornia's changes
+    of one channel are others: they add, and multiply about zero.
     """
 
-    def __init__(self, changes: Sequence[nn.Module]) -> None:
+    def __init__(self, strength: float, *, p: float) -> None:
         super().__init__()
-        self.changes = nn.ModuleList(changes)
+        self.strength = strength
+        self.p = p
 
     def forward(self, images: Tensor) -> Tensor:
-        drawn = torch.randint(len(self.changes), (len(images),))
-        changed = torch.empty_like(images)
-        for number, change in enumerate(self.changes):
-            chosen = (drawn == number).nonzero().flatten().to(images.device)
-            if len(chosen) > 0:
-                changed[chosen] = change(images[chosen])
-        return changed
+        happens = torch.rand(len(images), 1, 1, 1) < self.p
+        # Drawn on the CPU: the same factors on every device.
+        factors = 1 + self.strength * (2 * torch.rand(2, len(images), 1, 1, 1) - 1)
+        brightness, contrast = torch.where(happens, factors, 1.0).to(images.device)
+        contrast_first = (torch.rand(len(images), 1, 1, 1) < 0.5).to(images.device)
+        return torch.where(
+            contrast_first,
+            _brighter(_contrasted(images, contrast), brightness),
+            _contrasted(_brighter(images, brightness), contrast),
+        )
+
+
+def _brighter(images: Tensor, factors: Tensor) -> Tensor:
+    return (images * factors).clamp(0, 1)
+
+
+def _contrasted(images: Tensor, factors: Tensor) -> Tensor:
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return (mean + factors * (images - mean)).clamp(0, 1)
 
 
 def _pipeline(name: str, dataset: str, data: ImageData) -> nn.Module:
@@ -123,18 +132,16 @@ def _pipeline(name: str, dataset: str, data: ImageData) -> nn.Module:
         K.RandomHorizontalFlip(p=0.5),
     ]
     if name == "autoaugment":
-        parts += [_autoaugment(cifar10_policy if dataset in CIFAR else imagenet_policy)]
+        parts += [autoaugment(cifar=dataset in CIFAR)]
     elif name == "randaugment":
-        parts += _randaugment()
+        parts += randaugment()
     elif name == "stacked_randaugment":
-        jitter, grey = _colours(channels)
-        parts += [jitter, *_randaugment(), grey]
+        jitter, grey = _colours(channels, strength=1.0)
+        parts += [jitter, *randaugment(), grey, _blur(size)]
     elif name != "crop_flip":
         parts += _colours(channels)
     if name == "simclr_blur":
-        # A tenth of the side, as SimCLR has it, rounded to an odd number.
-        kernel = max(3, size // 10 // 2 * 2 + 1)
-        parts += [K.RandomGaussianBlur((kernel, kernel), sigma=(0.1, 2.0), p=0.5)]
+        parts += [_blur(size)]
     return nn.Sequential(*parts)
 
 
@@ -152,22 +159,21 @@ def _digits(size: int) -> nn.Module:
     )
 
 
-def _colours(channels: int) -> list[nn.Module]:
-    """The change of colour with the strengths of the SupContrast repository.
+def _colours(channels: int, *, strength: float = 0.5) -> list[nn.Module]:
+    """SimCLR's change of colours; with a strength of 0.5 that of the SupContrast repository.
 
     Grey images get the part of it that grey can show.
     """
+    jitter = 0.8 * strength
     if channels == 3:
-        return [K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2)]
-    return [K.RandomBrightness((0.6, 1.4), p=0.8), K.RandomContrast((0.6, 1.4), p=0.8)]
+        return [
+            K.ColorJitter(jitter, jitter, jitter, 0.2 * strength, p=0.8),
+            K.RandomGrayscale(p=0.2),
+        ]
+    return [GreyJitter(jitter, p=0.8)]
 
 
-def _autoaugment(policy: list[SUBPOLICY_CONFIG]) -> nn.Module:
-    """AutoAugment (Cubuk et al., arXiv 1805.09501): one pair of changes for each image."""
-    return EachImage([AutoAugment([pair]) for pair in policy])
-
-
-def _randaugment() -> list[nn.Module]:
-    """RandAugment (Cubuk et al., arXiv 1909.13719): so many changes for each image in turn."""
-    changes = [RandAugment(n=1, m=MAGNITUDE, policy=[change]) for change in default_policy]
-    return [EachImage(changes) for _ in range(NUM_CHANGES)]
+def _blur(size: int) -> nn.Module:
+    # A tenth of the side, as SimCLR has it, rounded to an odd number.
+    kernel = max(3, size // 10 // 2 * 2 + 1)
+    return K.RandomGaussianBlur((kernel, kernel), sigma=(0.1, 2.0), p=0.5)

@@ -44,7 +44,8 @@ class PretrainConfig:
         augment: The random views. auto: digits for the data set digits, otherwise simclr. digits:
             slant, turn, shift and scale. All others crop and flip. crop_flip: no more; simclr: and
             change colours; simclr_blur: and blur; autoaugment, randaugment: and draw from that
-            policy, for each image alone; stacked_randaugment: from it and change colours.
+            policy, for each image alone; stacked_randaugment: from it, and change colours at twice
+            the strength and blur.
         num_views: Random views of each image in a batch.
         method: supcon: images of one class attract each other; simclr: only the views of one
             image do (labels are not used in training).
