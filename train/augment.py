@@ -1,7 +1,8 @@
 """What the network sees of an image: random views in training, the plain centre in evaluation.
 
-A view is a pure function of (seed, step, view), and of the process of several: kornia draws the parameters of a whole
-batch under a seed of its own, and the global random state is left as it was.
+A view is a pure function of (seed, step, view), and of the process of several: kornia draws the
+parameters of a whole batch under a seed of its own, and the global random state is left as it was.
+Of images in files it begins with a crop that was cut where the image was decoded.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from config import PretrainConfig, UserError
-from data import ImageData
+from data import Crops, ImageData, ImageFiles, Split
 from policies import autoaugment, randaugment
 from ranks import ALONE, Ranks
 from seeds import seed_of
@@ -23,12 +24,18 @@ CIFAR = ("cifar10", "cifar100")
 
 
 class Views:
-    """Makes network inputs from stored images: (B, C, S, S) uint8 to (B, C, s, s) float."""
+    """Makes network inputs from stored images: (B, C, S, S) uint8 to (B, C, s, s) float.
+
+    Args:
+        pipeline: the random changes.
+        traits: in what these views differ from those of earlier versions, which a checkpoint holds.
+    """
 
     def __init__(
         self,
         pipeline: nn.Module,
         *,
+        traits: Sequence[str] = (),
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
@@ -37,6 +44,7 @@ class Views:
         memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
         self.pipeline = pipeline
+        self.traits = list(traits)
         self.image_size = image_size
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
@@ -46,7 +54,13 @@ class Views:
 
     @torch.no_grad()
     def random(self, images: Tensor, *, step: int, view: int) -> Tensor:
-        """One random view of each image; `step` counts from the start of the run."""
+        """One random view of each image; `step` counts from the start of the run.
+
+        Args:
+            images: (B, C, S, S), or (B, V, C, s, s) that hold a crop for each view.
+        """
+        if images.ndim == 5:
+            images = images[:, view]
         cuda = [images.device] if images.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed_of(self.seed, step, view, *self.seed_key))
@@ -71,14 +85,16 @@ def build_views(config: PretrainConfig, data: ImageData, ranks: Ranks = ALONE) -
     """
     name = config.augment
     if name == "auto":
-        name = "digits" if config.dataset == "digits" else "simclr"
+        name = "simclr" if config.crops else "digits"
     if name in POLICIES and data.channels != 3:
         raise UserError(
             f"--augment {name} changes colours, and the images of {config.dataset} are grey: "
             "--augment simclr takes both"
         )
+    parts = [*_begin(config, data), *_changes(name, config.dataset, data)]
     return Views(
-        _pipeline(name, config.dataset, data),
+        nn.Sequential(*parts),
+        traits=_traits(name, config, data),
         image_size=data.image_size,
         mean=data.mean,
         std=data.std,
@@ -86,6 +102,30 @@ def build_views(config: PretrainConfig, data: ImageData, ranks: Ranks = ALONE) -
         seed_key=ranks.seed_key,
         memory_format=config.memory_format,
     )
+
+
+def training_images(config: PretrainConfig, data: ImageData) -> Split | Crops:
+    """What training batches are drawn from: of images in files, crops of them in every view."""
+    if not (config.crops and isinstance(data.train.images, ImageFiles)):
+        return data.train
+    return Crops(
+        data.train,
+        size=data.image_size,
+        num_views=config.num_views,
+        min_area=config.min_crop_area,
+        seed=config.seed,
+    )
+
+
+def _traits(name: str, config: PretrainConfig, data: ImageData) -> list[str]:
+    found = []
+    if isinstance(training_images(config, data), Crops):
+        found.append("crops of whole images")
+    if name in POLICIES:
+        found.append("the authors' policy")
+    if name.startswith("simclr") and data.channels == 1:
+        found.append("multiplied brightness and contrast")
+    return found
 
 
 class GreyJitter(nn.Module):
@@ -122,40 +162,42 @@ def _contrasted(images: Tensor, factors: Tensor) -> Tensor:
     return (mean + factors * (images - mean)).clamp(0, 1)
 
 
-def _pipeline(name: str, dataset: str, data: ImageData) -> nn.Module:
-    size, channels = data.image_size, data.channels
+def _begin(config: PretrainConfig, data: ImageData) -> list[nn.Module]:
+    size = (data.image_size, data.image_size)
+    if not config.crops:
+        return [K.CenterCrop(size)]
+    flip = K.RandomHorizontalFlip(p=0.5)
+    if isinstance(training_images(config, data), Crops):
+        return [flip]
+    # "resample" cuts the whole batch at once; "slice" would go from image to image.
+    scale = (config.min_crop_area, 1.0)
+    return [K.RandomResizedCrop(size, scale=scale, p=1.0, cropping_mode="resample"), flip]
+
+
+def _changes(name: str, dataset: str, data: ImageData) -> list[nn.Module]:
     if name == "digits":
-        return _digits(size)
-    parts = [
-        # "resample" cuts the whole batch at once; "slice" would go from image to image.
-        K.RandomResizedCrop((size, size), scale=(0.2, 1.0), p=1.0, cropping_mode="resample"),
-        K.RandomHorizontalFlip(p=0.5),
-    ]
+        return [_handwriting()]
     if name == "autoaugment":
-        parts += [autoaugment(cifar=dataset in CIFAR)]
-    elif name == "randaugment":
-        parts += randaugment()
-    elif name == "stacked_randaugment":
-        jitter, grey = _colours(channels, strength=1.0)
-        parts += [jitter, *randaugment(), grey, _blur(size)]
-    elif name != "crop_flip":
-        parts += _colours(channels)
-    if name == "simclr_blur":
-        parts += [_blur(size)]
-    return nn.Sequential(*parts)
+        return [autoaugment(cifar=dataset in CIFAR)]
+    if name == "randaugment":
+        return randaugment()
+    if name == "stacked_randaugment":
+        jitter, grey = _colours(data.channels, strength=1.0)
+        return [jitter, *randaugment(), grey, _blur(data.image_size)]
+    if name == "crop_flip":
+        return []
+    colours = _colours(data.channels)
+    return [*colours, _blur(data.image_size)] if name == "simclr_blur" else colours
 
 
-def _digits(size: int) -> nn.Module:
+def _handwriting() -> nn.Module:
     """Slant, turn, shift and scale as handwriting does; a flip would make another digit."""
-    return nn.Sequential(
-        K.CenterCrop((size, size)),
-        K.RandomAffine(
-            degrees=15.0,
-            translate=(0.1, 0.1),
-            scale=(0.8, 1.2),
-            shear=torch.tensor([-10.0, 10.0, -10.0, 10.0]),
-            p=1.0,
-        ),
+    return K.RandomAffine(
+        degrees=15.0,
+        translate=(0.1, 0.1),
+        scale=(0.8, 1.2),
+        shear=torch.tensor([-10.0, 10.0, -10.0, 10.0]),
+        p=1.0,
     )
 
 
