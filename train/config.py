@@ -63,6 +63,9 @@ class PretrainConfig:
         model: With the small stem resnet10, 18, 34, 50, 101, 152 or 200; with the standard stem
             any model of timm by name that can embed images of image_size.
         stem: small: 3x3 at stride 1, for images up to about 64 pixels; standard: the model's own.
+        zero_init_residual: Begin the last batch norm of every residual block at zero, so that the block
+            begins as the identity (models of timm that take zero_init_last); false: at one, as
+            SupContrast.
         width: Channels of the first stage, doubled at each of the next three (small stem only).
         head: Between encoder and loss. mlp: two layers; linear: one, as the paper's ImageNet recipe.
         normalize_embedding: The head sees embeddings of length 1, as in that recipe.
@@ -77,17 +80,18 @@ class PretrainConfig:
         learning_rate: At its peak; not scaled by the batch size.
         weight_decay: Applied to all parameters, as the SupCon authors do; but see the next one.
         decay_norm_and_bias: Whether biases and norm layers decay, too, and with lars are adapted.
-            Default: true; with lars false.
+            bias: biases alone, as the SupCon authors. Default: true; with lars false.
         optimizer: momentum: SGD with momentum 0.9; nesterov: the same with Nesterov's; lars: with
             momentum 0.9 and trust coefficient 0.001; rmsprop: TensorFlow's, with momentum 0.9 and
-            eps 0.001; adamw.
+            eps 1; adamw.
         clip_grad: Scale the gradient of all parameters together down to this norm. Default: never.
         ema_decay: Evaluate and export an average of the weights, of which each step keeps this share,
             such as 0.999, and less early on: at step k at most 1 - k^(-2/3). Default: no average.
         warmup_epochs: Epochs of linear warm-up before the schedule. Default: 4, but one less than epochs
             where these are fewer.
-        schedule: cosine: half a cosine to zero; step: times decay_rate at each of decay_epochs;
+        schedule: cosine: half a cosine to final_learning_rate; step: times decay_rate at each of decay_epochs;
             exponential: a little lower every step, times decay_rate per decay_epochs.
+        final_learning_rate: Where the cosine ends; with SupContrast at a thousandth of the peak.
         decay_rate: A factor of the learning rate (step and exponential only).
         decay_epochs: step: the epochs, from the start of the run, after which the rate falls, such
             as [700,800,900]; exponential: [how many epochs it takes to fall once].
@@ -143,6 +147,7 @@ class PretrainConfig:
     queue_momentum: float = 0.999
     model: str = "resnet18"
     stem: Literal["small", "standard"] = "small"
+    zero_init_residual: bool = True
     width: int = 16
     head: Literal["mlp", "linear"] = "mlp"
     normalize_embedding: bool = False
@@ -154,12 +159,13 @@ class PretrainConfig:
     max_steps: int | None = None
     learning_rate: float = 0.2
     weight_decay: float = 5e-4
-    decay_norm_and_bias: bool | None = None
+    decay_norm_and_bias: bool | Literal["bias"] | None = None
     optimizer: Literal["momentum", "nesterov", "lars", "rmsprop", "adamw"] = "momentum"
     clip_grad: float | None = None
     ema_decay: float | None = None
     warmup_epochs: int | None = None
     schedule: Literal["cosine", "step", "exponential"] = "cosine"
+    final_learning_rate: float = 0.0
     decay_rate: float = 0.1
     decay_epochs: list[float] | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -309,6 +315,15 @@ class PretrainConfig:
             (
                 not cosine or (at is None and self.decay_rate == PretrainConfig.decay_rate),
                 "--decay_epochs and --decay_rate contradict --schedule cosine",
+            ),
+            (
+                cosine or self.final_learning_rate == 0,
+                f"--final_learning_rate contradicts --schedule {self.schedule}: a cosine ends there",
+            ),
+            (
+                0 <= self.final_learning_rate <= self.learning_rate,
+                f"--final_learning_rate {self.final_learning_rate}: must be at least 0 and at most "
+                f"--learning_rate {self.learning_rate}",
             ),
             (
                 self.schedule != "exponential" or not at or (len(at) == 1 and at[0] > 0),
