@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from augment import build_views, training_images
 from config import PretrainConfig, UserError
-from data import training_batches
+from data import Split, training_batches
 from sources import load_data
 from train_fixtures import metrics, pretrain, weights, write_images
 
@@ -79,6 +80,24 @@ def test_image_that_comes_twice_is_cropped_twice(coordinates):
     )
     (images, _) = next(iter(batches))
     assert len({tuple(crop.flatten().tolist()) for crop in images.flatten(0, 1)}) == 12
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_larger_originals_in_memory_are_cropped_alike(coordinates, monkeypatch, workers):
+    def stl10(root, fetch):
+        files = load_data(coordinates).train
+        images = torch.stack([pil_to_tensor(files.images.decode(i)) for i in range(len(files))])
+        whole = Split(images[..., :HEIGHT].contiguous(), files.labels)
+        return whole, whole, ["a", "b"]
+
+    monkeypatch.setattr("sources._stl10", stl10)
+    config = replace(coordinates, dataset="stl10", val_fraction=None, num_views=20)
+    kept = load_data(config).train.take([1, 0])
+    assert kept.images.shape == (2, 3, 16, 16) and kept.originals.shape == (2, 3, HEIGHT, HEIGHT)
+    cut = crops(config, workers=workers)
+    assert cut.shape == (18, 20, 3, 16, 16) and cut[:, :, :2].max() > HEIGHT - 5
+    # At their own size they are cropped on the device, as those of other data sets.
+    assert crops(replace(config, image_size=HEIGHT)).shape[1:] == (3, HEIGHT, HEIGHT)
 
 
 def test_cropping_leaves_the_random_state_alone(coordinates):

@@ -105,8 +105,9 @@ def build_views(config: PretrainConfig, data: ImageData, ranks: Ranks = ALONE) -
 
 
 def training_images(config: PretrainConfig, data: ImageData) -> Split | Crops:
-    """What training batches are drawn from: of images in files, crops of them in every view."""
-    if not (config.crops and isinstance(data.train.images, ImageFiles)):
+    """What training batches are drawn from: of files and larger originals, crops in every view."""
+    larger = isinstance(data.train.images, ImageFiles) or data.train.originals is not None
+    if not (config.crops and larger):
         return data.train
     return Crops(
         data.train,

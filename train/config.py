@@ -48,7 +48,7 @@ class PretrainConfig:
             the strength and blur.
         min_crop_area: The least share of an image that a random crop keeps, up to all of it, such as
             0.08 of the SupCon authors' ImageNet runs. Default: 0.2, as SupContrast. Of images in files
-            crops are cut from the whole image.
+            crops are cut from the whole image, as of stl10 at an image_size below its 96.
         num_views: Random views of each image in a batch.
         method: supcon: images of one class attract each other; simclr: only the views of one
             image do (labels are not used in training).

@@ -78,10 +78,14 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
     """Images of one stored size S and their labels (N,).
 
     Indexed by a list of B indices it gives ((B, C, S, S) uint8, (B,)).
+
+    Args:
+        originals: the same images in memory, as large as they came, where that is larger than S.
     """
 
     images: Tensor | ImageFiles
     labels: Tensor
+    originals: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -97,7 +101,8 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
     def take(self, indices: list[int]) -> "Split":
         """The split of these images alone."""
         if isinstance(self.images, Tensor):
-            return Split(self.images[indices], self.labels[indices])
+            originals = None if self.originals is None else self.originals[indices]
+            return Split(self.images[indices], self.labels[indices], originals)
         files = [self.images.files[index] for index in indices]
         return Split(
             ImageFiles(files, self.images.size, self.images.channels), self.labels[indices]
@@ -106,7 +111,7 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class Crops(Dataset[tuple[Tensor, Tensor]]):
-    """Random crops of the images of a split, cut from the whole image where it is decoded.
+    """Random crops of the images of a split, cut from the whole image where it is decoded or lies.
 
     Indexed by B pairs of an index and what its crops are drawn by (see `PlacedOrder`) it gives
     ((B, V, C, s, s) uint8, (B,)), a crop for each of V views.
@@ -127,20 +132,24 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         return self.split.labels
 
     def __getitem__(self, batch: list[tuple[int, tuple[int, int]]]) -> tuple[Tensor, Tensor]:
-        images = self.split.images
-        assert isinstance(images, ImageFiles)
         # torchvision draws from the global generator, which is left as it was.
         with torch.random.fork_rng(devices=[]):
-            crops = [self._cut(images.decode(index), place) for index, place in batch]
+            crops = [self._cut(self._whole(index), place) for index, place in batch]
         return torch.stack(crops), self.labels[[index for index, _ in batch]]
 
-    def _cut(self, image: Image.Image, place: tuple[int, int]) -> Tensor:
+    def _whole(self, index: int) -> Image.Image | Tensor:
+        images = self.split.images
+        if isinstance(images, ImageFiles):
+            return images.decode(index)
+        return images[index] if self.split.originals is None else self.split.originals[index]
+
+    def _cut(self, image: Image.Image | Tensor, place: tuple[int, int]) -> Tensor:
         views = []
         for view in range(self.num_views):
             torch.default_generator.manual_seed(seed_of(self.seed, *place, view))
             box = RandomResizedCrop.get_params(image, [self.min_area, 1.0], [3 / 4, 4 / 3])
             crop = transforms.resized_crop(image, *box, [self.size, self.size], antialias=True)
-            views.append(transforms.pil_to_tensor(crop))
+            views.append(crop if isinstance(crop, Tensor) else transforms.pil_to_tensor(crop))
         return torch.stack(views)
 
 
