@@ -73,6 +73,7 @@ def _build(depth: int, width: int, **options: Any) -> nn.Module:
     assert isinstance(stem, nn.Conv2d)
     network.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False)
     network.maxpool = nn.Identity()
-    network.init_weights()
+    # Once more, for the new convolution.
+    network.init_weights(**{key: options[key] for key in ("zero_init_last",) if key in options})
     built: nn.Module = network
     return built

@@ -52,6 +52,14 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--batch_size", "many"], "batch_size"),
         (["--batch_size", "1"], "--batch_size 1: must be at least 2"),
         (["--num_views", "1"], "--num_views 1: must be at least 2"),
+        (["--min_crop_area", "0"], "--min_crop_area 0.0: must be greater than 0 and at most 1"),
+        (["--min_crop_area", "0.5"], "--min_crop_area contradicts --augment digits"),
+        (["--base_temperature", "0"], "--base_temperature 0.0: must be greater than 0"),
+        (["--decay_norm_and_bias", "norm"], "decay_norm_and_bias"),
+        (
+            ["--final_learning_rate", "1"],
+            "--final_learning_rate 1.0: must be at least 0 and at most",
+        ),
         (["--classes_per_batch", "1"], "--classes_per_batch 1: must be at least 2, one class"),
         (["--classes_per_batch", "0"], "--classes_per_batch 0: must be at least 2"),
         (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from config import UserError
+from config import PretrainConfig, UserError
 from health import COLLAPSE_STEPS, MAX_SKIPPED_IN_A_ROW, Health
 from supcon_kernels import supcon_loss
 
@@ -20,13 +20,16 @@ def test_not_finite_is_named_with_step_rate_and_remedy(name, value):
         Health(num_contrasts=255).check(7, 0.25, **measured)
 
 
-@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5])
+@pytest.mark.parametrize(
+    ("temperature", "base"), [(0.05, None), (0.5, None), (0.1, 1), (0.1, 0.07)]
+)
 @pytest.mark.parametrize("labels", [torch.arange(128) % 10, None], ids=["supcon", "simclr"])
-def test_collapse_is_named_once(labels, temperature):
+def test_collapse_is_named_once(labels, temperature, base):
     generator = torch.Generator().manual_seed(0)
     features = torch.ones(128, 2, 16) + 1e-4 * torch.randn(128, 2, 16, generator=generator)
-    loss = supcon_loss(features, labels, temperature=temperature).item()
-    health = Health(num_contrasts=255)
+    loss = supcon_loss(features, labels, temperature=temperature, base_temperature=base).item()
+    scale = PretrainConfig(temperature=temperature, base_temperature=base).loss_scale
+    health = Health(num_contrasts=255, scale=scale)
     said = [health.check(step, 0.2, loss, 1.0) for step in range(1, 3 * COLLAPSE_STEPS)]
     assert [step for step, text in enumerate(said, start=1) if text] == [COLLAPSE_STEPS]
     assert "has collapsed: try a lower --learning_rate" in said[COLLAPSE_STEPS - 1]

@@ -1,5 +1,7 @@
 """The recipes: each is read, can be built, and has the numbers that were published for it."""
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -59,7 +61,8 @@ def test_recipe_is_read_and_built(name):
         schedule.step_update(step)
         rates.append(optimizer.param_groups[0]["lr"])
     assert max(rates) == rates[10 * config.warmup_epochs] == config.learning_rate
-    assert 0 < rates[-1] < 1e-3 * config.learning_rate
+    end = config.final_learning_rate
+    assert end < rates[-1] < end + 1e-3 * config.learning_rate
 
 
 def test_every_recipe_is_ours_or_published():
@@ -72,6 +75,26 @@ def test_learning_rate_follows_the_published_rule(name):
     rate, batch_size = PUBLISHED[name]
     assert config.batch_size == batch_size
     assert config.learning_rate == pytest.approx(rate * batch_size / 256)
+
+
+def test_recipes_have_what_the_table_says():
+    lines = (TRAIN.parent / "docs/recipes.md").read_text().splitlines()
+    head, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line
+    )
+    names = [re.search(r"`(\w+)`", cell) for cell in head[1:]]
+    configs = [read(name[1]) if name else PretrainConfig() for name in names]
+    options = [row[0].strip("`") for row in rows]
+    for option, row in zip(options, rows):
+        for name, config, cell in zip(head[1:], configs, row[1:]):
+            value = getattr(config, option)
+            if option == "decay_norm_and_bias" and value is None:
+                value = config.optimizer != "lars"
+            assert value == yaml.safe_load(cell), (option, name)
+    # Nothing that makes the network is said in a recipe alone.
+    own = {"dataset", "method", "width", "workers", "knn_every", "knn_bank", "save_every"}
+    for name in PUBLISHED.keys() - {"imagenet_rn50_memory"}:
+        assert yaml.safe_load(RECIPES[name].read_text()).keys() - own <= set(options)
 
 
 def test_digits_recipe_is_the_default():

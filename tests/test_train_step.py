@@ -77,6 +77,21 @@ def test_network_computes_in_its_precision_and_the_loss_in_float32(monkeypatch, 
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("temperature", "base"), [(0.1, 1.0), (0.5, 1.0), (0.1, 0.07)])
+def test_base_temperature_scales_the_step(temperature, base):
+    def moved(**options):
+        trainer, images, labels = trainer_and_batch(
+            temperature=temperature, weight_decay=0.0, learning_rate=1e-3, **options
+        )
+        before = [weight.detach().clone() for weight in trainer.model.parameters()]
+        trainer.step(images, labels, 0)
+        pairs = zip(trainer.model.parameters(), before)
+        return torch.cat([(now - then).flatten() for now, then in pairs]).norm().item()
+
+    scaled = moved(base_temperature=base)
+    assert scaled == pytest.approx(temperature / base * moved(), rel=1e-3)
+
+
 def test_overflow_of_fp16_skips_the_step_and_counts_it(tmp_path, monkeypatch, capsys):
     original = Trainer.loss
     scales, kept = [], []

@@ -1,39 +1,41 @@
 """What the network sees of an image: random views in training, the plain centre in evaluation.
 
-A view is a pure function of (seed, step, view), and of the process of several: kornia draws the parameters of a whole
-batch under a seed of its own, and the global random state is left as it was.
+A view is a pure function of (seed, step, view), and of the process of several: kornia draws the
+parameters of a whole batch under a seed of its own, and the global random state is left as it was.
+Of images in files it begins with a crop that was cut where the image was decoded.
 """
 
 from collections.abc import Sequence
 
 import kornia.augmentation as K
 import torch
-from kornia.augmentation.auto import AutoAugment, RandAugment
-from kornia.augmentation.auto.autoaugment.autoaugment import cifar10_policy, imagenet_policy
-from kornia.augmentation.auto.base import SUBPOLICY_CONFIG
-from kornia.augmentation.auto.rand_augment.rand_augment import default_policy
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from config import PretrainConfig, UserError
-from data import ImageData
+from data import Crops, ImageData, ImageFiles, Split
+from policies import autoaugment, randaugment
 from ranks import ALONE, Ranks
 from seeds import seed_of
 
 # Each holds a change that needs three channels.
 POLICIES = ("autoaugment", "randaugment", "stacked_randaugment")
 CIFAR = ("cifar10", "cifar100")
-# Of RandAugment: changes in a row, and their strength of 30.
-NUM_CHANGES, MAGNITUDE = 2, 9
 
 
 class Views:
-    """Makes network inputs from stored images: (B, C, S, S) uint8 to (B, C, s, s) float."""
+    """Makes network inputs from stored images: (B, C, S, S) uint8 to (B, C, s, s) float.
+
+    Args:
+        pipeline: the random changes.
+        traits: in what these views differ from those of earlier versions, which a checkpoint holds.
+    """
 
     def __init__(
         self,
         pipeline: nn.Module,
         *,
+        traits: Sequence[str] = (),
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
@@ -42,6 +44,7 @@ class Views:
         memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
         self.pipeline = pipeline
+        self.traits = list(traits)
         self.image_size = image_size
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
@@ -51,7 +54,13 @@ class Views:
 
     @torch.no_grad()
     def random(self, images: Tensor, *, step: int, view: int) -> Tensor:
-        """One random view of each image; `step` counts from the start of the run."""
+        """One random view of each image; `step` counts from the start of the run.
+
+        Args:
+            images: (B, C, S, S), or (B, V, C, s, s) that hold a crop for each view.
+        """
+        if images.ndim == 5:
+            images = images[:, view]
         cuda = [images.device] if images.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed_of(self.seed, step, view, *self.seed_key))
@@ -76,14 +85,16 @@ def build_views(config: PretrainConfig, data: ImageData, ranks: Ranks = ALONE) -
     """
     name = config.augment
     if name == "auto":
-        name = "digits" if config.dataset == "digits" else "simclr"
+        name = "simclr" if config.crops else "digits"
     if name in POLICIES and data.channels != 3:
         raise UserError(
             f"--augment {name} changes colours, and the images of {config.dataset} are grey: "
             "--augment simclr takes both"
         )
+    parts = [*_begin(config, data), *_changes(name, config.dataset, data)]
     return Views(
-        _pipeline(name, config.dataset, data),
+        nn.Sequential(*parts),
+        traits=_traits(name, config, data),
         image_size=data.image_size,
         mean=data.mean,
         std=data.std,
@@ -93,81 +104,119 @@ def build_views(config: PretrainConfig, data: ImageData, ranks: Ranks = ALONE) -
     )
 
 
-class EachImage(nn.Module):
-    """Applies to every image of (B, C, s, s) one of some changes, drawn for it alone.
-
-    kornia's own policies draw one change for a whole batch.
-    """
-
-    def __init__(self, changes: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.changes = nn.ModuleList(changes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        drawn = torch.randint(len(self.changes), (len(images),))
-        changed = torch.empty_like(images)
-        for number, change in enumerate(self.changes):
-            chosen = (drawn == number).nonzero().flatten().to(images.device)
-            if len(chosen) > 0:
-                changed[chosen] = change(images[chosen])
-        return changed
-
-
-def _pipeline(name: str, dataset: str, data: ImageData) -> nn.Module:
-    size, channels = data.image_size, data.channels
-    if name == "digits":
-        return _digits(size)
-    parts = [
-        # "resample" cuts the whole batch at once; "slice" would go from image to image.
-        K.RandomResizedCrop((size, size), scale=(0.2, 1.0), p=1.0, cropping_mode="resample"),
-        K.RandomHorizontalFlip(p=0.5),
-    ]
-    if name == "autoaugment":
-        parts += [_autoaugment(cifar10_policy if dataset in CIFAR else imagenet_policy)]
-    elif name == "randaugment":
-        parts += _randaugment()
-    elif name == "stacked_randaugment":
-        jitter, grey = _colours(channels)
-        parts += [jitter, *_randaugment(), grey]
-    elif name != "crop_flip":
-        parts += _colours(channels)
-    if name == "simclr_blur":
-        # A tenth of the side, as SimCLR has it, rounded to an odd number.
-        kernel = max(3, size // 10 // 2 * 2 + 1)
-        parts += [K.RandomGaussianBlur((kernel, kernel), sigma=(0.1, 2.0), p=0.5)]
-    return nn.Sequential(*parts)
-
-
-def _digits(size: int) -> nn.Module:
-    """Slant, turn, shift and scale as handwriting does; a flip would make another digit."""
-    return nn.Sequential(
-        K.CenterCrop((size, size)),
-        K.RandomAffine(
-            degrees=15.0,
-            translate=(0.1, 0.1),
-            scale=(0.8, 1.2),
-            shear=torch.tensor([-10.0, 10.0, -10.0, 10.0]),
-            p=1.0,
-        ),
+def training_images(config: PretrainConfig, data: ImageData) -> Split | Crops:
+    """What training batches are drawn from: of files and larger originals, crops in every view."""
+    larger = isinstance(data.train.images, ImageFiles) or data.train.originals is not None
+    if not (config.crops and larger):
+        return data.train
+    return Crops(
+        data.train,
+        size=data.image_size,
+        num_views=config.num_views,
+        min_area=config.min_crop_area,
+        seed=config.seed,
     )
 
 
-def _colours(channels: int) -> list[nn.Module]:
-    """The change of colour with the strengths of the SupContrast repository.
+def _traits(name: str, config: PretrainConfig, data: ImageData) -> list[str]:
+    found = []
+    if isinstance(training_images(config, data), Crops):
+        found.append("crops of whole images")
+    if name in POLICIES:
+        found.append("the authors' policy")
+    if name.startswith("simclr") and data.channels == 1:
+        found.append("multiplied brightness and contrast")
+    return found
+
+
+class GreyJitter(nn.Module):
+    """Of each image of (B, 1, s, s) brightness and contrast, in either order, with a probability.
+
+    Both are torchvision's: the image times a factor, and away from its mean by one. kornia's changes
+    of one channel are others: they add, and multiply about zero.
+    """
+
+    def __init__(self, strength: float, *, p: float) -> None:
+        super().__init__()
+        self.strength = strength
+        self.p = p
+
+    def forward(self, images: Tensor) -> Tensor:
+        happens = torch.rand(len(images), 1, 1, 1) < self.p
+        # Drawn on the CPU: the same factors on every device.
+        factors = 1 + self.strength * (2 * torch.rand(2, len(images), 1, 1, 1) - 1)
+        brightness, contrast = torch.where(happens, factors, 1.0).to(images.device)
+        contrast_first = (torch.rand(len(images), 1, 1, 1) < 0.5).to(images.device)
+        return torch.where(
+            contrast_first,
+            _brighter(_contrasted(images, contrast), brightness),
+            _contrasted(_brighter(images, brightness), contrast),
+        )
+
+
+def _brighter(images: Tensor, factors: Tensor) -> Tensor:
+    return (images * factors).clamp(0, 1)
+
+
+def _contrasted(images: Tensor, factors: Tensor) -> Tensor:
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return (mean + factors * (images - mean)).clamp(0, 1)
+
+
+def _begin(config: PretrainConfig, data: ImageData) -> list[nn.Module]:
+    size = (data.image_size, data.image_size)
+    if not config.crops:
+        return [K.CenterCrop(size)]
+    flip = K.RandomHorizontalFlip(p=0.5)
+    if isinstance(training_images(config, data), Crops):
+        return [flip]
+    # "resample" cuts the whole batch at once; "slice" would go from image to image.
+    scale = (config.min_crop_area, 1.0)
+    return [K.RandomResizedCrop(size, scale=scale, p=1.0, cropping_mode="resample"), flip]
+
+
+def _changes(name: str, dataset: str, data: ImageData) -> list[nn.Module]:
+    if name == "digits":
+        return [_handwriting()]
+    if name == "autoaugment":
+        return [autoaugment(cifar=dataset in CIFAR)]
+    if name == "randaugment":
+        return randaugment()
+    if name == "stacked_randaugment":
+        jitter, grey = _colours(data.channels, strength=1.0)
+        return [jitter, *randaugment(), grey, _blur(data.image_size)]
+    if name == "crop_flip":
+        return []
+    colours = _colours(data.channels)
+    return [*colours, _blur(data.image_size)] if name == "simclr_blur" else colours
+
+
+def _handwriting() -> nn.Module:
+    """Slant, turn, shift and scale as handwriting does; a flip would make another digit."""
+    return K.RandomAffine(
+        degrees=15.0,
+        translate=(0.1, 0.1),
+        scale=(0.8, 1.2),
+        shear=torch.tensor([-10.0, 10.0, -10.0, 10.0]),
+        p=1.0,
+    )
+
+
+def _colours(channels: int, *, strength: float = 0.5) -> list[nn.Module]:
+    """SimCLR's change of colours; with a strength of 0.5 that of the SupContrast repository.
 
     Grey images get the part of it that grey can show.
     """
+    jitter = 0.8 * strength
     if channels == 3:
-        return [K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2)]
-    return [K.RandomBrightness((0.6, 1.4), p=0.8), K.RandomContrast((0.6, 1.4), p=0.8)]
+        return [
+            K.ColorJitter(jitter, jitter, jitter, 0.2 * strength, p=0.8),
+            K.RandomGrayscale(p=0.2),
+        ]
+    return [GreyJitter(jitter, p=0.8)]
 
 
-def _autoaugment(policy: list[SUBPOLICY_CONFIG]) -> nn.Module:
-    """AutoAugment (Cubuk et al., arXiv 1805.09501): one pair of changes for each image."""
-    return EachImage([AutoAugment([pair]) for pair in policy])
-
-
-def _randaugment() -> list[nn.Module]:
-    """RandAugment (Cubuk et al., arXiv 1909.13719): so many changes for each image in turn."""
-    changes = [RandAugment(n=1, m=MAGNITUDE, policy=[change]) for change in default_policy]
-    return [EachImage(changes) for _ in range(NUM_CHANGES)]
+def _blur(size: int) -> nn.Module:
+    # A tenth of the side, as SimCLR has it, rounded to an odd number.
+    kernel = max(3, size // 10 // 2 * 2 + 1)
+    return K.RandomGaussianBlur((kernel, kernel), sigma=(0.1, 2.0), p=0.5)

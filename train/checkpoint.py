@@ -60,6 +60,7 @@ CONTENTS: dict[str, dict[str, Any]] = {
         "stored_size": int | None,
         "mean": list[float] | None,
         "std": list[float] | None,
+        "views": list[str] | None,
     },
 }
 
@@ -295,6 +296,12 @@ def check_same_run(
 def check_same_data(path: Path, saved: dict[str, Any], data: dict[str, Any]) -> None:
     """Refuse to go on from `path` with other images than it was trained on."""
     theirs = saved["data"]
+    # An older checkpoint says nothing of its views: they had none of these traits.
+    if traits := sorted(set(data["views"]) ^ set(theirs.get("views") or [])):
+        raise UserError(
+            f"cannot resume {path}: its random views were made in another way than by this version "
+            f"({', '.join(traits)}); --init_from {path} starts a new run from its encoder"
+        )
     changed = [name for name in data if theirs.get(name, data[name]) != data[name]]
     if changed:
         raise UserError(

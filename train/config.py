@@ -44,11 +44,18 @@ class PretrainConfig:
         augment: The random views. auto: digits for the data set digits, otherwise simclr. digits:
             slant, turn, shift and scale. All others crop and flip. crop_flip: no more; simclr: and
             change colours; simclr_blur: and blur; autoaugment, randaugment: and draw from that
-            policy, for each image alone; stacked_randaugment: from it and change colours.
+            policy, for each image alone; stacked_randaugment: from it, and change colours at twice
+            the strength and blur.
+        min_crop_area: The least share of an image that a random crop keeps, up to all of it, such as
+            0.08 of the SupCon authors' ImageNet runs. Default: 0.2, as SupContrast. Of images in files
+            crops are cut from the whole image, as of stl10 at an image_size below its 96.
         num_views: Random views of each image in a batch.
         method: supcon: images of one class attract each other; simclr: only the views of one
             image do (labels are not used in training).
         temperature: Of the loss.
+        base_temperature: Multiply the loss by temperature / base_temperature, so that the size of a step
+            does not follow the temperature. 1: as the SupCon authors' code; 0.07: as SupContrast's.
+            Default: do not.
         queue_size: Contrast the first view of each image with a queue of so many keys, such as 8192:
             the other views of this step's and of earlier images, embedded without gradient by an
             average of the weights (MoCo). Default: the views of a step with each other.
@@ -56,6 +63,9 @@ class PretrainConfig:
         model: With the small stem resnet10, 18, 34, 50, 101, 152 or 200; with the standard stem
             any model of timm by name that can embed images of image_size.
         stem: small: 3x3 at stride 1, for images up to about 64 pixels; standard: the model's own.
+        zero_init_residual: Begin the last batch norm of every residual block at zero, so that the block
+            begins as the identity (models of timm that take zero_init_last); false: at one, as
+            SupContrast.
         width: Channels of the first stage, doubled at each of the next three (small stem only).
         head: Between encoder and loss. mlp: two layers; linear: one, as the paper's ImageNet recipe.
         normalize_embedding: The head sees embeddings of length 1, as in that recipe.
@@ -70,17 +80,18 @@ class PretrainConfig:
         learning_rate: At its peak; not scaled by the batch size.
         weight_decay: Applied to all parameters, as the SupCon authors do; but see the next one.
         decay_norm_and_bias: Whether biases and norm layers decay, too, and with lars are adapted.
-            Default: true; with lars false.
+            bias: biases alone, as the SupCon authors. Default: true; with lars false.
         optimizer: momentum: SGD with momentum 0.9; nesterov: the same with Nesterov's; lars: with
             momentum 0.9 and trust coefficient 0.001; rmsprop: TensorFlow's, with momentum 0.9 and
-            eps 0.001; adamw.
+            eps 1; adamw.
         clip_grad: Scale the gradient of all parameters together down to this norm. Default: never.
         ema_decay: Evaluate and export an average of the weights, of which each step keeps this share,
             such as 0.999, and less early on: at step k at most 1 - k^(-2/3). Default: no average.
         warmup_epochs: Epochs of linear warm-up before the schedule. Default: 4, but one less than epochs
             where these are fewer.
-        schedule: cosine: half a cosine to zero; step: times decay_rate at each of decay_epochs;
+        schedule: cosine: half a cosine to final_learning_rate; step: times decay_rate at each of decay_epochs;
             exponential: a little lower every step, times decay_rate per decay_epochs.
+        final_learning_rate: Where the cosine ends; with SupContrast at a thousandth of the peak.
         decay_rate: A factor of the learning rate (step and exponential only).
         decay_epochs: step: the epochs, from the start of the run, after which the rate falls, such
             as [700,800,900]; exponential: [how many epochs it takes to fall once].
@@ -127,13 +138,16 @@ class PretrainConfig:
         "auto", "digits", "crop_flip", "simclr", "simclr_blur",
         "autoaugment", "randaugment", "stacked_randaugment",
     ] = "auto"  # fmt: skip
+    min_crop_area: float = 0.2
     num_views: int = 2
     method: Literal["supcon", "simclr"] = "supcon"
     temperature: float = 0.1
+    base_temperature: float | None = None
     queue_size: int | None = None
     queue_momentum: float = 0.999
     model: str = "resnet18"
     stem: Literal["small", "standard"] = "small"
+    zero_init_residual: bool = True
     width: int = 16
     head: Literal["mlp", "linear"] = "mlp"
     normalize_embedding: bool = False
@@ -145,12 +159,13 @@ class PretrainConfig:
     max_steps: int | None = None
     learning_rate: float = 0.2
     weight_decay: float = 5e-4
-    decay_norm_and_bias: bool | None = None
+    decay_norm_and_bias: bool | Literal["bias"] | None = None
     optimizer: Literal["momentum", "nesterov", "lars", "rmsprop", "adamw"] = "momentum"
     clip_grad: float | None = None
     ema_decay: float | None = None
     warmup_epochs: int | None = None
     schedule: Literal["cosine", "step", "exponential"] = "cosine"
+    final_learning_rate: float = 0.0
     decay_rate: float = 0.1
     decay_epochs: list[float] | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -247,6 +262,14 @@ class PretrainConfig:
                 f"--warmup_epochs {self.warmup_epochs} contradicts --epochs {self.epochs}: "
                 "it must be smaller",
             ),
+            (
+                0 < self.min_crop_area <= 1,
+                f"--min_crop_area {self.min_crop_area}: must be greater than 0 and at most 1",
+            ),
+            (
+                self.crops or self.min_crop_area == PretrainConfig.min_crop_area,
+                "--min_crop_area contradicts --augment digits, which does not crop",
+            ),
             *self._queue_rules(),
             *self._schedule_rules(),
             (
@@ -294,6 +317,15 @@ class PretrainConfig:
                 "--decay_epochs and --decay_rate contradict --schedule cosine",
             ),
             (
+                cosine or self.final_learning_rate == 0,
+                f"--final_learning_rate contradicts --schedule {self.schedule}: a cosine ends there",
+            ),
+            (
+                0 <= self.final_learning_rate <= self.learning_rate,
+                f"--final_learning_rate {self.final_learning_rate}: must be at least 0 and at most "
+                f"--learning_rate {self.learning_rate}",
+            ),
+            (
                 self.schedule != "exponential" or not at or (len(at) == 1 and at[0] > 0),
                 f"--decay_epochs {at}: --schedule exponential takes one number greater than 0",
             ),
@@ -308,6 +340,16 @@ class PretrainConfig:
                 f"--decay_rate {self.decay_rate}: must be greater than 0 and at most 1",
             ),
         ]
+
+    @property
+    def crops(self) -> bool:
+        """Whether views begin with a random crop."""
+        return self.augment != "digits" and (self.augment, self.dataset) != ("auto", "digits")
+
+    @property
+    def loss_scale(self) -> float:
+        """What the contrastive loss is multiplied by."""
+        return self.temperature / (self.base_temperature or self.temperature)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -341,9 +383,11 @@ class PretrainConfig:
         ]
         return found + [
             f"--{option} {values[option]}: must be greater than 0"
-            for option in ("temperature", "learning_rate", "clip_grad", "timeout_minutes")
+            for option in (
+                "temperature", "base_temperature", "learning_rate", "clip_grad", "timeout_minutes",
+            )
             if values[option] is not None and not values[option] > 0
-        ]
+        ]  # fmt: skip
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Images in memory or in files, and the batches of them that training and evaluation see.
 
-The order of training is a pure function of (seed, epoch), whatever the number of workers; several
-processes share out the batches that one would see.
+The order of training is a pure function of (seed, epoch), and a crop of (seed, epoch, place in that
+order, view), whatever the number of workers; several processes share out the batches that one would
+see.
 """
 
 import math
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as transforms
 
 from config import UserError
@@ -39,17 +41,25 @@ class ImageFiles:
         return len(self.files)
 
     def __getitem__(self, indices: list[int]) -> Tensor:
-        return torch.stack([self._decode(self.files[index]) for index in indices])
+        return torch.stack([self._square(self.decode(index)) for index in indices])
 
-    def _decode(self, file: str | ShardFile) -> Tensor:
+    def decode(self, index: int) -> Image.Image:
+        """A whole image, as large as it is stored.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        file = self.files[index]
         try:
             with Image.open(file if isinstance(file, str) else file.open()) as stored:
                 image = _to_rgb(stored)
-                image = image if self.channels == 3 else image.convert("L")
+                return image if self.channels == 3 else image.convert("L")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             # Pillow calls a file in memory by its address.
             reason = re.sub(r" <_io.BytesIO .*>", "", str(error))
             raise UserError(f"cannot read the image {file}: {reason}") from error
+
+    def _square(self, image: Image.Image) -> Tensor:
         image = transforms.resize(image, [self.size], antialias=True)
         return transforms.pil_to_tensor(transforms.center_crop(image, [self.size]))
 
@@ -68,10 +78,14 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
     """Images of one stored size S and their labels (N,).
 
     Indexed by a list of B indices it gives ((B, C, S, S) uint8, (B,)).
+
+    Args:
+        originals: the same images in memory, as large as they came, where that is larger than S.
     """
 
     images: Tensor | ImageFiles
     labels: Tensor
+    originals: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -87,11 +101,56 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
     def take(self, indices: list[int]) -> "Split":
         """The split of these images alone."""
         if isinstance(self.images, Tensor):
-            return Split(self.images[indices], self.labels[indices])
+            originals = None if self.originals is None else self.originals[indices]
+            return Split(self.images[indices], self.labels[indices], originals)
         files = [self.images.files[index] for index in indices]
         return Split(
             ImageFiles(files, self.images.size, self.images.channels), self.labels[indices]
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Crops(Dataset[tuple[Tensor, Tensor]]):
+    """Random crops of the images of a split, cut from the whole image where it is decoded or lies.
+
+    Indexed by B pairs of an index and what its crops are drawn by (see `PlacedOrder`) it gives
+    ((B, V, C, s, s) uint8, (B,)), a crop for each of V views.
+    """
+
+    split: Split
+    size: int
+    num_views: int
+    min_area: float
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    @property
+    def labels(self) -> Tensor:
+        """Those of the split."""
+        return self.split.labels
+
+    def __getitem__(self, batch: list[tuple[int, tuple[int, int]]]) -> tuple[Tensor, Tensor]:
+        # torchvision draws from the global generator, which is left as it was.
+        with torch.random.fork_rng(devices=[]):
+            crops = [self._cut(self._whole(index), place) for index, place in batch]
+        return torch.stack(crops), self.labels[[index for index, _ in batch]]
+
+    def _whole(self, index: int) -> Image.Image | Tensor:
+        images = self.split.images
+        if isinstance(images, ImageFiles):
+            return images.decode(index)
+        return images[index] if self.split.originals is None else self.split.originals[index]
+
+    def _cut(self, image: Image.Image | Tensor, place: tuple[int, int]) -> Tensor:
+        views = []
+        for view in range(self.num_views):
+            torch.default_generator.manual_seed(seed_of(self.seed, *place, view))
+            box = RandomResizedCrop.get_params(image, [self.min_area, 1.0], [3 / 4, 4 / 3])
+            crop = transforms.resized_crop(image, *box, [self.size, self.size], antialias=True)
+            views.append(crop if isinstance(crop, Tensor) else transforms.pil_to_tensor(crop))
+        return torch.stack(views)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +239,29 @@ class BalancedOrder(TrainingOrder):
             yield [index for label in hand for index in images[label].draw(num_each)]
 
 
+class PlacedOrder(Sampler[list[tuple[int, tuple[int, int]]]]):
+    """The batches of an order, each index with its place: (epoch, number in the whole epoch).
+
+    The place is the same for any number of processes, and an image that comes twice has two.
+    """
+
+    def __init__(self, order: TrainingOrder) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, int]]]]:
+        order = self.order
+        epoch = order.epoch
+        for step, indices in enumerate(order, start=order.step):
+            first = step * order.batch_size + order.rank
+            yield [
+                (index, (epoch, first + number * order.world_size))
+                for number, index in enumerate(indices)
+            ]
+
+
 class _Deck:
     """Numbers drawn in random order without end, each as often as any other up to one time."""
 
@@ -199,7 +281,7 @@ class _Deck:
 
 
 def training_batches(
-    split: Split,
+    split: Split | Crops,
     *,
     batch_size: int,
     seed: int,
@@ -208,7 +290,7 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> tuple[TrainingOrder, DataLoader[tuple[Tensor, Tensor]]]:
-    """The order of a split's batches, and the loader that fetches them in that order.
+    """The order of a split's batches, and the loader that fetches them, or crops, in that order.
 
     Raises:
         UserError: there are too few images for a batch, or classes for `classes_per_batch`, or a
@@ -254,12 +336,13 @@ def sequential_batches(
 
 
 def _loader(
-    split: Split, batches: Sampler[list[int]] | list[list[int]], workers: int
+    split: Split | Crops, batches: TrainingOrder | list[list[int]], workers: int
 ) -> DataLoader[tuple[Tensor, Tensor]]:
+    placed = isinstance(split, Crops) and isinstance(batches, TrainingOrder)
     return DataLoader(
         split,
         batch_size=None,
-        sampler=batches,
+        sampler=PlacedOrder(batches) if placed else batches,
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_leave_process_group,

@@ -10,7 +10,7 @@ from config import UserError
 
 REMEDY = "try a lower --learning_rate or a longer --warmup_epochs"
 # With equal embeddings every similarity is the same: the loss is the logarithm of their number,
-# whatever the temperature. A run may come as near for some steps and leave again, so this is a
+# whatever the temperature, times what it is scaled by. A run may come as near for some steps and leave again, so this is a
 # warning, and of more steps than that takes.
 COLLAPSE_TOLERANCE = 1e-3
 COLLAPSE_STEPS = 20
@@ -25,12 +25,16 @@ class Health:
     Args:
         num_contrasts: embeddings that each one is contrasted with; of a queue, all its slots: while
             it fills a collapse has no loss of its own.
+        scale: what the loss is multiplied by, temperature / base_temperature.
         skips: whether a step whose gradient is not finite leaves the weights alone (fp16).
         num_skipped: such steps of the run so far.
     """
 
-    def __init__(self, num_contrasts: int, *, skips: bool = False, num_skipped: int = 0) -> None:
-        self.collapsed_loss = math.log(num_contrasts)
+    def __init__(
+        self, num_contrasts: int, *, scale: float = 1.0, skips: bool = False, num_skipped: int = 0
+    ) -> None:
+        self.scale = scale
+        self.collapsed_loss = scale * math.log(num_contrasts)
         self.collapsed_steps = 0
         self.skips = skips
         self.num_skipped = num_skipped
@@ -54,7 +58,7 @@ class Health:
                     f"the {name} is {value} at step {step}, learning rate {learning_rate:.3g}: "
                     f"{REMEDY}"
                 )
-        near = abs(loss - self.collapsed_loss) < COLLAPSE_TOLERANCE
+        near = abs(loss - self.collapsed_loss) < COLLAPSE_TOLERANCE * self.scale
         self.collapsed_steps = self.collapsed_steps + 1 if near else 0
         if self.collapsed_steps != COLLAPSE_STEPS:
             return None

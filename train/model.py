@@ -83,9 +83,11 @@ def build_model(config: PretrainConfig, *, channels: int) -> Embedder:
     """
     name, options = encoder_recipe(config, channels=channels)
     size = config.image_size or 32
+    # Not part of what the encoder is: weights of either beginning fit.
+    start = {} if config.zero_init_residual else {"zero_init_last": False}
     try:
         with memory_for(config, "model", "width", "image_size"):
-            encoder = timm.create_model(name, **options)
+            encoder = timm.create_model(name, **options, **start)
             # Asked for and not looked up: not every model of timm has its width in one attribute.
             with torch.no_grad():
                 embedded = encoder.eval()(torch.zeros(2, channels, size, size))
@@ -94,6 +96,10 @@ def build_model(config: PretrainConfig, *, channels: int) -> Embedder:
     except UserError:
         raise
     except Exception as error:
+        if start and "zero_init_last" in str(error):
+            raise UserError(
+                f"--zero_init_residual false: --model {config.model} has no such residual blocks"
+            ) from error
         reason = shorten(" ".join(str(error).split()) or type(error).__name__, 160)
         raise UserError(
             f"--model {config.model} cannot embed images of {channels}x{size}x{size}, choose "

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from config import PretrainConfig
 
 # Of each --optimizer: its name in timm, whose "sgd" would be Nesterov's, and the options that
-# are not timm's defaults. RMSprop's eps is that of the SupCon authors.
+# are not timm's defaults. RMSprop's eps is that of the SupCon authors' stage 1 (of stage 2: 0.001).
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "momentum": ("momentum", {}),
     "nesterov": ("nesterov", {}),
     "lars": ("lars", {"trust_coeff": 0.001}),
-    "rmsprop": ("rmsproptf", {"eps": 1e-3}),
+    "rmsprop": ("rmsproptf", {"eps": 1.0}),
     "adamw": ("adamw", {}),
 }
 
@@ -24,14 +24,15 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 def build_optimizer(model: nn.Module, config: PretrainConfig) -> Optimizer:
     """The optimiser that a config asks for, over all parameters.
 
-    They are one group, or two where biases and norm layers, all of one dimension, do not decay.
+    They are one group, or two where norm layers, or they and biases, do not decay.
     """
-    decay_all = config.decay_norm_and_bias
-    if decay_all is None:
-        decay_all = config.optimizer != "lars"
+    decays = config.decay_norm_and_bias
+    if decays is None:
+        decays = config.optimizer != "lars"
     parameters = list(model.parameters())
-    decaying = [p for p in parameters if decay_all or p.ndim > 1]
-    others = [p for p in parameters if not decay_all and p.ndim <= 1]
+    biases = _biases(model) if decays == "bias" else set()
+    decaying = [p for p in parameters if decays is True or p.ndim > 1 or p in biases]
+    others = [p for p in parameters if not (decays is True or p.ndim > 1 or p in biases)]
     groups: list[dict[str, Any]] = [{"params": decaying, "weight_decay": config.weight_decay}]
     if config.optimizer == "lars":
         # Left to itself, timm's adapts nothing where nothing decays.
@@ -42,10 +43,20 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> Optimizer:
     return create_optimizer_v2(groups, opt=name, lr=config.learning_rate, momentum=0.9, **options)
 
 
+def _biases(model: nn.Module) -> set[nn.Parameter]:
+    """Those beside a weight of several dimensions: not the ones of norm layers."""
+    found = set()
+    for module in model.modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(weight, Tensor) and weight.ndim > 1 and isinstance(bias, nn.Parameter):
+            found.add(bias)
+    return found
+
+
 def build_schedule(
     optimizer: Optimizer, config: PretrainConfig, steps_per_epoch: int, total_steps: int
 ) -> Scheduler:
-    """Linear warm-up, then what --schedule says; a cosine is at zero after `total_steps`.
+    """Linear warm-up, then what --schedule says; a cosine is at its end after `total_steps`.
 
     `schedule.step_update(step)` before a step sets its learning rate from `step` alone, so a
     resumed run has no schedule to restore.
@@ -62,7 +73,8 @@ def build_schedule(
     }
     if config.schedule == "cosine":
         # A single step is at the peak with either length; timm warns of a length of 1.
-        return CosineLRScheduler(optimizer, max(total_steps - warmup_steps, 2), **options)
+        length = max(total_steps - warmup_steps, 2)
+        return CosineLRScheduler(optimizer, length, lr_min=config.final_learning_rate, **options)
     assert config.decay_epochs
     decay_steps = [epochs * steps_per_epoch for epochs in config.decay_epochs]
     if config.schedule == "exponential":

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from augment import Views, training_images
 from checkpoint import (
     LAST,
     RunState,
@@ -69,7 +70,7 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
     with ranks.one_per_host_first(), memory_for(config, "image_size"):
         data = load_data(config)
     order, batches = training_batches(
-        data.train,
+        training_images(config, data),
         batch_size=config.batch_size,
         seed=config.seed,
         workers=config.workers,
@@ -191,7 +192,7 @@ def go_on(
 
     def restore(path: Path, saved: dict[str, Any]) -> None:
         check_same_run(path, saved, config, machine)
-        check_same_data(path, saved, describe_data(data))
+        check_same_data(path, saved, describe_data(data, trainer.views))
         with restored_from(path):
             state = RunState(**saved["state"])
             begin, end = (
@@ -238,12 +239,12 @@ def write_checkpoint(
         config=asdict(config),
         machine=describe_machine(trainer.device, trainer.ranks.world_size),
         random_states=random_states,
-        data=describe_data(data),
+        data=describe_data(data, trainer.views),
         **trainer.state_dict(),
     )
 
 
-def describe_data(data: ImageData) -> dict[str, Any]:
+def describe_data(data: ImageData, views: Views) -> dict[str, Any]:
     """What a checkpoint says of the images that it was trained on."""
     return {
         "classes": data.classes,
@@ -252,6 +253,7 @@ def describe_data(data: ImageData) -> dict[str, Any]:
         "stored_size": data.train.stored_size,
         "mean": data.mean,
         "std": data.std,
+        "views": views.traits,
     }
 
 

@@ -164,6 +164,7 @@ class Report:
         self.images_per_step = config.batch_size
         self.health = Health(
             config.queue_size or config.num_views * config.batch_size - 1,
+            scale=config.loss_scale,
             skips=config.precision == "fp16",
             num_skipped=0 if resumed is None else resumed.skipped,
         )

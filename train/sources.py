@@ -189,8 +189,11 @@ def _in_memory(train: Split, test: Split, classes: list[str], config: PretrainCo
     channels = config.in_chans or train.images.shape[1]
     images = _with_channels(_resize(train.images, size), channels)
     mean, std = _mean_and_std(images)
+    # Those of the other data sets are as small as a network sees them.
+    larger = config.dataset == "stl10" and size < train.images.shape[-1]
+    originals = _with_channels(train.images, channels) if larger else None
     return ImageData(
-        Split(images, train.labels),
+        Split(images, train.labels, originals),
         Split(_with_channels(_resize(test.images, size), channels), test.labels),
         classes,
         size,

@@ -210,8 +210,14 @@ class Trainer:
                 self.probe.step(embedded, labels)
             features = rows.float().unflatten(0, (-1, len(images))).transpose(0, 1)
             self.clock.mark("forward")
-            temperature = self.config.temperature
-            loss = supcon_loss(features, classes, temperature=temperature, group=group, **contrast)
+            loss = supcon_loss(
+                features,
+                classes,
+                temperature=self.config.temperature,
+                base_temperature=self.config.base_temperature,
+                group=group,
+                **contrast,
+            )
             self.clock.mark("loss")
             return loss
 
