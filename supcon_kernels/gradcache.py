@@ -1,4 +1,4 @@
-"""Batches that no memory holds: the gradient of a loss over all rows, through a network chunk by chunk."""
+"""Gradient caching: the gradient of a loss over all rows, through a network chunk by chunk."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ def grad_cache_backward(
 ) -> Tensor:
     """``loss_function(torch.cat([encode(chunk) for chunk in chunks])).backward()`` in a chunk's memory.
 
-    A contrastive loss needs all embeddings at once, but not what the network keeps for its backward.
-    So the chunks are encoded without a graph; the loss of all embeddings and its gradient by each of
-    them are computed; and each chunk is encoded again, with its graph, to pass its part of that
+    A contrastive loss needs all embeddings at once, but not the activations behind them. So the
+    chunks are encoded without a graph. The loss of all embeddings and its gradient by each of them
+    are computed. Then each chunk is encoded again, with its graph, and passes its part of that
     gradient on. The network runs forward twice; its activations are those of one chunk.
 
-    The second time draws the same random numbers (of the CPU and of the current CUDA device) and
-    begins with the same buffers; in the end the random state is the one after the loss. So the gradients are those of the line above to the bit, but for
-    the order in which chunks add to a parameter's gradient; and those of the whole batch encoded at
-    once, to rounding, where rows do not see each other in the network. With batch norm they do: each
-    chunk is a statistics group of its own, and updates the running statistics once.
+    The second pass draws the same random numbers (of the CPU and of the current CUDA device) and
+    begins with the same buffers; in the end the random state is the one after the loss. So the
+    gradients are bitwise those of the line above, but for the order in which chunks add to a
+    parameter's gradient. They are those of the whole batch encoded at once, to rounding, where rows
+    do not see each other in the network. With batch norm they do: each chunk is a statistics group
+    of its own, and updates the running statistics once.
 
     Under DistributedDataParallel the network's gradients are averaged once, in the last chunk's
-    backward; those of the loss's own parameters, such as a temperature, are not: average them by
-    hand, and keep them out of the network. The running statistics are those of the first process,
-    as DDP has it. Every process needs at least one chunk; and as many as the others, where the network itself talks to
-    them, as SyncBatchNorm does. With ``supcon_loss(..., group=...)`` the rows are those of all
-    processes.
+    backward. Those of the loss's own parameters, such as a temperature, are not: average them by
+    hand, and keep them out of the network. The running statistics are those of rank 0, as DDP has
+    it. Every rank needs at least one chunk, and as many as the others where the network itself
+    communicates, as SyncBatchNorm does. With ``supcon_loss(..., group="world")`` the rows are those
+    of all ranks.
 
     Args:
         encode: a chunk to its embeddings (n, D): a module or any function. ``torch.autocast`` belongs
@@ -151,7 +152,8 @@ def _leaves(root: Tensor) -> Iterator[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+        leaf = getattr(node, "variable", None)
+        if node.name() == "torch::autograd::AccumulateGrad" and leaf is not None:
             yield leaf
         todo += [following for following, _ in node.next_functions]
 

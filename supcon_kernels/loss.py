@@ -82,7 +82,8 @@ def supcon_loss(
             with rows of its own, any number of them: the loss is that of all ranks' rows together,
             to the same bits on every rank. See below. "world" is every process there is at the
             call, this one alone where torch.distributed is not initialised. "local": this rank's
-            rows alone; None: the same, with a warning where there are other ranks.
+            rows alone; None: the same, with a warning where there are other ranks (but under
+            ``torch.compile``).
         backend: None: the best that takes the call; or one of ``available_backends()``.
 
     Returns:

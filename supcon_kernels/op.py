@@ -88,6 +88,8 @@ def _backward(
         if of_cols and of_cols[1] is not None:
             of_cols = (weight.expand(of_cols[1].shape[1]), of_cols[1])
     grads = BACKENDS[backend].backward(problem.by_rows(), grad_loss, stats, *needs, *of_cols)
+    if not problem.has_integer_labels:
+        grads = tuple(grad + problem.target_poison() for grad in grads)
     return (
         _as_given(grads[0], problem.rows) if needs_rows else grads[0],
         _as_given(grads[1], problem.cols) if needs_cols else grads[1],

@@ -54,11 +54,12 @@ class LabelQueue(nn.Module):
         for name, value in (("size", size), ("dim", dim)):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
-        self.register_buffer("features", torch.zeros(size, dim, dtype=dtype, device=device))
-        empty = torch.full((size,), ignore_index, dtype=torch.int64, device=device)
-        self.register_buffer("labels", empty)
+        # Buffers made under inference_mode could not be part of a loss that is differentiated later.
+        with torch.inference_mode(False):
+            self.register_buffer("features", torch.zeros(size, dim, dtype=dtype, device=device))
+            empty = torch.full((size,), ignore_index, dtype=torch.int64, device=device)
+            self.register_buffer("labels", empty)
 
-    # Buffers made under inference_mode could not be part of a loss that is differentiated later.
     @torch.inference_mode(False)
     @torch.no_grad()
     def enqueue(
@@ -92,6 +93,9 @@ class LabelQueue(nn.Module):
     def _checked(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The batch as the queue holds it."""
         dim = self.features.shape[1]
+        for name, x in (("features", features), ("labels", labels)):
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
         if features.dtype not in FLOATS or features.ndim != 2 or features.shape[1] != dim:
             raise ValueError(
                 f"features must be floating-point of shape (N, {dim}), "

@@ -166,6 +166,8 @@ def test_learning_the_temperature_in_the_module_needs_no_base():
             for t in (torch.float32, torch.bool, torch.uint64)
         ),
         ("features", lambda: LabelQueue(4, 3).enqueue(torch.zeros(2, 3) * 1j, LABELS[:2])),
+        ("features", lambda: LabelQueue(4, 3).enqueue(None, LABELS[:2])),
+        ("labels", lambda: LabelQueue(4, 3).enqueue(torch.zeros(2, 3), [0, 1])),
     ],
 )
 def test_queue_names_the_argument(name, call):

@@ -315,7 +315,7 @@ def test_the_choice_can_be_traced_beside_a_gpu(monkeypatch):
 
 
 def test_targets_that_no_host_looks_at_make_the_loss_nan():
-    x = torch.randn(4, 3)
+    x = torch.randn(4, 3, requires_grad=True)
     soft, mask = torch.rand(4, 2), torch.ones(4, 4)
     targets = [{"labels": soft - 1}, {"labels": soft / 0}, {"mask": mask / 0}]
     for backend in ("native", "tiled", "reference"):
@@ -326,7 +326,9 @@ def test_targets_that_no_host_looks_at_make_the_loss_nan():
                 continue
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(validation, "_readable", lambda x: False)  # as on a GPU
-                assert supcon_loss(x, **call, backend=backend).isnan()
+                loss = supcon_loss(x, **call, backend=backend)
+            assert loss.isnan()
+            assert torch.autograd.grad(loss, x)[0].isnan().all() or backend == "reference"
 
 
 def test_values_are_read_on_the_cpu_alone():

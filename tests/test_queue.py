@@ -51,18 +51,14 @@ def test_enqueueing_between_forward_and_backward():
 
 
 def test_a_queue_filled_under_inference_mode_is_trained_against():
-    queue = LabelQueue(8, 3)
     with torch.inference_mode():
-        queue.enqueue(torch.randn(6, 3), torch.arange(6) % 3)
-    x = torch.randn(6, 3, requires_grad=True)
-    for backend in ("tiled", "reference"):
-        supcon_loss(
-            x,
-            torch.arange(6) % 3,
-            contrast_features=queue.features,
-            contrast_labels=queue.labels,
-            backend=backend,
-        ).backward()
+        empty, filled = LabelQueue(8, 3), LabelQueue(8, 3)
+        filled.enqueue(torch.randn(6, 3), torch.arange(6) % 3)
+    x, labels = torch.randn(6, 3, requires_grad=True), torch.arange(6) % 3
+    for queue in (empty, filled):
+        contrast = {"contrast_features": queue.features, "contrast_labels": queue.labels}
+        for backend in ("tiled", "reference"):
+            supcon_loss(x, labels, **contrast, backend=backend).backward()
     assert x.grad.isfinite().all()
 
 
