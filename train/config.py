@@ -95,8 +95,9 @@ class PretrainConfig:
             they are each process's own, and the first one's are evaluated and saved.
         channels_last: Keep images and filters with the channels innermost, which convolutions are
             mostly faster with.
-        workers: Processes that load (and for imagefolder and webdataset decode) images; 0: the main
-            process. The results do not depend on it.
+        workers: Processes that load (and for imagefolder and webdataset decode) images, for each
+            training process (of torchrun: 8 GPUs with 4 workers each are 32); 0: the training
+            process itself. The results do not depend on it.
         device: auto takes cuda, then mps, then cpu. Of several processes each takes a GPU to itself.
         timeout_minutes: How long one of several processes waits for another before it ends with an
             error; the first of each host may be downloading the data set meanwhile.

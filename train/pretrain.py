@@ -142,7 +142,7 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
                     for images, labels in islice(batches, total_steps - state.step):
                         loss = trainer.step(images, labels, state.step)
                         state.step += 1
-                        report.step(state, trainer.optimizer, loss)
+                        report.step(state, trainer, loss)
                         if is_due(state.step, config.save_every):
                             save()
                         requests.check(save)
