@@ -36,7 +36,6 @@ ARTEFACTS = {
     "timings.csv",
     "results.json",
     "last.pt",
-    "best.pt",
     "step-10.pt",
     "step-15.pt",
     "encoder.safetensors",
@@ -309,7 +308,7 @@ def test_average_of_the_weights_is_evaluated_and_exported(tmp_path):
 def knn_of(state):
     """The k-NN accuracy on digits of the tiny network with these weights."""
     from augment import build_views
-    from knn import accuracy, encode_stored, knn_predictions
+    from knn import accuracy, embed, encode_stored, knn_predict
     from model import build_model
     from sources import load_data
 
@@ -320,9 +319,8 @@ def knn_of(state):
     network = network.to(memory_format=torch.channels_last)
     encode = partial(encode_stored, network, build_views(config, data))
     cpu = torch.device("cpu")
-    predictions = knn_predictions(
-        encode, data.test, data.train, num_classes=10, device=cpu, workers=0
-    )
+    test, bank = (embed(encode, split, device=cpu, workers=0) for split in (data.test, data.train))
+    predictions = knn_predict(test, bank, data.train.labels, num_classes=10)
     return accuracy(predictions, data.test.labels)
 
 

@@ -78,7 +78,9 @@ def predictions(trainer: Trainer) -> torch.Tensor:
     evaluation = Evaluation(trainer, load_data(trainer.config), before_batch=lambda: None)
     state = evaluation.baselines()
     evaluation.measure(state)
-    return torch.cat([evaluation.predictions(), torch.tensor([state.accuracy, state.probe or 0])])
+    return torch.cat(
+        [evaluation.predictions(evaluation.test), torch.tensor([state.accuracy, state.probe or 0])]
+    )
 
 
 def gradient_by_chunks(ranks: Ranks = ALONE) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -1,7 +1,8 @@
 """Checkpoints: what they hold, which of them stay, and how one is verified before it is used.
 
 A run's folder holds step-N.pt for the last steps saved, last.pt as another name of the newest, and
-best.pt of the best k-NN accuracy. last.pt is made last: until then the one before is the newest.
+best.pt of the best k-NN accuracy, where there are validation images to choose by. last.pt is made
+last: until then the one before is the newest.
 """
 
 import io

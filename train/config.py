@@ -36,6 +36,10 @@ class PretrainConfig:
         val_fraction: imagefolder without val/, webdataset without val_shards: the share of every
             class to hold out.
         val_shards: webdataset: URL of the shards to evaluate on.
+        validation_fraction: The share of every class to hold out of the training images, as the seed
+            draws it. k-NN during the run is then measured on these, and chooses best.pt; the test
+            images are looked at once, at the end. Of a class with one image none is held out.
+            Default: none; k-NN is measured on the test images, and nothing is chosen by it.
         in_chans: Channels that the network sees: 1 makes colour images grey, 3 repeats grey ones.
             Default: the data set's own; imagefolder, webdataset: 3.
         mean: Of each channel, subtracted from pixels in [0, 1], such as [0.5]. Default: the
@@ -105,10 +109,13 @@ class PretrainConfig:
         probe: Train a linear classifier on the embeddings, too, without gradient to the encoder, and
             evaluate it with k-NN.
         knn_every: Epochs between k-NN evaluations; 0: only before the first and after the last.
+        knn_k: Neighbours that vote.
+        knn_temperature: Each votes with the weight exp(cosine similarity / this).
         knn_bank: Use only so many training images as neighbours; 0: all.
         save_every: Steps between checkpoints within an epoch; 0: only at each epoch's end.
         keep: Checkpoints that stay; with 2 or more a damaged one has another before it. last.pt is
-            the newest; best.pt, of the best k-NN accuracy, stays besides.
+            the newest. best.pt, of the best k-NN accuracy on the images of validation_fraction,
+            stays besides; without these there is none.
         output_dir: The run is written to output_dir/name.
         name: Default: made of dataset, method and seed, numbered when that name is taken.
         resume: none: start a new run. auto: go on from the newest checkpoint of the run of this
@@ -121,6 +128,7 @@ class PretrainConfig:
     image_size: int | None = None
     val_fraction: float | None = None
     val_shards: str | None = None
+    validation_fraction: float | None = None
     in_chans: Literal[1, 3] | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -165,6 +173,8 @@ class PretrainConfig:
     seed: int = 0
     probe: bool = False
     knn_every: int = 10
+    knn_k: int = 20
+    knn_temperature: float = 0.07
     knn_bank: int = 0
     save_every: int = 0
     keep: int = 2
@@ -198,6 +208,10 @@ class PretrainConfig:
             (
                 self.val_fraction is None or 0 < self.val_fraction < 1,
                 f"--val_fraction {self.val_fraction}: must lie between 0 and 1",
+            ),
+            (
+                self.validation_fraction is None or 0 < self.validation_fraction < 1,
+                f"--validation_fraction {self.validation_fraction}: must lie between 0 and 1",
             ),
             (
                 self.val_shards is None or kind == "webdataset",
@@ -323,7 +337,7 @@ class PretrainConfig:
         least: dict[str, int] = {
             "image_size": 8, "num_views": 2, "width": 4, "batch_size": 2, "epochs": 1, "max_steps": 1,
             "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0,
-            "knn_every": 0, "knn_bank": 0, "save_every": 0, "keep": 1, "grad_cache_chunk": 1,
+            "knn_every": 0, "knn_k": 1, "knn_bank": 0, "save_every": 0, "keep": 1, "grad_cache_chunk": 1,
         }  # fmt: skip
         # Beyond these no step fits in memory, or no list of processes on a machine.
         most = {"num_views": 1000, "workers": 1000} | dict.fromkeys(
@@ -342,7 +356,13 @@ class PretrainConfig:
         ]
         return found + [
             f"--{option} {values[option]}: must be greater than 0"
-            for option in ("temperature", "learning_rate", "clip_grad", "timeout_minutes")
+            for option in (
+                "temperature",
+                "learning_rate",
+                "clip_grad",
+                "timeout_minutes",
+                "knn_temperature",
+            )
             if values[option] is not None and not values[option] > 0
         ]
 

@@ -96,7 +96,11 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set: its two splits and what a network must know about its images."""
+    """A data set: its splits and what a network must know about its images.
+
+    Attributes:
+        validation: of the training images those that are held out to choose by, if any.
+    """
 
     train: Split
     test: Split
@@ -105,6 +109,7 @@ class ImageData:
     channels: int
     mean: list[float]
     std: list[float]
+    validation: Split | None = None
 
 
 class TrainingOrder(Sampler[list[int]]):

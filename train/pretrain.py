@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from checkpoint import (
     LAST,
@@ -37,8 +36,7 @@ from config import PretrainConfig, pick_device, to_yaml
 from data import ImageData, training_batches
 from durable import replace_text, room_needed
 from encoder import ENCODER, EXPORT, load_first_weights, write_encoder
-from evaluation import Evaluation
-from model import Embedder
+from evaluation import Evaluation, Tested
 from pictures import MAX_POINTS, PICTURES, draw_confusion, draw_curves, draw_embedding, fonts_for
 from ranks import ALONE, Ranks, first_of_host_speaks, joined
 from report import Report
@@ -46,7 +44,7 @@ from requeue import Requests
 from rundir import RunLock, open_run, removed_if_empty
 from seeds import random_state, set_random_state
 from sizes import memory_for
-from sources import load_data, subset
+from sources import load_data
 from step import Trainer
 
 # What decides how much memory a step takes.
@@ -126,6 +124,7 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
                 report.sync(state)
                 write_checkpoint(folder, config, data, state, trainer, best=best)
 
+            chooses = data.validation is not None
             evaluation = Evaluation(trainer, data, before_batch=partial(requests.check, save))
             if ranks.is_main:
                 replace_text(folder / "config.yaml", to_yaml(config))
@@ -138,6 +137,7 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
                 # Begun in its middle where the run stopped; perhaps its evaluation alone is left.
                 order.begin(state.epoch, state.step - state.epoch * steps_per_epoch)
                 trainer.model.train()
+                evaluation.weights_move()
                 with report.clock("training"):
                     for images, labels in islice(batches, total_steps - state.step):
                         loss = trainer.step(images, labels, state.step)
@@ -154,16 +154,17 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
                     with report.clock("evaluation"):
                         evaluation.measure(state)
                 state.epoch += 1
-                best = evaluated and state.accuracy > state.best
+                best = chooses and evaluated and state.accuracy > state.best
                 if best:
                     state.best = state.accuracy
                 report.end_epoch(state, evaluated=evaluated)
                 save(best=best)
 
-            pictures = evaluation.embed(subset(data.test, MAX_POINTS)), evaluation.predictions()
+            tested = evaluation.at_the_end(num_drawn=MAX_POINTS)
             if ranks.is_main:
-                draw(folder, data, state, *pictures)
-                write_results(folder, config, data, state, trainer.measured)
+                draw(folder, data, state, tested)
+                write_encoder(folder, trainer.measured.encoder, config, data)
+                write_results(folder, data, state, tested)
     return folder
 
 
@@ -263,56 +264,58 @@ def is_due(count: int, every: int) -> bool:
 def describe(folder: Path, data: ImageData, device: torch.device, state: RunState) -> str:
     """A few words on a run that begins or goes on."""
     verb = f"going on after step {state.step} in" if state.step else "writing to"
+    held_out = "" if data.validation is None else f"{len(data.validation)} validation "
     return (
-        f"{len(data.train)} training and {len(data.test)} test images of {len(data.classes)} "
-        f"classes, {data.channels}x{data.image_size}x{data.image_size}, on {device.type}; "
-        f"{verb} {folder}\n"
-        f"k-NN to beat: raw pixels {state.raw_pixels:.2%}, "
+        f"{len(data.train)} training, {held_out}and {len(data.test)} test images of "
+        f"{len(data.classes)} classes, {data.channels}x{data.image_size}x{data.image_size}, on "
+        f"{device.type}; {verb} {folder}\n"
+        f"k-NN to beat on {watched(data)} images: raw pixels {state.raw_pixels:.2%}, "
         f"untrained encoder {state.untrained:.2%}"
     )
 
 
-def draw(
-    folder: Path, data: ImageData, state: RunState, embeddings: Tensor, predictions: Tensor
-) -> None:
-    """Draw the curves of a run, how it embeds test images, and which classes k-NN confuses.
+def watched(data: ImageData) -> str:
+    """What the images are called that k-NN is measured on during a run."""
+    return "test" if data.validation is None else "validation"
 
-    Args:
-        embeddings: (N, F), of up to MAX_POINTS test images.
-        predictions: (M,), of all test images.
-    """
-    labels = subset(data.test, MAX_POINTS).labels
+
+def draw(folder: Path, data: ImageData, state: RunState, tested: Tested) -> None:
+    """Draw the curves of a run, how it embeds test images, and which classes k-NN confuses."""
     with fonts_for([folder.name, *data.classes]) as fit:
         name, classes = fit(folder.name), [fit(name) for name in data.classes]
-        title = f"{name}: test images, k-NN {state.accuracy:.2%}"
-        draw_embedding(embeddings, labels, classes, folder / "embedding.png", title)
-        draw_confusion(predictions, data.test.labels, classes, folder / "confusion.png", title)
-        draw_curves(folder / "metrics.csv", folder / "curves.png", name, state)
+        title = f"{name}: test images, k-NN {tested.knn_accuracy:.2%}"
+        points = tested.embeddings, tested.labels
+        draw_embedding(*points, classes, folder / "embedding.png", title)
+        labels = data.test.labels
+        draw_confusion(tested.predictions, labels, classes, folder / "confusion.png", title)
+        curves = folder / "curves.png"
+        draw_curves(folder / "metrics.csv", curves, name, state, images=watched(data))
 
 
-def write_results(
-    folder: Path,
-    config: PretrainConfig,
-    data: ImageData,
-    state: RunState,
-    model: Embedder,
-) -> None:
-    """Write the encoder and the numbers, and say where everything is."""
-    write_encoder(folder, model.encoder, config, data)
+def write_results(folder: Path, data: ImageData, state: RunState, tested: Tested) -> None:
+    """Write the numbers, and say where everything is."""
     numbers = {
+        "evaluated_on": watched(data),
         "knn_accuracy": state.accuracy,
         "knn_raw_pixels": state.raw_pixels,
         "knn_untrained": state.untrained,
+        "probe_accuracy": state.probe,
+        "test_knn_accuracy": tested.knn_accuracy,
+        "test_probe_accuracy": tested.probe_accuracy,
         "epochs": state.epoch,
         "steps": state.step,
         "skipped_steps": state.skipped,
     }
-    if state.probe is not None:
-        numbers["probe_accuracy"] = state.probe
+    numbers = {name: value for name, value in numbers.items() if value is not None}
     replace_text(folder / "results.json", json.dumps(numbers, indent=2) + "\n")
+    validation = ""
+    if data.validation is not None:
+        validation = f"k-NN {state.accuracy:.2%} on {len(data.validation)} validation images\n"
     print(
-        f"\nk-NN {state.accuracy:.2%} on {len(data.test)} test images "
-        f"(raw pixels {state.raw_pixels:.2%}, untrained encoder {state.untrained:.2%})\n"
+        f"\n{validation}"
+        f"k-NN {tested.knn_accuracy:.2%} on {len(data.test)} test images\n"
+        f"to beat on {watched(data)} images: raw pixels {state.raw_pixels:.2%}, untrained encoder "
+        f"{state.untrained:.2%}\n"
         f"checkpoint    {folder / LAST}\n"
         f"encoder       {folder / ENCODER}  {folder / EXPORT}\n"
         f"pictures      {'  '.join(str(folder / name) for name in PICTURES)}\n"
