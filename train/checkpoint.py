@@ -25,11 +25,14 @@ from durable import TEMPORARY, link_file, replace_file
 LAST = "last.pt"
 BEST = "best.pt"
 STEP = "step-{}.pt"
-# A run may be moved, renamed, or given other workers and checkpoints; every other option shapes it.
+# A run may be moved, renamed, become longer or shorter, or be evaluated and saved at other steps; every
+# other option has shaped the steps that it has made.
 FREE_OPTIONS = {
-    "data_root", "workers", "device", "timeout_minutes", "save_every", "keep", "output_dir", "name",
-    "resume",
+    "data_root", "epochs", "max_steps", "workers", "device", "timeout_minutes", "knn_every",
+    "save_every", "keep", "output_dir", "name", "resume",
 }  # fmt: skip
+# Where images are, which may have moved.
+PLACES = {"dataset", "val_shards"}
 
 
 class DamagedCheckpoint(UserError):
@@ -61,6 +64,7 @@ CONTENTS: dict[str, dict[str, Any]] = {
         "stored_size": int | None,
         "mean": list[float] | None,
         "std": list[float] | None,
+        "order": str | None,
     },
 }
 
@@ -273,6 +277,7 @@ def check_same_run(
         f"--{option} is {ours[option]}, was {theirs[option]}"
         for option in ours
         if option not in FREE_OPTIONS and ours[option] != theirs[option]
+        if option not in PLACES or _kind_of(ours[option]) != _kind_of(theirs[option])
     ]
     if changed:
         raise UserError(
@@ -291,6 +296,12 @@ def check_same_run(
                 f"another order round differently, and the run would not end as one never stopped "
                 f"({remedy.format(then)} goes on)"
             )
+
+
+def _kind_of(place: str | None) -> str | None:
+    """Of a data set in files what remains where it moves."""
+    kind, colon, _ = (place or "").partition(":")
+    return kind if colon and kind in ("imagefolder", "webdataset") else place
 
 
 def check_same_data(path: Path, saved: dict[str, Any], data: dict[str, Any]) -> None:

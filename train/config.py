@@ -69,7 +69,8 @@ class PretrainConfig:
         batch_size: Images per step, of all processes together, each in num_views views.
         classes_per_batch: Have every batch hold so many classes, with equally many images of each.
             Default: batches are drawn from all images alike.
-        epochs: Passes over the training images.
+        epochs: Passes over the training images. In a resumed run with another number the schedule is
+            from the next step on that of a run of the new length.
         max_steps: Stop after so many steps; the learning rate then ends its decay there.
         learning_rate: At its peak; not scaled by the batch size.
         weight_decay: Applied to all parameters, as the SupCon authors do; but see the next one.
@@ -82,7 +83,7 @@ class PretrainConfig:
         ema_decay: Evaluate and export an average of the weights, of which each step keeps this share,
             such as 0.999, and less early on: at step k at most 1 - k^(-2/3). Default: no average.
         warmup_epochs: Epochs of linear warm-up before the schedule. Default: 4, but one less than epochs
-            where these are fewer.
+            where these are fewer; of a resumed run its own.
         schedule: cosine: half a cosine to zero; step: times decay_rate at each of decay_epochs;
             exponential: a little lower every step, times decay_rate per decay_epochs.
         decay_rate: A factor of the learning rate (step and exponential only).
@@ -120,7 +121,9 @@ class PretrainConfig:
         name: Default: made of dataset, method and seed, numbered when that name is taken.
         resume: none: start a new run. auto: go on from the newest checkpoint of the run of this
             name that is not damaged (without --name: the latest of the default name), or start it
-            if there is none. PATH: go on from this checkpoint, or in this run folder.
+            if there is none. PATH: go on from this checkpoint, or in this run folder. Options that
+            would change the past are refused; epochs, max_steps, knn_every and save_every may change,
+            and data_root or the path in dataset, where the same images have moved.
     """
 
     dataset: str = "digits"
@@ -184,7 +187,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         if self.warmup_epochs is None:
-            self.warmup_epochs = max(min(WARMUP_EPOCHS, self.epochs - 1), 0)
+            self.warmup_epochs = self.default_warmup_epochs
 
     def mistakes(self) -> list[str]:
         """What is out of range or contradicts itself, one sentence each."""
@@ -323,6 +326,11 @@ class PretrainConfig:
                 f"--decay_rate {self.decay_rate}: must be greater than 0 and at most 1",
             ),
         ]
+
+    @property
+    def default_warmup_epochs(self) -> int:
+        """The warm-up of a new run that is told of none."""
+        return max(min(WARMUP_EPOCHS, self.epochs - 1), 0)
 
     @property
     def memory_format(self) -> torch.memory_format:

@@ -4,11 +4,13 @@ The order of training is a pure function of (seed, epoch), whatever the number o
 processes share out the batches that one would see.
 """
 
+import hashlib
 import math
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -78,6 +80,16 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.images[indices], self.labels[indices]
+
+    @cached_property
+    def order(self) -> str:
+        """A hash of the labels, and of the files by their names, in their order."""
+        digest = hashlib.sha256(str(self.labels.tolist()).encode())
+        if not isinstance(self.images, Tensor):
+            for file in self.images.files:
+                name = file if isinstance(file, str) else file.name
+                digest.update(f"{os.path.basename(name)}/".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     @property
     def stored_size(self) -> int:

@@ -32,11 +32,12 @@ from checkpoint import (
     save_checkpoint,
 )
 from commandline import parse, run_script
-from config import PretrainConfig, pick_device, to_yaml
+from config import PretrainConfig, UserError, pick_device, to_yaml
 from data import ImageData, training_batches
 from durable import replace_text, room_needed
 from encoder import ENCODER, EXPORT, load_first_weights, write_encoder
 from evaluation import Evaluation, Tested
+from optim import build_schedule
 from pictures import MAX_POINTS, PICTURES, draw_confusion, draw_curves, draw_embedding, fonts_for
 from ranks import ALONE, Ranks, first_of_host_speaks, joined
 from report import Report
@@ -76,8 +77,7 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
         world_size=ranks.world_size,
     )
     steps_per_epoch = len(order)
-    total_steps = config.epochs * steps_per_epoch
-    total_steps = min(total_steps, config.max_steps or total_steps)
+    total_steps = length_of(config, steps_per_epoch)
     num_epochs = math.ceil(total_steps / steps_per_epoch)
 
     with memory_for(config, "model", "width"):
@@ -97,13 +97,8 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
         state: RunState | None = None
         with removed_if_empty(folder):
             if checkpoints:
-                state = go_on(
-                    trainer,
-                    checkpoints,
-                    config,
-                    data,
-                    steps_per_epoch=steps_per_epoch,
-                    total_steps=total_steps,
+                state, config = go_on(
+                    trainer, checkpoints, config, data, steps_per_epoch=steps_per_epoch
                 )
             else:
                 begin(trainer, config, data)
@@ -185,29 +180,59 @@ def go_on(
     data: ImageData,
     *,
     steps_per_epoch: int,
-    total_steps: int,
-) -> RunState:
-    """Put a trainer where the newest whole checkpoint of its run was written."""
+) -> tuple[RunState, PretrainConfig]:
+    """Put a trainer where the newest whole checkpoint of its run was written.
+
+    Returns:
+        The state of the run, and its config, which may say that it is longer or shorter than it was.
+    """
     machine = describe_machine(trainer.device, trainer.ranks.world_size)
+    total_steps = length_of(config, steps_per_epoch)
 
     def restore(path: Path, saved: dict[str, Any]) -> None:
-        check_same_run(path, saved, config, machine)
+        check_same_run(path, saved, with_its_warmup(config, saved), machine)
         check_same_data(path, saved, describe_data(data))
         with restored_from(path):
             state = RunState(**saved["state"])
+            last = length_of(PretrainConfig(**saved["config"]), steps_per_epoch)
             begin, end = (
-                min(epoch * steps_per_epoch, total_steps)
-                for epoch in (state.epoch, state.epoch + 1)
+                min(epoch * steps_per_epoch, last) for epoch in (state.epoch, state.epoch + 1)
             )
             if not begin <= state.step <= end:
                 raise ValueError(f"its step {state.step} is not in its epoch {state.epoch}")
             put_back(trainer, saved)
+        if state.step > total_steps:
+            raise UserError(
+                f"cannot resume {path}: it has made {state.step} steps, and --epochs "
+                f"{config.epochs}, --max_steps {config.max_steps} end after {total_steps}"
+            )
+        if mistakes := with_its_warmup(config, saved).mistakes():
+            raise UserError(f"cannot resume {path}: {'; '.join(mistakes)}")
 
     # Others than the first go on from what it found to be whole.
     saved = trainer.ranks.from_first(partial(load_newest, checkpoints, restore))
     if not trainer.ranks.is_main:
         put_back(trainer, saved)
-    return RunState(**saved["state"])
+    config, state = with_its_warmup(config, saved), RunState(**saved["state"])
+    trainer.schedule = build_schedule(trainer.optimizer, config, steps_per_epoch, total_steps)
+    if total_steps != length_of(PretrainConfig(**saved["config"]), steps_per_epoch):
+        # An epoch that was cut short, or is now the last, is not over: it is evaluated at its end.
+        last_epoch = math.ceil(total_steps / steps_per_epoch) - 1
+        state.epoch = min(state.epoch, state.step // steps_per_epoch, last_epoch)
+    return state, config
+
+
+def length_of(config: PretrainConfig, steps_per_epoch: int) -> int:
+    """The steps that a run makes."""
+    num_steps = config.epochs * steps_per_epoch
+    return min(num_steps, config.max_steps or num_steps)
+
+
+def with_its_warmup(config: PretrainConfig, saved: dict[str, Any]) -> PretrainConfig:
+    """The config with the warm-up of the run that goes on, unless it asks for another."""
+    if config.warmup_epochs != config.default_warmup_epochs:
+        return config
+    return replace(config, warmup_epochs=saved["config"]["warmup_epochs"])
 
 
 def put_back(trainer: Trainer, saved: dict[str, Any]) -> None:
@@ -253,6 +278,7 @@ def describe_data(data: ImageData) -> dict[str, Any]:
         "stored_size": data.train.stored_size,
         "mean": data.mean,
         "std": data.std,
+        "order": data.train.order,
     }
 
 
