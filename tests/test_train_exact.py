@@ -208,7 +208,7 @@ def test_killed_with_averages_queue_and_probe_ends_like_one_never_killed(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_on_shards_ends_like_one_never_killed(tmp_path, workers):
     # Two epochs of five steps; killed in the second epoch, two steps after a checkpoint.
-    urls = write_shards(tmp_path / "shards", [17, 5, 12])
+    urls = write_shards(tmp_path / "shards", [17, 7, 12])
     options = ("--dataset", f"webdataset:{urls}", "--val_fraction", 0.1, "--batch_size", 6)
     options += ("--epochs", 2, "--name", NAME)
     whole = pretrain(tmp_path / "whole", *OPTIONS, *options)
