@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from config import EmbedConfig, LinearConfig, PretrainConfig, UserError
+from config import ConvertConfig, EmbedConfig, LinearConfig, PretrainConfig, UserError
 
 # What other scripts call these options, where difflib sees no likeness.
 ALIASES = {
@@ -23,7 +23,7 @@ ALIASES = {
 }  # fmt: skip
 INTERRUPTED = 128 + signal.SIGINT  # as shells count a program that a signal ended
 
-Config = TypeVar("Config", PretrainConfig, LinearConfig, EmbedConfig)
+Config = TypeVar("Config", PretrainConfig, LinearConfig, EmbedConfig, ConvertConfig)
 
 
 class _Parser(ArgumentParser):

@@ -65,7 +65,7 @@ class PretrainConfig:
         normalize_embedding: The head sees embeddings of length 1, as in that recipe.
         pretrained: Start from timm's weights for the model, downloaded (standard stem only).
         init_from: Start from the encoder of another run of the same model: PATH of its checkpoint,
-            its encoder.safetensors, or its folder (its last.pt).
+            its encoder.safetensors, or its folder (its last.pt); or from what convert.py wrote.
         batch_size: Images per step, of all processes together, each in num_views views.
         classes_per_batch: Have every batch hold so many classes, with equally many images of each.
             Default: batches are drawn from all images alike.
@@ -440,6 +440,39 @@ class EmbedConfig:
             (output.suffix == ".npz", f"--output {output}: the name of a .npz file is needed"),
             (output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}"),
             (self.workers >= 0, f"--workers {self.workers}: must be at least 0"),
+        ]
+        return [sentence for holds, sentence in rules if not holds]
+
+
+@dataclass
+class ConvertConfig:
+    """The options of convert.py.
+
+    Args:
+        supcontrast: A checkpoint of github.com/HobbitLong/SupContrast, such as ckpt_epoch_1000.pth,
+            with a ResNet of its networks/resnet_big.py.
+        output: The .safetensors file to write, which --init_from takes.
+        trust: Unpickle whatever the file holds, which may run any code. Without it only tensors, plain
+            values and the options of SupContrast are read, which its own checkpoints consist of.
+    """
+
+    supcontrast: str
+    output: str
+    trust: bool = False
+
+    def mistakes(self) -> list[str]:
+        """What is out of range, one sentence each."""
+        output = Path(self.output)
+        rules = [
+            (
+                Path(self.supcontrast).is_file(),
+                f"--supcontrast {self.supcontrast}: there is no such file",
+            ),
+            (
+                output.suffix == ".safetensors",
+                f"--output {output}: the name of a .safetensors file is needed",
+            ),
+            (output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}"),
         ]
         return [sentence for holds, sentence in rules if not holds]
 
