@@ -123,7 +123,9 @@ def test_only_with_trust_anything_else_is_unpickled(tmp_path):
     path, mark = tmp_path / "ckpt.pth", tmp_path / "mark"
     write_theirs(path, epoch=Code(str(mark)))
     argv = ["--supcontrast", str(path), "--output", str(tmp_path / "encoder.safetensors")]
-    with pytest.raises(UserError, match=r"more than weights and options.*mkdir.*--trust") as raised:
+    with pytest.raises(
+        UserError, match=r"more than weights and options.*mkdir.*--trust true"
+    ) as raised:
         main(argv)
     assert "\n" not in str(raised.value) and not mark.exists()
     main([*argv, "--trust", "true"])

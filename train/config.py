@@ -444,39 +444,6 @@ class EmbedConfig:
         return [sentence for holds, sentence in rules if not holds]
 
 
-@dataclass
-class ConvertConfig:
-    """The options of convert.py.
-
-    Args:
-        supcontrast: A checkpoint of github.com/HobbitLong/SupContrast, such as ckpt_epoch_1000.pth,
-            with a ResNet of its networks/resnet_big.py.
-        output: The .safetensors file to write, which --init_from takes.
-        trust: Unpickle whatever the file holds, which may run any code. Without it only tensors, plain
-            values and the options of SupContrast are read, which its own checkpoints consist of.
-    """
-
-    supcontrast: str
-    output: str
-    trust: bool = False
-
-    def mistakes(self) -> list[str]:
-        """What is out of range, one sentence each."""
-        output = Path(self.output)
-        rules = [
-            (
-                Path(self.supcontrast).is_file(),
-                f"--supcontrast {self.supcontrast}: there is no such file",
-            ),
-            (
-                output.suffix == ".safetensors",
-                f"--output {output}: the name of a .safetensors file is needed",
-            ),
-            (output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}"),
-        ]
-        return [sentence for holds, sentence in rules if not holds]
-
-
 def to_yaml(config: PretrainConfig) -> str:
     """Write a config such that --config reads it back."""
     return yaml.safe_dump(asdict(config), sort_keys=False)

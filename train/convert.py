@@ -7,6 +7,7 @@ Its ResNet is timm's with our small stem: the same layers under other names. The
 
 import re
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,13 +19,46 @@ from torch import Tensor
 
 from checkpoint import check_finite, load_weights
 from commandline import parse, run_script
-from config import ConvertConfig, UserError
+from config import UserError
 from durable import replace_file
 from encoder import PREFIX, pack_encoder
 from supcon_kernels.small_stem import SMALL_STEM_DEPTHS
 
 MODEL = "small_stem_resnet"
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
+
+
+@dataclass
+class ConvertConfig:
+    """The options of convert.py.
+
+    Args:
+        supcontrast: A checkpoint of github.com/HobbitLong/SupContrast, such as ckpt_epoch_1000.pth,
+            with a ResNet of its networks/resnet_big.py.
+        output: The .safetensors file to write, which --init_from takes.
+        trust: Unpickle whatever the file holds, which may run any code. Without it only tensors, plain
+            values and the options of SupContrast are read, which its own checkpoints consist of.
+    """
+
+    supcontrast: str
+    output: str
+    trust: bool = False
+
+    def mistakes(self) -> list[str]:
+        """What is out of range, one sentence each."""
+        output = Path(self.output)
+        rules = [
+            (
+                Path(self.supcontrast).is_file(),
+                f"--supcontrast {self.supcontrast}: there is no such file",
+            ),
+            (
+                output.suffix == ".safetensors",
+                f"--output {output}: the name of a .safetensors file is needed",
+            ),
+            (output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}"),
+        ]
+        return [sentence for holds, sentence in rules if not holds]
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -64,7 +98,7 @@ def read_supcontrast(path: Path, *, trust: bool) -> dict[str, Tensor]:
         named = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
             f"--supcontrast {path} holds more than weights and options"
-            f"{f' ({named[1]})' if named else ''}: with --trust it is read all the same, and may run any code; give that to a file alone "
+            f"{f' ({named[1]})' if named else ''}: with --trust true it is read all the same, and may run any code; give that to a file alone "
             "whose makers you trust"
         ) from error
     except Exception as error:  # of whatever it unpickles
