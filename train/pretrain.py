@@ -290,9 +290,9 @@ def is_due(count: int, every: int) -> bool:
 def describe(folder: Path, data: ImageData, device: torch.device, state: RunState) -> str:
     """A few words on a run that begins or goes on."""
     verb = f"going on after step {state.step} in" if state.step else "writing to"
-    held_out = "" if data.validation is None else f"{len(data.validation)} validation "
+    held_out = "" if data.validation is None else f", {len(data.validation)} validation"
     return (
-        f"{len(data.train)} training, {held_out}and {len(data.test)} test images of "
+        f"{len(data.train)} training{held_out} and {len(data.test)} test images of "
         f"{len(data.classes)} classes, {data.channels}x{data.image_size}x{data.image_size}, on "
         f"{device.type}; {verb} {folder}\n"
         f"k-NN to beat on {watched(data)} images: raw pixels {state.raw_pixels:.2%}, "
