@@ -136,7 +136,7 @@ class Driver:
             for images, labels in islice(self.batches, num_steps):
                 loss = self.trainer.step(images, labels, self.state.step)
                 self.state.step += 1
-                self.report.step(self.state, self.trainer.optimizer, loss)
+                self.report.step(self.state, self.trainer, loss)
                 self.trainer.clock.mark("records")
         for phase, seconds in self.trainer.clock.read().items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds

@@ -24,7 +24,7 @@ from augment import build_views
 from checkpoint import checkpoints_in, load_checkpoint
 from commandline import run_script
 from config import PretrainConfig, UserError
-from knn import encode_stored, knn_predictions
+from knn import embed, encode_stored
 from model import build_model
 from sources import load_data
 from step import Trainer
@@ -36,6 +36,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 # Three epochs of five steps on digits, evaluated after the second and the last.
 STEPS_PER_EPOCH, NUM_STEPS = 5, 15
 OPTIONS = ("--batch_size", 256, "--epochs", 3, "--knn_every", 2, "--save_every", 3)
+# It costs no step, and chooses best.pt.
+OPTIONS += ("--validation_fraction", 0.04)
 NAME = "digits-supcon-seed0"
 
 
@@ -206,7 +208,7 @@ def test_killed_with_averages_queue_and_probe_ends_like_one_never_killed(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_on_shards_ends_like_one_never_killed(tmp_path, workers):
     # Two epochs of five steps; killed in the second epoch, two steps after a checkpoint.
-    urls = write_shards(tmp_path / "shards", [17, 5, 12])
+    urls = write_shards(tmp_path / "shards", [17, 7, 12])
     options = ("--dataset", f"webdataset:{urls}", "--val_fraction", 0.1, "--batch_size", 6)
     options += ("--epochs", 2, "--name", NAME)
     whole = pretrain(tmp_path / "whole", *OPTIONS, *options)
@@ -235,7 +237,7 @@ def test_signal_in_an_evaluation_does_not_wait_for_its_end(whole, tmp_path, eval
         original = script.encode_stored
 
         def encode(*arguments):
-            # Each evaluation encodes 450 test and 1347 training images, 512 at a time.
+            # Each evaluation encodes 50 validation and 1297 training images, 512 at a time.
             calls.append(arguments)
             if len(calls) == 4 * evaluation - 3:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -413,7 +415,7 @@ def test_evaluation_draws_no_random_number(tmp_path, workers):
 
     before = states()
     cpu = torch.device("cpu")
-    knn_predictions(encode, data.test, data.train, num_classes=2, device=cpu, workers=workers)
+    embed(encode, data.test, device=cpu, workers=workers)
     assert states() == before
 
 

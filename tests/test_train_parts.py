@@ -325,6 +325,15 @@ def test_table_is_cut_back_to_the_step(tmp_path):
     ):
         Table(path, columns, resumed=state).file.close()
         assert path.read_text() == "".join(written[: 1 + rows])
+    # An older version wrote fewer columns.
+    Table(
+        path, (*columns[:3], "gradient_norm", columns[3]), resumed=at(epoch=1, step=2)
+    ).file.close()
+    assert path.read_text().splitlines()[1:] == [
+        "1,1,0.333333333,,",
+        "2,1,0.333333333,,",
+        "2,1,,,0.5",
+    ]
     # Died while it wrote 12: what is there reads as 1.
     path.write_text("".join(written[:4]) + "1")
     Table(path, columns, resumed=at(epoch=1, step=2)).file.close()

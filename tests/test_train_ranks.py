@@ -59,9 +59,10 @@ def found(folder):
 def assert_same(run, whole):
     """The bits of all that a run carries, and of metrics.csv, are the same."""
     assert (run / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
-    saved, expected = (load_checkpoint(path / "last.pt") for path in (run, whole))
-    for part in ("model", "ema", "memory", "probe", "optimizer", "random_states", "state"):
-        torch.testing.assert_close(saved[part], expected[part], rtol=0, atol=0)
+    for name in ("last.pt", "best.pt"):
+        saved, expected = (load_checkpoint(path / name) for path in (run, whole))
+        for part in ("model", "ema", "memory", "probe", "optimizer", "random_states", "state"):
+            torch.testing.assert_close(saved[part], expected[part], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["plain", "queue"])

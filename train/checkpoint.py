@@ -1,7 +1,8 @@
 """Checkpoints: what they hold, which of them stay, and how one is verified before it is used.
 
 A run's folder holds step-N.pt for the last steps saved, last.pt as another name of the newest, and
-best.pt of the best k-NN accuracy. last.pt is made last: until then the one before is the newest.
+best.pt of the best k-NN accuracy, where there are validation images to choose by. last.pt is made
+last: until then the one before is the newest.
 """
 
 import io
@@ -24,11 +25,14 @@ from durable import TEMPORARY, link_file, replace_file
 LAST = "last.pt"
 BEST = "best.pt"
 STEP = "step-{}.pt"
-# A run may be moved, renamed, or given other workers and checkpoints; every other option shapes it.
+# A run may be moved, renamed, become longer or shorter, or be evaluated and saved at other steps; every
+# other option has shaped the steps that it has made.
 FREE_OPTIONS = {
-    "data_root", "workers", "device", "timeout_minutes", "save_every", "keep", "output_dir", "name",
-    "resume",
+    "data_root", "epochs", "max_steps", "workers", "device", "timeout_minutes", "knn_every",
+    "save_every", "keep", "output_dir", "name", "resume",
 }  # fmt: skip
+# Where images are, which may have moved.
+PLACES = {"dataset", "val_shards"}
 
 
 class DamagedCheckpoint(UserError):
@@ -61,6 +65,7 @@ CONTENTS: dict[str, dict[str, Any]] = {
         "mean": list[float] | None,
         "std": list[float] | None,
         "views": list[str] | None,
+        "order": str | None,
     },
 }
 
@@ -273,6 +278,7 @@ def check_same_run(
         f"--{option} is {ours[option]}, was {theirs[option]}"
         for option in ours
         if option not in FREE_OPTIONS and ours[option] != theirs[option]
+        if option not in PLACES or _kind_of(ours[option]) != _kind_of(theirs[option])
     ]
     if changed:
         raise UserError(
@@ -291,6 +297,12 @@ def check_same_run(
                 f"another order round differently, and the run would not end as one never stopped "
                 f"({remedy.format(then)} goes on)"
             )
+
+
+def _kind_of(place: str | None) -> str | None:
+    """Of a data set in files what remains where it moves."""
+    kind, colon, _ = (place or "").partition(":")
+    return kind if colon and kind in ("imagefolder", "webdataset") else place
 
 
 def check_same_data(path: Path, saved: dict[str, Any], data: dict[str, Any]) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from config import EmbedConfig, LinearConfig, PretrainConfig, UserError
+from config import UserError
 
 # What other scripts call these options, where difflib sees no likeness.
 ALIASES = {
@@ -23,7 +23,17 @@ ALIASES = {
 }  # fmt: skip
 INTERRUPTED = 128 + signal.SIGINT  # as shells count a program that a signal ended
 
-Config = TypeVar("Config", PretrainConfig, LinearConfig, EmbedConfig)
+
+class Options(Protocol):
+    """A dataclass of options, each of which its docstring describes."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def mistakes(self) -> list[str]:
+        """What is out of range or contradicts itself, one sentence each."""
+
+
+Config = TypeVar("Config", bound=Options)
 
 
 class _Parser(ArgumentParser):

@@ -36,6 +36,10 @@ class PretrainConfig:
         val_fraction: imagefolder without val/, webdataset without val_shards: the share of every
             class to hold out.
         val_shards: webdataset: URL of the shards to evaluate on.
+        validation_fraction: The share of every class to hold out of the training images, as the seed
+            draws it. k-NN during the run is then measured on these, and chooses best.pt; the test
+            images are looked at once, at the end. Of a class with one image none is held out.
+            Default: none; k-NN is measured on the test images, and nothing is chosen by it.
         in_chans: Channels that the network sees: 1 makes colour images grey, 3 repeats grey ones.
             Default: the data set's own; imagefolder, webdataset: 3.
         mean: Of each channel, subtracted from pixels in [0, 1], such as [0.5]. Default: the
@@ -71,11 +75,12 @@ class PretrainConfig:
         normalize_embedding: The head sees embeddings of length 1, as in that recipe.
         pretrained: Start from timm's weights for the model, downloaded (standard stem only).
         init_from: Start from the encoder of another run of the same model: PATH of its checkpoint,
-            its encoder.safetensors, or its folder (its last.pt).
+            its encoder.safetensors, or its folder (its last.pt); or from what convert.py wrote.
         batch_size: Images per step, of all processes together, each in num_views views.
         classes_per_batch: Have every batch hold so many classes, with equally many images of each.
             Default: batches are drawn from all images alike.
-        epochs: Passes over the training images.
+        epochs: Passes over the training images. In a resumed run with another number the schedule is
+            from the next step on that of a run of the new length.
         max_steps: Stop after so many steps; the learning rate then ends its decay there.
         learning_rate: At its peak; not scaled by the batch size.
         weight_decay: Applied to all parameters, as the SupCon authors do; but see the next one.
@@ -88,7 +93,7 @@ class PretrainConfig:
         ema_decay: Evaluate and export an average of the weights, of which each step keeps this share,
             such as 0.999, and less early on: at step k at most 1 - k^(-2/3). Default: no average.
         warmup_epochs: Epochs of linear warm-up before the schedule. Default: 4, but one less than epochs
-            where these are fewer.
+            where these are fewer; of a resumed run its own.
         schedule: cosine: half a cosine to final_learning_rate; step: times decay_rate at each of decay_epochs;
             exponential: a little lower every step, times decay_rate per decay_epochs.
         final_learning_rate: Where the cosine ends; with SupContrast at a thousandth of the peak.
@@ -106,8 +111,9 @@ class PretrainConfig:
             they are each process's own, and the first one's are evaluated and saved.
         channels_last: Keep images and filters with the channels innermost, which convolutions are
             mostly faster with.
-        workers: Processes that load (and for imagefolder and webdataset decode) images; 0: the main
-            process. The results do not depend on it.
+        workers: Processes that load (and for imagefolder and webdataset decode) images, for each
+            training process (of torchrun: 8 GPUs with 4 workers each are 32); 0: the training
+            process itself. The results do not depend on it.
         device: auto takes cuda, then mps, then cpu. Of several processes each takes a GPU to itself.
         timeout_minutes: How long one of several processes waits for another before it ends with an
             error; the first of each host may be downloading the data set meanwhile.
@@ -115,15 +121,20 @@ class PretrainConfig:
         probe: Train a linear classifier on the embeddings, too, without gradient to the encoder, and
             evaluate it with k-NN.
         knn_every: Epochs between k-NN evaluations; 0: only before the first and after the last.
+        knn_k: Neighbours that vote.
+        knn_temperature: Each votes with the weight exp(cosine similarity / this).
         knn_bank: Use only so many training images as neighbours; 0: all.
         save_every: Steps between checkpoints within an epoch; 0: only at each epoch's end.
         keep: Checkpoints that stay; with 2 or more a damaged one has another before it. last.pt is
-            the newest; best.pt, of the best k-NN accuracy, stays besides.
+            the newest. best.pt, of the best k-NN accuracy on the images of validation_fraction,
+            stays besides; without these there is none.
         output_dir: The run is written to output_dir/name.
         name: Default: made of dataset, method and seed, numbered when that name is taken.
         resume: none: start a new run. auto: go on from the newest checkpoint of the run of this
             name that is not damaged (without --name: the latest of the default name), or start it
-            if there is none. PATH: go on from this checkpoint, or in this run folder.
+            if there is none. PATH: go on from this checkpoint, or in this run folder. Options that
+            would change the past are refused; epochs, max_steps, knn_every and save_every may change,
+            and data_root or the path in dataset, where the same images have moved.
     """
 
     dataset: str = "digits"
@@ -131,6 +142,7 @@ class PretrainConfig:
     image_size: int | None = None
     val_fraction: float | None = None
     val_shards: str | None = None
+    validation_fraction: float | None = None
     in_chans: Literal[1, 3] | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -179,6 +191,8 @@ class PretrainConfig:
     seed: int = 0
     probe: bool = False
     knn_every: int = 10
+    knn_k: int = 20
+    knn_temperature: float = 0.07
     knn_bank: int = 0
     save_every: int = 0
     keep: int = 2
@@ -188,7 +202,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         if self.warmup_epochs is None:
-            self.warmup_epochs = max(min(WARMUP_EPOCHS, self.epochs - 1), 0)
+            self.warmup_epochs = self.default_warmup_epochs
 
     def mistakes(self) -> list[str]:
         """What is out of range or contradicts itself, one sentence each."""
@@ -212,6 +226,10 @@ class PretrainConfig:
             (
                 self.val_fraction is None or 0 < self.val_fraction < 1,
                 f"--val_fraction {self.val_fraction}: must lie between 0 and 1",
+            ),
+            (
+                self.validation_fraction is None or 0 < self.validation_fraction < 1,
+                f"--validation_fraction {self.validation_fraction}: must lie between 0 and 1",
             ),
             (
                 self.val_shards is None or kind == "webdataset",
@@ -352,6 +370,11 @@ class PretrainConfig:
         return self.temperature / (self.base_temperature or self.temperature)
 
     @property
+    def default_warmup_epochs(self) -> int:
+        """The warm-up of a new run that is told of none."""
+        return max(min(WARMUP_EPOCHS, self.epochs - 1), 0)
+
+    @property
     def memory_format(self) -> torch.memory_format:
         """How images and filters lie in memory."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
@@ -364,7 +387,7 @@ class PretrainConfig:
         least: dict[str, int] = {
             "image_size": 8, "num_views": 2, "width": 4, "batch_size": 2, "epochs": 1, "max_steps": 1,
             "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0,
-            "knn_every": 0, "knn_bank": 0, "save_every": 0, "keep": 1, "grad_cache_chunk": 1,
+            "knn_every": 0, "knn_k": 1, "knn_bank": 0, "save_every": 0, "keep": 1, "grad_cache_chunk": 1,
         }  # fmt: skip
         # Beyond these no step fits in memory, or no list of processes on a machine.
         most = {"num_views": 1000, "workers": 1000} | dict.fromkeys(
@@ -385,6 +408,7 @@ class PretrainConfig:
             f"--{option} {values[option]}: must be greater than 0"
             for option in (
                 "temperature", "base_temperature", "learning_rate", "clip_grad", "timeout_minutes",
+                "knn_temperature",
             )
             if values[option] is not None and not values[option] > 0
         ]  # fmt: skip

@@ -5,11 +5,13 @@ order, view), whatever the number of workers; several processes share out the ba
 see.
 """
 
+import hashlib
 import math
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -93,6 +95,16 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.images[indices], self.labels[indices]
 
+    @cached_property
+    def order(self) -> str:
+        """A hash of the labels, and of the files by their names, in their order."""
+        digest = hashlib.sha256(str(self.labels.tolist()).encode())
+        if not isinstance(self.images, Tensor):
+            for file in self.images.files:
+                name = file if isinstance(file, str) else file.name
+                digest.update(f"{os.path.basename(name)}/".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
     @property
     def stored_size(self) -> int:
         """S, the side of the stored images."""
@@ -155,7 +167,11 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set: its two splits and what a network must know about its images."""
+    """A data set: its splits and what a network must know about its images.
+
+    Attributes:
+        validation: of the training images those that are held out to choose by, if any.
+    """
 
     train: Split
     test: Split
@@ -164,6 +180,7 @@ class ImageData:
     channels: int
     mean: list[float]
     std: list[float]
+    validation: Split | None = None
 
 
 class TrainingOrder(Sampler[list[int]]):

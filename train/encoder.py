@@ -131,26 +131,34 @@ def write_encoder(
         replace(config, image_size=data.image_size), channels=data.channels
     )
     about = {
-        "format": "pt",
         "model": name,
         "options": options,
         "image_size": data.image_size,
         "mean": data.mean,
         "std": data.std,
     }
-    # Copies: safetensors takes no weights of which two layers share the memory.
-    weights = {
-        key: value.clone(memory_format=torch.contiguous_format)
-        for key, value in encoder.state_dict().items()
-    }
-    # One key: safetensors writes several in random order, and equal runs are to write equal files.
-    packed = save(weights, {METADATA: json.dumps(about, sort_keys=True)})
+    packed = pack_encoder(encoder.state_dict(), about)
     replace_file(folder / ENCODER, lambda file: file.write(packed))
 
     export = folder / EXPORT
     export.mkdir(exist_ok=True)
     link_file(folder / ENCODER, export / "model.safetensors")
     replace_text(export / "config.json", json.dumps(_timm_config(encoder, name, options, data)))
+
+
+def pack_encoder(weights: dict[str, Tensor], about: dict[str, Any]) -> bytes:
+    """The contents of encoder.safetensors, which `read_encoder` reads.
+
+    Args:
+        about: "model" and "options", from which timm.create_model builds it, and what else is to be
+            said of it.
+    """
+    # Copies: safetensors takes no weights of which two layers share the memory.
+    copies = {
+        key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()
+    }
+    # One key: safetensors writes several in random order, and equal runs are to write equal files.
+    return save(copies, {METADATA: json.dumps({"format": "pt", **about}, sort_keys=True)})
 
 
 def _timm_config(

@@ -1,21 +1,39 @@
-"""How good the embedding of a run is: what its classifiers make of the test images."""
+"""How good the embedding of a run is: what its classifiers make of images that it is not trained on."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from checkpoint import RunState
 from data import ImageData, Split
-from knn import accuracy, embed, encode_stored, knn_predictions, pixels
+from knn import accuracy, embed, encode_stored, knn_predict, pixels
 from model import Embedder
-from sources import subset
+from sources import evenly_drawn, subset
 from step import Trainer
 
 
+class Tested(NamedTuple):
+    """What a run ends with: the embeddings of some test images, and the classes of all.
+
+    Attributes:
+        embeddings: (M, F), of images with the (M,) `labels`.
+        predictions: (N,), by k-NN.
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+    predictions: Tensor
+    knn_accuracy: float
+    probe_accuracy: float | None
+
+
 class Evaluation:
-    """Measures a trainer's network on test images, classified by their nearest training images.
+    """Classifies images by their nearest training images, in the embedding of a trainer's network.
+
+    During the run these are the validation images, or the test images where there are no others.
 
     Args:
         before_batch: called before every batch; what it raises breaks the evaluation off, which
@@ -26,49 +44,92 @@ class Evaluation:
         self, trainer: Trainer, data: ImageData, *, before_batch: Callable[[], None]
     ) -> None:
         self.trainer = trainer
+        self.watched = data.test if data.validation is None else data.validation
         self.test = data.test
         self.num_classes = len(data.classes)
         self.bank = subset(data.train, trainer.config.knn_bank)
         self.before_batch = before_batch
-        self.places: dict[str, Any] = {
-            "device": trainer.device,
-            "workers": trainer.config.workers,
-        }
-        self.ranks = trainer.ranks
+        # By the network as it is: no split is encoded twice until the weights move.
+        self.embedded: dict[Split, Tensor] = {}
+
+    def weights_move(self) -> None:
+        """Drop what was encoded by the weights so far."""
+        self.embedded.clear()
 
     def baselines(self) -> RunState:
         """The state of a run before its first step."""
         self.trainer.copy_statistics()
-        untrained = accuracy(self.predictions(), self.test.labels)
-        raw_pixels = accuracy(self._knn(pixels), self.test.labels)
+        num_features = self.trainer.measured.num_features
+
+        def encode(images: Tensor) -> Tensor:
+            # Every image is read once for both: decoding may take longer than the network.
+            return torch.cat([self._encode(self.trainer.measured, images), pixels(images)], 1)
+
+        watched, bank = (self._embed(encode, split) for split in (self.watched, self.bank))
+        untrained, raw_pixels = (
+            accuracy(self._classify(watched[:, part], bank[:, part]), self.watched.labels)
+            for part in (slice(num_features), slice(num_features, None))
+        )
         return RunState(raw_pixels=raw_pixels, untrained=untrained, accuracy=untrained)
 
     def measure(self, state: RunState) -> None:
         """Bring the accuracies in a run's state up to date."""
         self.trainer.copy_statistics()
-        state.accuracy = accuracy(self.predictions(), self.test.labels)
-        if self.trainer.probe is not None:
-            # Of the very encoder that it is trained on, beside which there may be an average.
-            encode = partial(self._encode, self.trainer.model)
-            state.probe = self.trainer.probe.accuracy(encode, self.test, **self.places)
+        state.accuracy = accuracy(self.predictions(self.watched), self.watched.labels)
+        state.probe = self._probe_accuracy(self.watched)
 
-    def predictions(self) -> Tensor:
-        """The (N,) classes of the test images by k-NN."""
-        return self._knn(partial(self._encode, self.trainer.measured))
+    def at_the_end(self, *, num_drawn: int) -> Tested:
+        """Look at the test images; up to `num_drawn` of their embeddings are to be drawn."""
+        drawn = evenly_drawn(len(self.test), num_drawn)
+        predictions = self.predictions(self.test)
+        return Tested(
+            embeddings=self.embed(self.test)[drawn],
+            labels=self.test.labels[drawn],
+            predictions=predictions,
+            knn_accuracy=accuracy(predictions, self.test.labels),
+            probe_accuracy=self._probe_accuracy(self.test),
+        )
+
+    def predictions(self, split: Split) -> Tensor:
+        """The (N,) classes of the images of a split by k-NN, on the CPU."""
+        return self._classify(self.embed(split), self.embed(self.bank))
 
     def embed(self, split: Split) -> Tensor:
         """The (N, F) embeddings of a split."""
-        encode = partial(self._encode, self.trainer.measured)
-        return embed(encode, split, ranks=self.ranks, **self.places)
+        if split not in self.embedded:
+            encode = partial(self._encode, self.trainer.measured)
+            self.embedded[split] = self._embed(encode, split)
+        return self.embedded[split]
 
-    def _knn(self, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        return knn_predictions(
-            encode,
-            self.test,
-            self.bank,
+    def _probe_accuracy(self, split: Split) -> float | None:
+        probe, model = self.trainer.probe, self.trainer.model
+        if probe is None:
+            return None
+        # Of the very encoder that it is trained on, beside which there may be an average.
+        is_measured = self.trainer.measured is model
+        encode = partial(self._encode, model)
+        embedded = self.embed(split) if is_measured else self._embed(encode, split)
+        return accuracy(probe.predictions(embedded), split.labels)
+
+    def _classify(self, queries: Tensor, bank: Tensor) -> Tensor:
+        config = self.trainer.config
+        predictions = knn_predict(
+            queries,
+            bank,
+            self.bank.labels.to(bank.device),
             num_classes=self.num_classes,
-            ranks=self.ranks,
-            **self.places,
+            neighbours=config.knn_k,
+            temperature=config.knn_temperature,
+        )
+        return predictions.cpu()
+
+    def _embed(self, encode: Callable[[Tensor], Tensor], split: Split) -> Tensor:
+        return embed(
+            encode,
+            split,
+            device=self.trainer.device,
+            workers=self.trainer.config.workers,
+            ranks=self.trainer.ranks,
         )
 
     def _encode(self, model: Embedder, images: Tensor) -> Tensor:

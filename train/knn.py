@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from augment import Views
+from config import PretrainConfig
 from data import Split, sequential_batches
 from model import Embedder
 from ranks import ALONE, Ranks
 
-NEIGHBOURS = 20
-VOTE_TEMPERATURE = 0.07
 EMBED_BATCH_SIZE = 512
 BASELINE_SIZE = 32
 
@@ -26,8 +25,8 @@ def knn_predict(
     bank_labels: Tensor,
     *,
     num_classes: int,
-    neighbours: int = NEIGHBOURS,
-    temperature: float = VOTE_TEMPERATURE,
+    neighbours: int = PretrainConfig.knn_k,
+    temperature: float = PretrainConfig.knn_temperature,
     chunk: int = 1024,
 ) -> Tensor:
     """Classify by the vote of the nearest neighbours in cosine similarity.
@@ -100,25 +99,11 @@ def embed(
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    rows = torch.cat([encode(images.to(device)) for images, _ in batches])
-    return ranks.gather_rows(rows, len(batches) * EMBED_BATCH_SIZE)[: len(split)]
-
-
-def knn_predictions(
-    encode: Callable[[Tensor], Tensor],
-    test: Split,
-    bank: Split,
-    *,
-    num_classes: int,
-    device: torch.device,
-    workers: int,
-    ranks: Ranks = ALONE,
-) -> Tensor:
-    """The classes that their neighbours in `bank` vote for of N test images: (N,) on the CPU."""
-    predictions = knn_predict(
-        embed(encode, test, device=device, workers=workers, ranks=ranks),
-        embed(encode, bank, device=device, workers=workers, ranks=ranks),
-        bank.labels.to(device),
-        num_classes=num_classes,
-    )
-    return predictions.cpu()
+    rows = torch.empty(0, device=device)
+    for number, (images, _) in enumerate(batches):
+        encoded = encode(images.to(device))
+        if number == 0:
+            # Filled batch by batch: a list of them, put together at the end, takes twice the memory.
+            rows = encoded.new_empty(len(batches) * EMBED_BATCH_SIZE, *encoded.shape[1:])
+        rows[number * EMBED_BATCH_SIZE :][: len(encoded)] = encoded
+    return ranks.gather_rows(rows)[: len(split)]

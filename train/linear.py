@@ -49,29 +49,32 @@ def linear(config: LinearConfig) -> float:
     model = load_model(path, saved)
     model = model.to(device).to(memory_format=run.memory_format)
     encode = partial(encode_stored, model, build_views(run, data))
-    train, test = (
-        embed(encode, split, device=device, workers=config.workers)
-        for split in (data.train, data.test)
-    )
-    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
-    train, test = (train - mean) / std, (test - mean) / std
-    classifier = fit(train, data.train.labels.to(device), len(data.classes), config)
+    splits = {"train": data.train, "test": data.test}
+    if data.validation is not None:
+        splits["validation"] = data.validation
+    features = {
+        name: embed(encode, split, device=device, workers=config.workers)
+        for name, split in splits.items()
+    }
+    mean, std = features["train"].mean(0), features["train"].std(0).clamp(min=1e-6)
+    features = {name: (rows - mean) / std for name, rows in features.items()}
+    labels = data.train.labels.to(device)
+    classifier = fit(features["train"], labels, len(data.classes), config)
 
     with torch.no_grad():
         shares = {
-            name: accuracy(classifier(features).argmax(1).cpu(), split.labels)
-            for name, features, split in (("train", train, data.train), ("test", test, data.test))
+            name: accuracy(classifier(features[name]).argmax(1).cpu(), split.labels)
+            for name, split in splits.items()
         }
-    results = {
-        "top1": shares["test"],
-        "top1_train": shares["train"],
-        "epochs": saved["state"]["epoch"],
-    }
+    results = {"top1": shares.pop("test")}
+    results |= {f"top1_{name}": share for name, share in shares.items()}
+    results["epochs"] = saved["state"]["epoch"]
     written = path.parent / "linear.json"
     replace_text(written, json.dumps(results, indent=2) + "\n")
-    print(f"linear top-1 {shares['test']:.2%} on {len(data.test)} test images")
-    print(f"(training images {shares['train']:.2%}); written to {written}")
-    return shares["test"]
+    print(f"linear top-1 {results['top1']:.2%} on {len(data.test)} test images")
+    others = ", ".join(f"{name} images {share:.2%}" for name, share in shares.items())
+    print(f"({others}); written to {written}")
+    return results["top1"]
 
 
 def named_data(config: LinearConfig, saved: dict[str, Any]) -> PretrainConfig:

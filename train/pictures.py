@@ -57,8 +57,10 @@ def fonts_for(texts: Iterable[str]) -> Iterator[Callable[[str], str]]:
         yield fit
 
 
-def draw_curves(metrics: Path, picture: Path, title: str, baselines: RunState) -> None:
-    """Draw loss and accuracies over steps, as metrics.csv has them."""
+def draw_curves(
+    metrics: Path, picture: Path, title: str, baselines: RunState, *, images: str = "test"
+) -> None:
+    """Draw loss and accuracies over steps, as metrics.csv has them of "test" or other `images`."""
     with open(metrics, newline="") as file:
         rows = list(csv.DictReader(file))
 
@@ -86,7 +88,7 @@ def draw_curves(metrics: Path, picture: Path, title: str, baselines: RunState) -
     ):
         label = f"{name}, {100 * share:.2f}"
         right.axhline(100 * share, color="0.4", linestyle=style, linewidth=1, label=label)
-    right.set(title="accuracy on the test images", xlabel="step", ylabel="accuracy (%)")
+    right.set(title=f"accuracy on the {images} images", xlabel="step", ylabel="accuracy (%)")
     # Beside the axes: within them it would cross a curve that rises late.
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     for axes in (left, right):

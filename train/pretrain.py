@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from augment import Views, training_images
 from checkpoint import (
@@ -34,12 +33,12 @@ from checkpoint import (
     save_checkpoint,
 )
 from commandline import parse, run_script
-from config import PretrainConfig, pick_device, to_yaml
+from config import PretrainConfig, UserError, pick_device, to_yaml
 from data import ImageData, training_batches
 from durable import replace_text, room_needed
 from encoder import ENCODER, EXPORT, load_first_weights, write_encoder
-from evaluation import Evaluation
-from model import Embedder
+from evaluation import Evaluation, Tested
+from optim import build_schedule
 from pictures import MAX_POINTS, PICTURES, draw_confusion, draw_curves, draw_embedding, fonts_for
 from ranks import ALONE, Ranks, first_of_host_speaks, joined
 from report import Report
@@ -47,7 +46,7 @@ from requeue import Requests
 from rundir import RunLock, open_run, removed_if_empty
 from seeds import random_state, set_random_state
 from sizes import memory_for
-from sources import load_data, subset
+from sources import load_data
 from step import Trainer
 
 # What decides how much memory a step takes.
@@ -79,8 +78,7 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
         world_size=ranks.world_size,
     )
     steps_per_epoch = len(order)
-    total_steps = config.epochs * steps_per_epoch
-    total_steps = min(total_steps, config.max_steps or total_steps)
+    total_steps = length_of(config, steps_per_epoch)
     num_epochs = math.ceil(total_steps / steps_per_epoch)
 
     with memory_for(config, "model", "width"):
@@ -100,13 +98,8 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
         state: RunState | None = None
         with removed_if_empty(folder):
             if checkpoints:
-                state = go_on(
-                    trainer,
-                    checkpoints,
-                    config,
-                    data,
-                    steps_per_epoch=steps_per_epoch,
-                    total_steps=total_steps,
+                state, config = go_on(
+                    trainer, checkpoints, config, data, steps_per_epoch=steps_per_epoch
                 )
             else:
                 begin(trainer, config, data)
@@ -127,6 +120,7 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
                 report.sync(state)
                 write_checkpoint(folder, config, data, state, trainer, best=best)
 
+            chooses = data.validation is not None
             evaluation = Evaluation(trainer, data, before_batch=partial(requests.check, save))
             if ranks.is_main:
                 replace_text(folder / "config.yaml", to_yaml(config))
@@ -139,11 +133,12 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
                 # Begun in its middle where the run stopped; perhaps its evaluation alone is left.
                 order.begin(state.epoch, state.step - state.epoch * steps_per_epoch)
                 trainer.model.train()
+                evaluation.weights_move()
                 with report.clock("training"):
                     for images, labels in islice(batches, total_steps - state.step):
                         loss = trainer.step(images, labels, state.step)
                         state.step += 1
-                        report.step(state, trainer.optimizer, loss)
+                        report.step(state, trainer, loss)
                         if is_due(state.step, config.save_every):
                             save()
                         requests.check(save)
@@ -155,16 +150,17 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
                     with report.clock("evaluation"):
                         evaluation.measure(state)
                 state.epoch += 1
-                best = evaluated and state.accuracy > state.best
+                best = chooses and evaluated and state.accuracy > state.best
                 if best:
                     state.best = state.accuracy
                 report.end_epoch(state, evaluated=evaluated)
                 save(best=best)
 
-            pictures = evaluation.embed(subset(data.test, MAX_POINTS)), evaluation.predictions()
+            tested = evaluation.at_the_end(num_drawn=MAX_POINTS)
             if ranks.is_main:
-                draw(folder, data, state, *pictures)
-                write_results(folder, config, data, state, trainer.measured)
+                draw(folder, data, state, tested)
+                write_encoder(folder, trainer.measured.encoder, config, data)
+                write_results(folder, data, state, tested)
     return folder
 
 
@@ -185,29 +181,59 @@ def go_on(
     data: ImageData,
     *,
     steps_per_epoch: int,
-    total_steps: int,
-) -> RunState:
-    """Put a trainer where the newest whole checkpoint of its run was written."""
+) -> tuple[RunState, PretrainConfig]:
+    """Put a trainer where the newest whole checkpoint of its run was written.
+
+    Returns:
+        The state of the run, and its config, which may say that it is longer or shorter than it was.
+    """
     machine = describe_machine(trainer.device, trainer.ranks.world_size)
+    total_steps = length_of(config, steps_per_epoch)
 
     def restore(path: Path, saved: dict[str, Any]) -> None:
-        check_same_run(path, saved, config, machine)
+        check_same_run(path, saved, with_its_warmup(config, saved), machine)
         check_same_data(path, saved, describe_data(data, trainer.views))
         with restored_from(path):
             state = RunState(**saved["state"])
+            last = length_of(PretrainConfig(**saved["config"]), steps_per_epoch)
             begin, end = (
-                min(epoch * steps_per_epoch, total_steps)
-                for epoch in (state.epoch, state.epoch + 1)
+                min(epoch * steps_per_epoch, last) for epoch in (state.epoch, state.epoch + 1)
             )
             if not begin <= state.step <= end:
                 raise ValueError(f"its step {state.step} is not in its epoch {state.epoch}")
             put_back(trainer, saved)
+        if state.step > total_steps:
+            raise UserError(
+                f"cannot resume {path}: it has made {state.step} steps, and --epochs "
+                f"{config.epochs}, --max_steps {config.max_steps} end after {total_steps}"
+            )
+        if mistakes := with_its_warmup(config, saved).mistakes():
+            raise UserError(f"cannot resume {path}: {'; '.join(mistakes)}")
 
     # Others than the first go on from what it found to be whole.
     saved = trainer.ranks.from_first(partial(load_newest, checkpoints, restore))
     if not trainer.ranks.is_main:
         put_back(trainer, saved)
-    return RunState(**saved["state"])
+    config, state = with_its_warmup(config, saved), RunState(**saved["state"])
+    trainer.schedule = build_schedule(trainer.optimizer, config, steps_per_epoch, total_steps)
+    if total_steps != length_of(PretrainConfig(**saved["config"]), steps_per_epoch):
+        # An epoch that was cut short, or is now the last, is not over: it is evaluated at its end.
+        last_epoch = math.ceil(total_steps / steps_per_epoch) - 1
+        state.epoch = min(state.epoch, state.step // steps_per_epoch, last_epoch)
+    return state, config
+
+
+def length_of(config: PretrainConfig, steps_per_epoch: int) -> int:
+    """The steps that a run makes."""
+    num_steps = config.epochs * steps_per_epoch
+    return min(num_steps, config.max_steps or num_steps)
+
+
+def with_its_warmup(config: PretrainConfig, saved: dict[str, Any]) -> PretrainConfig:
+    """The config with the warm-up of the run that goes on, unless it asks for another."""
+    if config.warmup_epochs != config.default_warmup_epochs:
+        return config
+    return replace(config, warmup_epochs=saved["config"]["warmup_epochs"])
 
 
 def put_back(trainer: Trainer, saved: dict[str, Any]) -> None:
@@ -254,6 +280,7 @@ def describe_data(data: ImageData, views: Views) -> dict[str, Any]:
         "mean": data.mean,
         "std": data.std,
         "views": views.traits,
+        "order": data.train.order,
     }
 
 
@@ -265,56 +292,58 @@ def is_due(count: int, every: int) -> bool:
 def describe(folder: Path, data: ImageData, device: torch.device, state: RunState) -> str:
     """A few words on a run that begins or goes on."""
     verb = f"going on after step {state.step} in" if state.step else "writing to"
+    held_out = "" if data.validation is None else f", {len(data.validation)} validation"
     return (
-        f"{len(data.train)} training and {len(data.test)} test images of {len(data.classes)} "
-        f"classes, {data.channels}x{data.image_size}x{data.image_size}, on {device.type}; "
-        f"{verb} {folder}\n"
-        f"k-NN to beat: raw pixels {state.raw_pixels:.2%}, "
+        f"{len(data.train)} training{held_out} and {len(data.test)} test images of "
+        f"{len(data.classes)} classes, {data.channels}x{data.image_size}x{data.image_size}, on "
+        f"{device.type}; {verb} {folder}\n"
+        f"k-NN to beat on {watched(data)} images: raw pixels {state.raw_pixels:.2%}, "
         f"untrained encoder {state.untrained:.2%}"
     )
 
 
-def draw(
-    folder: Path, data: ImageData, state: RunState, embeddings: Tensor, predictions: Tensor
-) -> None:
-    """Draw the curves of a run, how it embeds test images, and which classes k-NN confuses.
+def watched(data: ImageData) -> str:
+    """What the images are called that k-NN is measured on during a run."""
+    return "test" if data.validation is None else "validation"
 
-    Args:
-        embeddings: (N, F), of up to MAX_POINTS test images.
-        predictions: (M,), of all test images.
-    """
-    labels = subset(data.test, MAX_POINTS).labels
+
+def draw(folder: Path, data: ImageData, state: RunState, tested: Tested) -> None:
+    """Draw the curves of a run, how it embeds test images, and which classes k-NN confuses."""
     with fonts_for([folder.name, *data.classes]) as fit:
         name, classes = fit(folder.name), [fit(name) for name in data.classes]
-        title = f"{name}: test images, k-NN {state.accuracy:.2%}"
-        draw_embedding(embeddings, labels, classes, folder / "embedding.png", title)
-        draw_confusion(predictions, data.test.labels, classes, folder / "confusion.png", title)
-        draw_curves(folder / "metrics.csv", folder / "curves.png", name, state)
+        title = f"{name}: test images, k-NN {tested.knn_accuracy:.2%}"
+        points = tested.embeddings, tested.labels
+        draw_embedding(*points, classes, folder / "embedding.png", title)
+        labels = data.test.labels
+        draw_confusion(tested.predictions, labels, classes, folder / "confusion.png", title)
+        curves = folder / "curves.png"
+        draw_curves(folder / "metrics.csv", curves, name, state, images=watched(data))
 
 
-def write_results(
-    folder: Path,
-    config: PretrainConfig,
-    data: ImageData,
-    state: RunState,
-    model: Embedder,
-) -> None:
-    """Write the encoder and the numbers, and say where everything is."""
-    write_encoder(folder, model.encoder, config, data)
+def write_results(folder: Path, data: ImageData, state: RunState, tested: Tested) -> None:
+    """Write the numbers, and say where everything is."""
     numbers = {
+        "evaluated_on": watched(data),
         "knn_accuracy": state.accuracy,
         "knn_raw_pixels": state.raw_pixels,
         "knn_untrained": state.untrained,
+        "probe_accuracy": state.probe,
+        "test_knn_accuracy": tested.knn_accuracy,
+        "test_probe_accuracy": tested.probe_accuracy,
         "epochs": state.epoch,
         "steps": state.step,
         "skipped_steps": state.skipped,
     }
-    if state.probe is not None:
-        numbers["probe_accuracy"] = state.probe
+    numbers = {name: value for name, value in numbers.items() if value is not None}
     replace_text(folder / "results.json", json.dumps(numbers, indent=2) + "\n")
+    validation = ""
+    if data.validation is not None:
+        validation = f"k-NN {state.accuracy:.2%} on {len(data.validation)} validation images\n"
     print(
-        f"\nk-NN {state.accuracy:.2%} on {len(data.test)} test images "
-        f"(raw pixels {state.raw_pixels:.2%}, untrained encoder {state.untrained:.2%})\n"
+        f"\n{validation}"
+        f"k-NN {tested.knn_accuracy:.2%} on {len(data.test)} test images\n"
+        f"to beat on {watched(data)} images: raw pixels {state.raw_pixels:.2%}, untrained encoder "
+        f"{state.untrained:.2%}\n"
         f"checkpoint    {folder / LAST}\n"
         f"encoder       {folder / ENCODER}  {folder / EXPORT}\n"
         f"pictures      {'  '.join(str(folder / name) for name in PICTURES)}\n"

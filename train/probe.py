@@ -1,14 +1,11 @@
 """A linear classifier trained beside the encoder: how separable the classes are while they form."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Split
-from knn import accuracy, embed
 from optim import load_optimizer
 from ranks import ALONE, Ranks
 
@@ -44,19 +41,11 @@ class Probe:
             weight.grad = self.ranks.mean(weight.grad)
         self.optimizer.step()
 
-    def accuracy(
-        self, encode: Callable[[Tensor], Tensor], test: Split, *, device: torch.device, workers: int
-    ) -> float:
-        """The share of test images that it classifies rightly; arguments as of knn.embed."""
-        self.classifier.eval()
-        logits = embed(
-            lambda images: self.classifier(encode(images).float()),
-            test,
-            device=device,
-            workers=workers,
-            ranks=self.ranks,
-        )
-        return accuracy(logits.argmax(1).cpu(), test.labels)
+    @torch.no_grad()
+    def predictions(self, embedded: Tensor) -> Tensor:
+        """The classes of images with (N, F) embeddings: (N,) on the CPU."""
+        logits: Tensor = self.classifier.eval()(embedded.float())
+        return logits.argmax(1).cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""

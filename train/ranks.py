@@ -18,7 +18,6 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import UserError
@@ -105,12 +104,11 @@ class Ranks:
         dist.all_gather_object(things, thing, group=self.control)
         return things
 
-    def gather_rows(self, rows: Tensor, num_rows: int) -> Tensor:
-        """The (n, D) rows of all processes, in their order, each filled up to `num_rows`."""
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The (n, D) rows of all processes, of each as many, in their order."""
         if self.group is None:
             return rows
-        rows = F.pad(rows, (0, 0, 0, num_rows - len(rows)))
-        gathered = rows.new_empty(self.world_size * num_rows, *rows.shape[1:])
+        gathered = rows.new_empty(self.world_size * len(rows), *rows.shape[1:])
         _all_gather(gathered, rows, group=self.group)
         return gathered
 

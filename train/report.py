@@ -18,16 +18,24 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from checkpoint import RunState
 from clock import PHASES, PhaseClock, shares
 from config import PretrainConfig
 from durable import replace_text
-from health import Health, gradient_norm
+from health import Health
+from step import Trainer
 
-METRICS = ("step", "epoch", "learning_rate", "loss", "knn_accuracy", "probe_accuracy")
+METRICS = (
+    "step",
+    "epoch",
+    "learning_rate",
+    "loss",
+    "gradient_norm",  # before --clip_grad
+    "knn_accuracy",
+    "probe_accuracy",
+)
 # Of the training: the phases of its steps, which fill it.
 TIMINGS = (
     "step",
@@ -52,8 +60,10 @@ class Table:
         lines = [",".join(columns) + "\n"]
         if resumed is not None and path.is_file():
             with open(path, newline="") as file:
-                next(file, None)
-                lines += takewhile(lambda line: _is_past(line, columns, resumed), file)
+                # A run of an older version has written fewer columns.
+                written = tuple(next(file, "").rstrip("\n").split(","))
+                past = takewhile(lambda line: _is_past(line, written, resumed), file)
+                lines += [_in_columns(line, written, columns) for line in past]
         replace_text(path, "".join(lines))
         self.file = open(path, "a", newline="")  # noqa: SIM115
         self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
@@ -81,6 +91,11 @@ def _is_past(line: str, columns: tuple[str, ...], state: RunState) -> bool:
     row = dict(zip(columns, line.rstrip("\n").split(",")))
     closed = state.epoch if not row.get("loss") else math.inf
     return int(row["step"]) <= state.step and int(row["epoch"]) <= closed
+
+
+def _in_columns(line: str, written: tuple[str, ...], columns: tuple[str, ...]) -> str:
+    row = dict(zip(written, line.rstrip("\n").split(",")))
+    return ",".join(row.get(column, "") for column in columns) + "\n"
 
 
 class Nowhere:
@@ -198,10 +213,10 @@ class Report:
         self._flush()
         self.seconds[part] += time.perf_counter() - began
 
-    def step(self, state: RunState, optimizer: Optimizer, loss: Tensor) -> None:
+    def step(self, state: RunState, trainer: Trainer, loss: Tensor) -> None:
         """Record the step just made, of a scalar `loss`, in an epoch that is not over."""
-        learning_rate = optimizer.param_groups[0]["lr"]
-        measured = torch.stack([loss, gradient_norm(optimizer)])
+        learning_rate = trainer.optimizer.param_groups[0]["lr"]
+        measured = torch.stack([loss, trainer.gradient_norm])
         self.pending.append((state.step, state.epoch + 1, learning_rate, measured))
         self.epoch_steps += 1
         if len(self.pending) == STEPS_PER_FLUSH:
@@ -262,9 +277,10 @@ class Report:
         for (step, epoch, learning_rate, _), (loss, gradient) in zip(self.pending, measured):
             if warning := self.health.check(step, learning_rate, loss, gradient):
                 self.progress.say(warning)
-            self.metrics.add(step=step, epoch=epoch, learning_rate=learning_rate, loss=loss)
-            self.board.add_scalar("loss", loss, step)
-            self.board.add_scalar("learning_rate", learning_rate, step)
+            values = {"learning_rate": learning_rate, "loss": loss, "gradient_norm": gradient}
+            self.metrics.add(step=step, epoch=epoch, **values)
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
         now = time.perf_counter()
         speed = len(measured) * self.images_per_step / (now - self.flushed_at)
         self.progress.show(step, epoch, loss, speed)

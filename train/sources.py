@@ -25,6 +25,8 @@ from shards import NOT_FETCHED, read_index
 
 # Held-out images belong to the data set, not to the run: every seed is measured on the same ones.
 SPLIT_SEED = 0
+# Tells the seeds of the validation part from others of the same run.
+VALIDATION = 1
 DIGITS_SIZE = 16
 DIGITS_TEST_FRACTION = 0.25
 FILES_SIZE = 64
@@ -65,16 +67,18 @@ def load_data(config: PretrainConfig, *, fetch: bool = True) -> ImageData:
     return data
 
 
-def stratified_split(labels: Tensor, fraction: float) -> tuple[list[int], list[int]]:
+def stratified_split(
+    labels: Tensor, fraction: float, *, seed: tuple[int, ...] = (SPLIT_SEED,)
+) -> tuple[list[int], list[int]]:
     """Divide (N,) labels into the indices that stay and those held out.
 
     Of a class with two samples or more at least one is held out and at least one stays; a single
-    one stays.
+    one stays. Which ones is a pure function of the arguments.
     """
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()
-        generator = torch.Generator().manual_seed(seed_of(SPLIT_SEED, label))
+        generator = torch.Generator().manual_seed(seed_of(*seed, label))
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return (~held_out).nonzero().flatten().tolist(), held_out.nonzero().flatten().tolist()
@@ -84,8 +88,13 @@ def subset(split: Split, count: int) -> Split:
     """Up to `count` images, evenly drawn and always the same ones; all of them for 0."""
     if count == 0 or count >= len(split):
         return split
+    return split.take(evenly_drawn(len(split), count))
+
+
+def evenly_drawn(num_images: int, count: int) -> list[int]:
+    """The indices of up to `count` images, evenly drawn and always the same ones."""
     generator = torch.Generator().manual_seed(seed_of(SPLIT_SEED))
-    return split.take(torch.randperm(len(split), generator=generator)[:count].tolist())
+    return torch.randperm(num_images, generator=generator)[:count].tolist()
 
 
 def _digits() -> tuple[Split, Split, list[str]]:
@@ -184,23 +193,23 @@ def _of_torchvision(
 
 
 def _in_memory(train: Split, test: Split, classes: list[str], config: PretrainConfig) -> ImageData:
-    assert isinstance(train.images, Tensor) and isinstance(test.images, Tensor)
+    assert isinstance(train.images, Tensor)
     size = config.image_size or train.images.shape[-1]
     channels = config.in_chans or train.images.shape[1]
-    images = _with_channels(_resize(train.images, size), channels)
-    mean, std = _mean_and_std(images)
-    # Those of the other data sets are as small as a network sees them.
-    larger = config.dataset == "stl10" and size < train.images.shape[-1]
-    originals = _with_channels(train.images, channels) if larger else None
-    return ImageData(
-        Split(images, train.labels, originals),
-        Split(_with_channels(_resize(test.images, size), channels), test.labels),
-        classes,
-        size,
-        channels,
-        mean,
-        std,
-    )
+    fit = partial(_fit, size=size, channels=channels)
+    whole = fit(train)
+    if config.dataset == "stl10" and size < train.images.shape[-1]:
+        # Crops are cut from images as they came; those of other data sets are no larger.
+        whole = replace(whole, originals=_with_channels(train.images, channels))
+    train, validation = _hold_out_validation(whole, config)
+    assert isinstance(train.images, Tensor)
+    mean, std = _mean_and_std(train.images)
+    return ImageData(train, fit(test), classes, size, channels, mean, std, validation)
+
+
+def _fit(split: Split, *, size: int, channels: int) -> Split:
+    assert isinstance(split.images, Tensor)
+    return Split(_with_channels(_resize(split.images, size), channels), split.labels)
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
@@ -247,7 +256,8 @@ def _in_files(config: PretrainConfig, fetch: bool) -> ImageData:
     if channels == 1:
         # Of ImageNet in grey, as if its channels moved together.
         mean, std = ([sum(w * v for w, v in zip(LUMA, values))] for values in (mean, std))
-    return ImageData(train, test, classes, size, channels, mean, std)
+    train, validation = _hold_out_validation(train, config)
+    return ImageData(train, test, classes, size, channels, mean, std, validation)
 
 
 def _image_folder(
@@ -300,6 +310,20 @@ def _hold_out(whole: Split, config: PretrainConfig) -> tuple[Split, Split]:
     if not held_out:
         raise UserError(f"{config.dataset}: no class has an image to spare for --val_fraction")
     return whole.take(stay), whole.take(held_out)
+
+
+def _hold_out_validation(train: Split, config: PretrainConfig) -> tuple[Split, Split | None]:
+    if config.validation_fraction is None:
+        return train, None
+    # Unlike the test images these belong to the run: another seed chooses by others.
+    seed = (config.seed, VALIDATION)
+    stay, held_out = stratified_split(train.labels, config.validation_fraction, seed=seed)
+    if not held_out:
+        raise UserError(
+            f"--validation_fraction {config.validation_fraction}: no class of {config.dataset} has "
+            "two training images, of which one could be held out"
+        )
+    return train.take(stay), train.take(held_out)
 
 
 def _read_folder(folder: Path, size: int, channels: int) -> tuple[Split, list[str]]:

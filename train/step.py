@@ -12,6 +12,7 @@ from augment import build_views
 from clock import PhaseClock
 from config import PretrainConfig, UserError
 from data import ImageData
+from health import gradient_norm
 from memory import Memory
 from model import Embedder, build_model, sync_batch_norms
 from optim import build_optimizer, build_schedule, load_optimizer
@@ -74,6 +75,8 @@ class Trainer:
         self.probe: Probe | None = None
         if config.probe:
             self.probe = Probe(self.model.num_features, len(data.classes), device, ranks)
+        # Of the last step, before it was clipped: a scalar on the device.
+        self.gradient_norm = torch.zeros((), device=device)
         self.clock = PhaseClock(device)
 
     def _parallel(self, network: nn.Module, data: ImageData) -> nn.Module:
@@ -145,8 +148,12 @@ class Trainer:
             loss = self.chunked_backward(images, labels, step, self.config.grad_cache_chunk)
         self.clock.mark("backward")
         self.scaler.unscale_(self.optimizer)
-        if self.config.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        if self.config.clip_grad is None:
+            self.gradient_norm = gradient_norm(self.optimizer)
+        else:
+            self.gradient_norm = nn.utils.clip_grad_norm_(
+                self.model.parameters(), self.config.clip_grad
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
