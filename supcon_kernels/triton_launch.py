@@ -549,12 +549,12 @@ class Plan:
 
     @property
     def _row_block(self) -> dict[str, int]:
-        """A few thousand features a program, in whole rows of one block of any pair kernel."""
+        """About a thousand features a program, in whole rows of one block of any pair kernel."""
         padded = padded_dim(self.dim)
         width = 1 << (padded - 1).bit_length()
         return {
             "PADDED_DIM": padded,
-            "BLOCK_ROWS": min(max(2048 // width, 1), 32),
+            "BLOCK_ROWS": min(max(1024 // width, 1), 32),
             "BLOCK_DIM": width,
         }
 

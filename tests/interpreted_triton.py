@@ -34,7 +34,9 @@ def is_weighted(case):
     """Whether positives have weights, by a mask or by soft labels, which this backend refuses."""
     arguments = case.arguments()
     labels = arguments.get("labels")
-    return "mask" in arguments or (labels is not None and labels.is_floating_point())
+    return "mask" in arguments or (
+        labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool)
+    )
 
 
 def calls():

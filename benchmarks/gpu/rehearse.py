@@ -25,7 +25,9 @@ def main(argv: Sequence[str]) -> int:
     widths = list(dict.fromkeys((s.workload.dtype, s.workload.dim) for s in shapes(Place())))
     every = tuple(dict.fromkeys(dim for _, dim in widths))
     parser.add_argument("--dims", type=ints, default=every, help="as 64,128; default: all of them")
-    parser.add_argument("--every", type=int, default=1, help="only every so many-th tile")
+    parser.add_argument(
+        "--every", type=int, default=1, help="only every so many-th launch and tile"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
 
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
             found = sources(dtype, dim, ARCH, with_tiles=(dtype, dim) == TILED)
             tiles += [source for source in found if " in " in source.label]
             shipped += [source for source in found if " in " not in source.label]
-    tiles = tiles[:: args.every]
+    shipped, tiles = shipped[:: args.every], tiles[:: args.every]
     rows = compile_all([*shipped, *tiles], args.jobs)
     faults = [
         f"{row.label}, {row.dtype}, D={row.dim}: {f}"
