@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import operator
 import os
@@ -21,7 +22,7 @@ sys.path.insert(1, str(Path(__file__).parents[1] / "tests"))
 
 import gpu_check
 import gpu_codegen
-from gpu import backend, behaviour, cases, counters, rehearse, report, timing
+from gpu import backend, behaviour, cases, counters, processes, rehearse, report, timing
 from gpu.journal import NAME, Journal, read_rows
 from gpu.place import Place, Row
 from gpu.processes import in_processes
@@ -120,7 +121,7 @@ from gpu.place import Skipped
 
 def items(place):
     return {"good": good, "raises": raises, "skips": skips, "hangs": hangs, "eats": eats, "dies": dies,
-            "last": good}
+            "late": late, "last": good}
 
 def good():
     yield {"number": float("nan")}
@@ -142,6 +143,9 @@ def eats():
 
 def dies():
     os.kill(os.getpid(), 9)
+
+def late():
+    yield {"status": "not reached"}
 """
 SLOW = """
 import time
@@ -180,7 +184,7 @@ def test_a_part_that_fails_costs_itself(
         ended = {r["item"]: r for r in rows if r["stage"] == stage and r.get("event") == "end"}
         assert {item: row["status"] for item, row in ended.items()} == {
             **{"good": "ok", "raises": "failed", "skips": "skipped", "hangs": "hung"},
-            **{"eats": "out of memory", "dies": "died", "last": "ok"},
+            **{"eats": "out of memory", "dies": "died", "late": "time is up", "last": "ok"},
         }
         assert ended["raises"]["detail"] == "ValueError: no such thing"
         assert ended["dies"]["detail"] == "signal 9"
@@ -265,10 +269,40 @@ def test_asked_to_end_it_prints_what_it_has(tmp_path: Path) -> None:
 
 def test_calls_in_processes_of_their_own_end_or_say_why_not() -> None:
     two = replace(PLACE, num_jobs=2)
-    answers = {call: found for call, found, _, _ in in_processes(two, operator.is_not, [1, 2, 3])}
+    answers = {a.argument: a.result for a in in_processes(two, operator.is_not, [1, 2, 3])}
     assert answers == {1: True, 2: True, 3: True}
-    ((call, found, _, failure),) = in_processes(two, operator.getitem, [7])
-    assert (call, found) == (7, None) and failure.startswith("TypeError: 'Place' object")
+    (answer,) = in_processes(two, operator.getitem, [7])
+    assert (answer.argument, answer.status) == (7, "failed")
+    assert answer.detail.startswith("TypeError: 'Place' object")
+
+
+CALLS = """
+import os, time
+
+def dies(place, argument):
+    os.kill(os.getpid(), 9)
+
+def hangs(place, argument):
+    time.sleep(600)
+"""
+
+
+def test_a_call_without_an_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "calls.py").write_text(CALLS)
+    monkeypatch.syspath_prepend(tmp_path)
+    calls = importlib.import_module("calls")
+    two = replace(PLACE, num_jobs=2)
+    died = sorted(in_processes(two, calls.dies, [1, 2, 3]), key=lambda answer: answer.argument)
+    assert [(a.argument, a.status, a.detail) for a in died] == [
+        (k, "died", "exit code -9") for k in (1, 2, 3)
+    ]
+    late = replace(two, deadline=time.time() + 0.1)
+    for place in (late, replace(late, num_jobs=1, deadline=0)):
+        found = list(in_processes(place, calls.hangs, [1, 2, 3]))
+        assert {(a.argument, a.status) for a in found} == {(k, "not reached") for k in (1, 2, 3)}
+    monkeypatch.setattr(processes, "SILENCE_S", 0.1)
+    (hung,) = in_processes(two, calls.hangs, [1])
+    assert (hung.argument, hung.status) == (1, "hung")
 
 
 # --- the stages' own checks must be able to say no

@@ -77,14 +77,14 @@ def _smoke(place: Place) -> Iterator[Row]:
     from cases import VARIANTS
 
     calls = [(dtype, *variant) for dtype in DTYPES for variant in VARIANTS]
-    for call, found, seconds, failure in in_processes(place, smoke_call, calls):
-        status = "failed" if failure else "ok" if found["ratio"] <= 1 else "wrong"
+    for answer in in_processes(place, smoke_call, calls):
+        is_wrong = answer.status == "ok" and not answer.result["ratio"] <= 1
         yield {
-            "call": "/".join(call) if call else "?",
-            "status": status,
-            "detail": failure,
-            "seconds": seconds,
-            **(found or {}),
+            "call": "/".join(answer.argument),
+            "status": "wrong" if is_wrong else answer.status,
+            "detail": answer.detail,
+            "seconds": answer.seconds,
+            **(answer.result or {}),
         }
 
 

@@ -14,9 +14,10 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Iterable
 
 from gpu.journal import encode
-from gpu.place import Items, Place, Skipped, first_line
+from gpu.place import Items, Place, Row, Skipped, first_line
 
 BROKEN_DEVICE = 3
 """How a process ends that has said all about its part, but cannot run another."""
@@ -50,20 +51,27 @@ def main(order_json: str) -> int:
         if place.is_late:
             break
         say("begin", item=name)
-        outcome = {"status": "ok"}
-        try:
-            for row in items[name]():
-                say("row", **row)
-        except Skipped as why:
-            outcome = {"status": "skipped", "detail": str(why)}
-        except Exception as failure:
-            traceback.print_exc()
-            status = "out of memory" if _is_out_of_memory(failure) else "failed"
-            outcome = {"status": status, "detail": first_line(failure)}
-        say("end", item=name, **outcome)
+        status, detail = _run(items[name], say)
+        say("end", item=name, status=status, detail=detail)
         if not _device_is_well(place):
             return BROKEN_DEVICE
     return 0
+
+
+def _run(part: Callable[[], Iterable[Row]], say: Callable[..., None]) -> tuple[str, str]:
+    """Say a part's rows; answer how it ended, and a detail."""
+    num_left = 0
+    try:
+        for row in part():
+            num_left += row.get("status") == "not reached"
+            say("row", **row)
+    except Skipped as why:
+        return "skipped", str(why)
+    except Exception as failure:
+        traceback.print_exc()
+        status = "out of memory" if _is_out_of_memory(failure) else "failed"
+        return status, first_line(failure)
+    return ("time is up", f"{num_left} not reached") if num_left else ("ok", "")
 
 
 def _die_with(parent: int) -> None:
