@@ -158,6 +158,16 @@ def wait():
         time.sleep(0.005)
         yield {"k": k, "text": "x" * 3000}
 """
+RUN = """
+import sys
+from pathlib import Path
+from gpu.journal import Journal
+from gpu.place import Place
+from gpu.runner import Stage, run_stages
+
+name, folder = sys.argv[1:]
+run_stages([Stage(name, 60, module=name)], Place("cpu", folder=folder), Journal(Path(folder)))
+"""
 
 
 def run_faulty(
@@ -193,14 +203,17 @@ def test_a_part_that_fails_costs_itself(
     assert [row["number"] for row in rows if "number" in row] == ["nan"] * 4
     assert [row["item"] for row in rows if "before" in row] == ["raises"] * 2
     for pid in (row["pid"] for row in rows if "pid" in row):  # what a part started ends with it
-        assert not Path(f"/proc/{pid}/cmdline").exists() or _is_zombie(pid)
+        assert not _is_alive(pid)
     assert "HUNG first: hangs: silent for 1 s" in summary(rows)
     assert re.search(r'File ".*faulty.py", line \d+ in hangs', (tmp_path / "log.txt").read_text())
     assert "first: good: ok" in capfd.readouterr().err
 
 
-def _is_zombie(pid: int) -> bool:
-    return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+def _is_alive(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
 
 
 def test_a_stage_ends_with_its_time_and_the_next_has_its_own(
@@ -218,17 +231,11 @@ def test_a_kill_at_any_moment_leaves_valid_lines(
 ) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parent)]))
-    script = (
-        "from pathlib import Path; from gpu.journal import Journal; from gpu.place import Place;"
-        "from gpu.runner import *; import sys; folder = Path(sys.argv[1]);"
-        "run_stages([Stage('slow', 60, module='slow')],"
-        " Place('cpu', folder=str(folder)), Journal(folder))"
-    )
     for wait_s in (0.3, 0.02, 0.1):  # after the first row
         path = tmp_path / NAME
         size = path.stat().st_size if path.exists() else 0
         run = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.DEVNULL
+            [sys.executable, "-c", RUN, "slow", str(tmp_path)], stderr=subprocess.DEVNULL
         )
         while not path.exists() or path.stat().st_size <= size:
             time.sleep(0.01)
@@ -236,6 +243,29 @@ def test_a_kill_at_any_moment_leaves_valid_lines(
         run.send_signal(signal.SIGKILL)
         run.wait()
         assert all(row["stage"] == "slow" for row in read_rows([tmp_path]))
+
+
+def test_what_a_part_has_started_ends_with_a_runner_that_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parent)]))
+    run = subprocess.Popen(
+        [sys.executable, "-c", RUN, "faulty", str(tmp_path)], stderr=subprocess.DEVNULL
+    )
+    pids: list[int] = []
+    while not pids:
+        time.sleep(0.02)
+        rows = read_rows([tmp_path]) if (tmp_path / NAME).exists() else []
+        pids = [row["pid"] for row in rows if "pid" in row]
+    run.kill()
+    run.wait()
+    for _ in range(100):
+        if not _is_alive(pids[0]):
+            return
+        time.sleep(0.1)
+    os.kill(pids[0], signal.SIGKILL)
+    pytest.fail("a part's child has outlived the runner")
 
 
 def test_an_unfinished_line_is_no_row_and_is_cut_off(tmp_path: Path) -> None:

@@ -146,12 +146,11 @@ def _start(share: _Share, stage: Stage, place: Place, num_shares: int, log: IO[b
         "num_shares": num_shares,
         "done": share.begun,
         "pipe": writer,
-        "parent": os.getpid(),
     }
     paths = [*map(str, IMPORTED), os.environ.get("PYTHONPATH")]
     share.process = subprocess.Popen(
         [sys.executable, "-m", "gpu.worker", json.dumps(order)],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # its end tells the worker that this process is gone
         stdout=log,
         stderr=log,
         env=os.environ | UNBUFFERED | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
@@ -224,10 +223,11 @@ def _ask_where(share: _Share) -> None:
 
 def _end(share: _Share) -> None:
     """Kill the process with all that it started."""
-    assert share.process is not None
+    assert share.process is not None and share.process.stdin is not None
     with contextlib.suppress(ProcessLookupError):
         os.killpg(share.process.pid, signal.SIGKILL)
     share.process.wait()
+    share.process.stdin.close()
     share.process = None
 
 

@@ -6,7 +6,6 @@ breaks the device ends the process, so that the next part meets a fresh one.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import importlib
 import json
@@ -25,10 +24,10 @@ BROKEN_DEVICE = 3
 
 def main(order_json: str) -> int:
     order = json.loads(order_json)
-    _die_with(order["parent"])
-    faulthandler.register(signal.SIGUSR1)  # the runner asks a process that hangs where it does
     pipe = order["pipe"]
     os.set_inheritable(pipe, False)
+    _end_with_the_runner(pipe)
+    faulthandler.register(signal.SIGUSR1)  # the runner asks a process that hangs where it does
 
     def say(event: str, **row: object) -> None:
         os.write(pipe, encode({"event": event, **row}))
@@ -74,12 +73,18 @@ def _run(part: Callable[[], Iterable[Row]], say: Callable[..., None]) -> tuple[s
     return ("time is up", f"{num_left} not reached") if num_left else ("ok", "")
 
 
-def _die_with(parent: int) -> None:
-    """Have the system kill this process when the runner is gone, however it went."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
+def _end_with_the_runner(pipe: int) -> None:
+    """Have a child kill this process with all that it starts when the runner is gone, however it went.
+
+    Only the runner holds the other end of stdin, so that stdin ends with it.
+    """
+    if os.fork() == 0:
+        os.close(pipe)  # whose end says that the worker has ended
+        os.read(sys.stdin.fileno(), 1)
+        os.killpg(0, signal.SIGKILL)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, sys.stdin.fileno())
+    os.close(nothing)
 
 
 def _is_out_of_memory(failure: BaseException) -> bool:
