@@ -335,6 +335,36 @@ def test_a_call_without_an_answer_is_named(tmp_path: Path, monkeypatch: pytest.M
     assert (hung.argument, hung.status) == (1, "hung")
 
 
+def test_a_run_is_judged_by_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
+    (tmp_path / "damaged.whl").write_bytes(b"PK")
+    options = ["--device", "cpu", "--output-dir", str(tmp_path / "runs")]
+    parser = gpu_check._make_parser()
+    assert gpu_check.run(parser.parse_args([*options, "--wheels", str(tmp_path)]), []) == 1
+    page = (tmp_path / "runs" / "summary.txt").read_text()
+    assert "FAILED run: damaged.whl: BadZipFile: File is not a zip file" in page
+    assert gpu_check.run(parser.parse_args(options), []) == 0
+    assert "FAILED" not in (tmp_path / "runs" / "summary.txt").read_text()
+
+
+def test_the_summary_is_of_the_last_run_of_each_stage() -> None:
+    begin: Row = {"stage": "run", "argv": []}
+    rates = [{"stage": "facts", "rate": "copy", "value": v, "unit": "GB/s"} for v in (1.0, 2.0)]
+    failed = {"stage": "tiles", "item": "forward", "event": "end", "status": "failed"}
+    text = summary([begin, rates[0], failed, begin, rates[1]])
+    assert "copy: 2 GB/s" in text and "copy: 1 GB/s" not in text
+    assert "FAILED tiles: forward" in text
+
+
+def test_a_card_without_nvidia_smi_has_an_origin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    origin = gpu_check._origin("cuda")
+    assert (origin["gpu"], origin["driver"]) == ("unknown GPU", "not here")
+
+
 # --- the stages' own checks must be able to say no
 
 
