@@ -22,7 +22,7 @@ sys.path.insert(1, str(Path(__file__).parents[1] / "tests"))
 
 import gpu_check
 import gpu_codegen
-from gpu import backend, behaviour, cases, counters, processes, rehearse, report, timing
+from gpu import backend, behaviour, cases, counters, driver, processes, rehearse, report, timing
 from gpu.journal import NAME, Journal, read_rows
 from gpu.place import Place, Row
 from gpu.processes import in_processes
@@ -363,6 +363,25 @@ def test_a_card_without_nvidia_smi_has_an_origin(
     monkeypatch.setenv("PATH", str(tmp_path))
     origin = gpu_check._origin("cuda")
     assert (origin["gpu"], origin["driver"]) == ("unknown GPU", "not here")
+
+
+def test_a_training_run_that_ends_early_leaves_no_other_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(place: Place, folder: str, name: str) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["sleep", "600" if name == "whole" else "0"]))
+        return started[-1]
+
+    monkeypatch.setattr(driver, "_start", start)
+    with pytest.raises(AssertionError, match="the run ended before its first checkpoint"):
+        list(driver._killed_and_resumed(replace(PLACE, is_tiny=False)))
+    codes = [run.poll() for run in started]
+    for run in started:
+        run.kill()
+        run.wait()
+    assert codes == [-signal.SIGKILL, 0]
 
 
 # --- the stages' own checks must be able to say no
