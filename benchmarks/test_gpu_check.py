@@ -22,7 +22,18 @@ sys.path.insert(1, str(Path(__file__).parents[1] / "tests"))
 
 import gpu_check
 import gpu_codegen
-from gpu import backend, behaviour, cases, counters, driver, processes, rehearse, report, timing
+from gpu import (
+    backend,
+    behaviour,
+    cases,
+    counters,
+    driver,
+    processes,
+    rehearse,
+    report,
+    speed,
+    timing,
+)
 from gpu.journal import NAME, Journal, read_rows
 from gpu.place import Place, Row
 from gpu.processes import in_processes
@@ -382,6 +393,18 @@ def test_a_training_run_that_ends_early_leaves_no_other_at_work(
         run.kill()
         run.wait()
     assert codes == [-signal.SIGKILL, 0]
+
+
+def test_verdicts_come_before_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(*given: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(speed, "time_interleaved", hang)
+    shape = speed.Shape(Workload(64, 16, num_classes=4), others=("dense",))
+    rows = speed._measure(PLACE, shape, 1)
+    assert [next(rows)["status"] for _ in range(3)] == ["ok"] * 3
+    with pytest.raises(TimeoutError):
+        next(rows)
 
 
 # --- the stages' own checks must be able to say no
