@@ -346,6 +346,37 @@ def test_a_call_without_an_answer_is_named(tmp_path: Path, monkeypatch: pytest.M
     assert (hung.argument, hung.status) == (1, "hung")
 
 
+FLOOD = """
+import os, time
+from pathlib import Path
+
+def items(place):
+    return {"log": lambda: log(Path(place.folder, "log.txt")), "rows": rows}
+
+def log(path):
+    for _ in range(200):
+        print("x" * 100_000)
+    given_up_at = time.time() + 10
+    while path.stat().st_size >= 16 << 20 and time.time() < given_up_at:
+        time.sleep(0.02)
+    yield {"log_bytes": path.stat().st_size}
+
+def rows():
+    for _ in range(20):
+        yield {"text": "x" * 1_000_000}
+"""
+
+
+def test_no_file_reaches_16_mib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flood.py").write_text(FLOOD)
+    rows = run_faulty(tmp_path, monkeypatch, Stage("flood", 60, module="flood"))
+    (log_bytes,) = [row["log_bytes"] for row in rows if "log_bytes" in row]
+    assert log_bytes < 16 << 20 and (tmp_path / NAME).stat().st_size < 16 << 20
+    assert len([row for row in rows if "text" in row]) == 15
+    assert rows[-1]["counts"] == {"ok": 2}
+    assert "FAILED flood: rows.jsonl is full: rows after 15 MiB" in summary(rows)
+
+
 def test_a_run_is_judged_by_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.setattr(signal, "signal", lambda *given: None)

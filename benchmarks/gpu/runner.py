@@ -93,6 +93,7 @@ def _run_stage(stage: Stage, place: Place, journal: Journal) -> None:
                 _start(share, stage, place, len(shares), log)
             while running := [share for share in shares if share.process]:
                 _listen(running, tell)
+                _shorten(Path(place.folder) / LOG)
                 for share in running:
                     verdict = _verdict(share, stage, place)
                     if verdict is None:
@@ -107,7 +108,7 @@ def _run_stage(stage: Stage, place: Place, journal: Journal) -> None:
             for share in shares:
                 if share.process:
                     _end(share)
-    _shorten(Path(place.folder) / LOG)
+            _shorten(Path(place.folder) / LOG)
     left = [name for share in shares for name in share.names if name not in share.begun]
     tell.stage_end(time.time() - begun_at, left)
 
@@ -245,6 +246,11 @@ def _conclude(share: _Share, verdict: str, tell: _Teller) -> bool:
 
 
 def _shorten(log: Path) -> None:
-    """Keep the end of a log that has grown long."""
-    if log.stat().st_size > LOG_BYTES:
-        log.write_bytes(log.read_bytes()[-LOG_BYTES:])
+    """Keep the end of a log that has grown long; its writers append, and need not know."""
+    if log.stat().st_size > 2 * LOG_BYTES:
+        with open(log, "r+b") as file:
+            file.seek(-LOG_BYTES, os.SEEK_END)
+            end = file.read(LOG_BYTES)
+            file.seek(0)
+            file.write(end)
+            file.truncate()
