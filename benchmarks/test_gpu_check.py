@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_each_stage_runs_on_a_cpu(stage: str, rehearsal: tuple[list[Row], str]) 
     ended = {row["item"]: row for row in rows if row.get("event") == "end"}
     skipped = {item for item, row in ended.items() if row["status"] == "skipped"}
     assert {row["status"] for row in ended.values()} <= {"ok", "skipped"}
-    on_cuda = {"counters": 1, "sanitizers": 1, "behaviour": 2}
+    on_cuda = {"counters": 1, "sanitizers": 1, "behaviour": 3}
     assert len(skipped) == on_cuda.get(stage, 0)
     assert all(ended[item]["detail"] == "there is none on cpu" for item in skipped)
     (whole,) = [row for row in rows if row.get("event") == "stage"]
@@ -460,6 +461,27 @@ def test_a_step_that_varies_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(AssertionError, match="differs by"):
         behaviour.check_determinism(PLACE, make_problem(Workload(60)))
+
+
+def test_soft_labels_and_a_mask_are_watched_for_a_host_sync(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modes, watched = ["default"], set()
+    right = behaviour.supcon_loss
+
+    def loss(*args: torch.Tensor, **given: Any) -> torch.Tensor:
+        if modes[-1] == "error":
+            watched.update((name, given["backend"]) for name in ("labels", "mask") if name in given)
+        return right(*args, **given)
+
+    monkeypatch.setattr(Place, "needs_cuda", lambda place: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(behaviour, "supcon_loss", loss)
+    checks = {n: part for n, part in behaviour.items(PLACE).items() if n.startswith("no host sync")}
+    for part in checks.values():
+        list(part())
+    assert watched == {("labels", "tiled"), ("mask", "tiled")}
+    assert modes[-1] == "default" and modes.count("error") == 4
 
 
 def test_a_burst_is_made_shorter_until_the_queue_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
