@@ -6,8 +6,9 @@ python benchmarks/gpu_check.py report FOLDER...         README's table, docs/gpu
 python benchmarks/gpu_check.py rehearse                 without a card: compile all that would be launched
 
 It needs no install. Rows are appended to rows.jsonl in the output folder as they are found, and the
-summary comes last, also after SIGTERM. A stage that raises, hangs or breaks the device does not end
-the run. Without a GPU it says what it would do and exits 0; where something was wrong it exits 1.
+summary comes last, also after SIGTERM: of each stage the last run in that folder. A stage that raises,
+hangs or breaks the device does not end the run. Without a GPU it says what it would do and exits 0;
+where something was wrong in this run it exits 1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import argparse
 import importlib
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu.journal import Journal, read_rows
-from gpu.place import Place
+from gpu.place import Place, Row, first_line
 from gpu.runner import Stage, run_stages
 from gpu.summary import BAD, summary
 
@@ -90,6 +90,7 @@ def run(args: argparse.Namespace, stages: Sequence[Stage]) -> int:
     """Run the stages; whatever ends the run, the summary of what there is comes last."""
     folder = args.output_dir.resolve()
     journal = Journal(folder)
+    num_former = len(read_rows([folder]))
     place = Place(
         device=args.device,
         backend=args.backend,
@@ -98,13 +99,14 @@ def run(args: argparse.Namespace, stages: Sequence[Stage]) -> int:
         folder=str(folder),
         data_root=args.data_root,
     )
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, _stop)
     code = 0
     with tempfile.TemporaryDirectory() as site:
-        _make_importable(args.wheels, site)
-        journal.append({"stage": "run", "argv": sys.argv[1:], **_origin(args.device)})
         try:
+            for name in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(name, _stop)
+            journal.append({"stage": "run", "argv": sys.argv[1:], **_origin(args.device)})
+            for failure in _make_importable(args.wheels, site):
+                journal.append({"stage": "run", **failure})
             run_stages(stages, place, journal, args.minutes, lambda: _write_summary(folder))
         except (KeyboardInterrupt, _Stopped) as stopped:
             code = 130 if isinstance(stopped, KeyboardInterrupt) else 143
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace, stages: Sequence[Stage]) -> int:
     journal.close()
     text = _write_summary(folder)
     print(text, flush=True)
-    is_bad = any(row.get("status") in BAD for row in read_rows([folder]))
+    is_bad = any(row.get("status") in BAD for row in read_rows([folder])[num_former:])
     return code or int(is_bad)
 
 
@@ -130,20 +132,25 @@ def _write_summary(folder: Path) -> str:
     return text
 
 
-def _make_importable(wheels: Path | None, site: str) -> None:
-    """Unpack wheels where every process finds them, in front of what is installed."""
+def _make_importable(wheels: Path | None, site: str) -> list[Row]:
+    """Unpack wheels where every process finds them; answer with those that cannot be unpacked."""
+    failed = []
     for wheel in sorted(wheels.glob("*.whl")) if wheels else ():
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(site)
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(site)
+        except Exception as failure:
+            failed.append({"item": wheel.name, "status": "failed", "detail": first_line(failure)})
     paths = [os.environ.get("PYTHONPATH"), site]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return failed
 
 
 def _origin(device: str) -> dict[str, str]:
     """The machine, the versions and the commit that all rows of the run share."""
     from importlib import metadata
 
-    from machine import describe_machine
+    from machine import describe_machine, query_nvidia_smi
 
     found = describe_machine("cpu")
     for package in ("triton", "numpy"):
@@ -152,14 +159,9 @@ def _origin(device: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     if device == "cuda":  # without a context of this process on the card
-        command = [
-            "nvidia-smi",
-            "--query-gpu=name,driver_version",
-            "--format=csv,noheader",
-            "--id=0",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        found["gpu"], _, found["driver"] = done.stdout.strip().partition(", ")
+        card = query_nvidia_smi("name,driver_version")
+        found["gpu"] = card.get("name", "unknown GPU")
+        found["driver"] = card.get("driver_version", "not here")
     return found
 
 

@@ -41,6 +41,17 @@ def describe_machine(device: str) -> dict[str, str]:
     }
 
 
+def query_nvidia_smi(fields: str) -> dict[str, str]:
+    """Comma-separated fields of the first card, by name; or what came instead of them."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as failure:
+        return {"output": f"not here: {failure}"}
+    names, values = fields.split(","), done.stdout.strip().split(", ")
+    return dict(zip(names, values)) if len(values) == len(names) else {"output": done.stdout[:200]}
+
+
 def available_memory_bytes(device: str) -> int:
     """Memory that a provider may still take on the device."""
     if device == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import operator
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,18 @@ sys.path.insert(1, str(Path(__file__).parents[1] / "tests"))
 
 import gpu_check
 import gpu_codegen
-from gpu import backend, behaviour, cases, counters, rehearse, report, timing
+from gpu import (
+    backend,
+    behaviour,
+    cases,
+    counters,
+    driver,
+    processes,
+    rehearse,
+    report,
+    speed,
+    timing,
+)
 from gpu.journal import NAME, Journal, read_rows
 from gpu.place import Place, Row
 from gpu.processes import in_processes
@@ -62,7 +75,7 @@ def test_each_stage_runs_on_a_cpu(stage: str, rehearsal: tuple[list[Row], str]) 
     ended = {row["item"]: row for row in rows if row.get("event") == "end"}
     skipped = {item for item, row in ended.items() if row["status"] == "skipped"}
     assert {row["status"] for row in ended.values()} <= {"ok", "skipped"}
-    on_cuda = {"counters": 1, "sanitizers": 1, "behaviour": 2}
+    on_cuda = {"counters": 1, "sanitizers": 1, "behaviour": 3}
     assert len(skipped) == on_cuda.get(stage, 0)
     assert all(ended[item]["detail"] == "there is none on cpu" for item in skipped)
     (whole,) = [row for row in rows if row.get("event") == "stage"]
@@ -120,7 +133,7 @@ from gpu.place import Skipped
 
 def items(place):
     return {"good": good, "raises": raises, "skips": skips, "hangs": hangs, "eats": eats, "dies": dies,
-            "last": good}
+            "late": late, "last": good}
 
 def good():
     yield {"number": float("nan")}
@@ -142,6 +155,9 @@ def eats():
 
 def dies():
     os.kill(os.getpid(), 9)
+
+def late():
+    yield {"status": "not reached"}
 """
 SLOW = """
 import time
@@ -153,6 +169,16 @@ def wait():
     for k in range(20):
         time.sleep(0.005)
         yield {"k": k, "text": "x" * 3000}
+"""
+RUN = """
+import sys
+from pathlib import Path
+from gpu.journal import Journal
+from gpu.place import Place
+from gpu.runner import Stage, run_stages
+
+name, folder = sys.argv[1:]
+run_stages([Stage(name, 60, module=name)], Place("cpu", folder=folder), Journal(Path(folder)))
 """
 
 
@@ -180,7 +206,7 @@ def test_a_part_that_fails_costs_itself(
         ended = {r["item"]: r for r in rows if r["stage"] == stage and r.get("event") == "end"}
         assert {item: row["status"] for item, row in ended.items()} == {
             **{"good": "ok", "raises": "failed", "skips": "skipped", "hangs": "hung"},
-            **{"eats": "out of memory", "dies": "died", "last": "ok"},
+            **{"eats": "out of memory", "dies": "died", "late": "time is up", "last": "ok"},
         }
         assert ended["raises"]["detail"] == "ValueError: no such thing"
         assert ended["dies"]["detail"] == "signal 9"
@@ -189,14 +215,17 @@ def test_a_part_that_fails_costs_itself(
     assert [row["number"] for row in rows if "number" in row] == ["nan"] * 4
     assert [row["item"] for row in rows if "before" in row] == ["raises"] * 2
     for pid in (row["pid"] for row in rows if "pid" in row):  # what a part started ends with it
-        assert not Path(f"/proc/{pid}/cmdline").exists() or _is_zombie(pid)
+        assert not _is_alive(pid)
     assert "HUNG first: hangs: silent for 1 s" in summary(rows)
     assert re.search(r'File ".*faulty.py", line \d+ in hangs', (tmp_path / "log.txt").read_text())
     assert "first: good: ok" in capfd.readouterr().err
 
 
-def _is_zombie(pid: int) -> bool:
-    return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+def _is_alive(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
 
 
 def test_a_stage_ends_with_its_time_and_the_next_has_its_own(
@@ -214,17 +243,11 @@ def test_a_kill_at_any_moment_leaves_valid_lines(
 ) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parent)]))
-    script = (
-        "from pathlib import Path; from gpu.journal import Journal; from gpu.place import Place;"
-        "from gpu.runner import *; import sys; folder = Path(sys.argv[1]);"
-        "run_stages([Stage('slow', 60, module='slow')],"
-        " Place('cpu', folder=str(folder)), Journal(folder))"
-    )
     for wait_s in (0.3, 0.02, 0.1):  # after the first row
         path = tmp_path / NAME
         size = path.stat().st_size if path.exists() else 0
         run = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.DEVNULL
+            [sys.executable, "-c", RUN, "slow", str(tmp_path)], stderr=subprocess.DEVNULL
         )
         while not path.exists() or path.stat().st_size <= size:
             time.sleep(0.01)
@@ -232,6 +255,29 @@ def test_a_kill_at_any_moment_leaves_valid_lines(
         run.send_signal(signal.SIGKILL)
         run.wait()
         assert all(row["stage"] == "slow" for row in read_rows([tmp_path]))
+
+
+def test_what_a_part_has_started_ends_with_a_runner_that_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parent)]))
+    run = subprocess.Popen(
+        [sys.executable, "-c", RUN, "faulty", str(tmp_path)], stderr=subprocess.DEVNULL
+    )
+    pids: list[int] = []
+    while not pids:
+        time.sleep(0.02)
+        rows = read_rows([tmp_path]) if (tmp_path / NAME).exists() else []
+        pids = [row["pid"] for row in rows if "pid" in row]
+    run.kill()
+    run.wait()
+    for _ in range(100):
+        if not _is_alive(pids[0]):
+            return
+        time.sleep(0.1)
+    os.kill(pids[0], signal.SIGKILL)
+    pytest.fail("a part's child has outlived the runner")
 
 
 def test_an_unfinished_line_is_no_row_and_is_cut_off(tmp_path: Path) -> None:
@@ -265,10 +311,132 @@ def test_asked_to_end_it_prints_what_it_has(tmp_path: Path) -> None:
 
 def test_calls_in_processes_of_their_own_end_or_say_why_not() -> None:
     two = replace(PLACE, num_jobs=2)
-    answers = {call: found for call, found, _, _ in in_processes(two, operator.is_not, [1, 2, 3])}
+    answers = {a.argument: a.result for a in in_processes(two, operator.is_not, [1, 2, 3])}
     assert answers == {1: True, 2: True, 3: True}
-    ((call, found, _, failure),) = in_processes(two, operator.getitem, [7])
-    assert (call, found) == (7, None) and failure.startswith("TypeError: 'Place' object")
+    (answer,) = in_processes(two, operator.getitem, [7])
+    assert (answer.argument, answer.status) == (7, "failed")
+    assert answer.detail.startswith("TypeError: 'Place' object")
+
+
+CALLS = """
+import os, time
+
+def dies(place, argument):
+    os.kill(os.getpid(), 9)
+
+def hangs(place, argument):
+    time.sleep(600)
+"""
+
+
+def test_a_call_without_an_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "calls.py").write_text(CALLS)
+    monkeypatch.syspath_prepend(tmp_path)
+    calls = importlib.import_module("calls")
+    two = replace(PLACE, num_jobs=2)
+    died = sorted(in_processes(two, calls.dies, [1, 2, 3]), key=lambda answer: answer.argument)
+    assert [(a.argument, a.status, a.detail) for a in died] == [
+        (k, "died", "exit code -9") for k in (1, 2, 3)
+    ]
+    late = replace(two, deadline=time.time() + 0.1)
+    for place in (late, replace(late, num_jobs=1, deadline=0)):
+        found = list(in_processes(place, calls.hangs, [1, 2, 3]))
+        assert {(a.argument, a.status) for a in found} == {(k, "not reached") for k in (1, 2, 3)}
+    monkeypatch.setattr(processes, "SILENCE_S", 0.1)
+    (hung,) = in_processes(two, calls.hangs, [1])
+    assert (hung.argument, hung.status) == (1, "hung")
+
+
+FLOOD = """
+import os, time
+from pathlib import Path
+
+def items(place):
+    return {"log": lambda: log(Path(place.folder, "log.txt")), "rows": rows}
+
+def log(path):
+    for _ in range(200):
+        print("x" * 100_000)
+    given_up_at = time.time() + 10
+    while path.stat().st_size >= 16 << 20 and time.time() < given_up_at:
+        time.sleep(0.02)
+    yield {"log_bytes": path.stat().st_size}
+
+def rows():
+    for _ in range(20):
+        yield {"text": "x" * 1_000_000}
+"""
+
+
+def test_no_file_reaches_16_mib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flood.py").write_text(FLOOD)
+    rows = run_faulty(tmp_path, monkeypatch, Stage("flood", 60, module="flood"))
+    (log_bytes,) = [row["log_bytes"] for row in rows if "log_bytes" in row]
+    assert log_bytes < 16 << 20 and (tmp_path / NAME).stat().st_size < 16 << 20
+    assert len([row for row in rows if "text" in row]) == 15
+    assert rows[-1]["counts"] == {"ok": 2}
+    assert "FAILED flood: rows.jsonl is full: rows after 15 MiB" in summary(rows)
+
+
+def test_a_run_is_judged_by_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
+    (tmp_path / "damaged.whl").write_bytes(b"PK")
+    options = ["--device", "cpu", "--output-dir", str(tmp_path / "runs")]
+    parser = gpu_check._make_parser()
+    assert gpu_check.run(parser.parse_args([*options, "--wheels", str(tmp_path)]), []) == 1
+    page = (tmp_path / "runs" / "summary.txt").read_text()
+    assert "FAILED run: damaged.whl: BadZipFile: File is not a zip file" in page
+    assert gpu_check.run(parser.parse_args(options), []) == 0
+    assert "FAILED" not in (tmp_path / "runs" / "summary.txt").read_text()
+
+
+def test_the_summary_is_of_the_last_run_of_each_stage() -> None:
+    begin: Row = {"stage": "run", "argv": []}
+    rates = [{"stage": "facts", "rate": "copy", "value": v, "unit": "GB/s"} for v in (1.0, 2.0)]
+    failed = {"stage": "tiles", "item": "forward", "event": "end", "status": "failed"}
+    text = summary([begin, rates[0], failed, begin, rates[1]])
+    assert "copy: 2 GB/s" in text and "copy: 1 GB/s" not in text
+    assert "FAILED tiles: forward" in text
+
+
+def test_a_card_without_nvidia_smi_has_an_origin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    origin = gpu_check._origin("cuda")
+    assert (origin["gpu"], origin["driver"]) == ("unknown GPU", "not here")
+
+
+def test_a_training_run_that_ends_early_leaves_no_other_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(place: Place, folder: str, name: str) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["sleep", "600" if name == "whole" else "0"]))
+        return started[-1]
+
+    monkeypatch.setattr(driver, "_start", start)
+    with pytest.raises(AssertionError, match="the run ended before its first checkpoint"):
+        list(driver._killed_and_resumed(replace(PLACE, is_tiny=False)))
+    codes = [run.poll() for run in started]
+    for run in started:
+        run.kill()
+        run.wait()
+    assert codes == [-signal.SIGKILL, 0]
+
+
+def test_verdicts_come_before_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(*given: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(speed, "time_interleaved", hang)
+    shape = speed.Shape(Workload(64, 16, num_classes=4), others=("dense",))
+    rows = speed._measure(PLACE, shape, 1)
+    assert [next(rows)["status"] for _ in range(3)] == ["ok"] * 3
+    with pytest.raises(TimeoutError):
+        next(rows)
 
 
 # --- the stages' own checks must be able to say no
@@ -293,6 +461,27 @@ def test_a_step_that_varies_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(AssertionError, match="differs by"):
         behaviour.check_determinism(PLACE, make_problem(Workload(60)))
+
+
+def test_soft_labels_and_a_mask_are_watched_for_a_host_sync(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modes, watched = ["default"], set()
+    right = behaviour.supcon_loss
+
+    def loss(*args: torch.Tensor, **given: Any) -> torch.Tensor:
+        if modes[-1] == "error":
+            watched.update((name, given["backend"]) for name in ("labels", "mask") if name in given)
+        return right(*args, **given)
+
+    monkeypatch.setattr(Place, "needs_cuda", lambda place: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(behaviour, "supcon_loss", loss)
+    checks = {n: part for n, part in behaviour.items(PLACE).items() if n.startswith("no host sync")}
+    for part in checks.values():
+        list(part())
+    assert watched == {("labels", "tiled"), ("mask", "tiled")}
+    assert modes[-1] == "default" and modes.count("error") == 4
 
 
 def test_a_burst_is_made_shorter_until_the_queue_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpu.place import Items, Place, Row
@@ -20,6 +21,7 @@ def items(place: Place) -> Items:
     checks = {
         "the same bits three times": check_determinism,
         "no host synchronisation": check_no_sync,
+        "no host synchronisation, soft labels and a mask": check_no_sync_of_weights,
         "capture and replay on other features": check_cuda_graph,
         "torch.compile in one graph": check_compile,
     }
@@ -66,12 +68,31 @@ def check_no_sync(place: Place, problem: Problem) -> None:
         ).backward()
 
     for step in (functools.partial(_step, place, problem), learned):
+        _assert_no_sync(step)
+
+
+def check_no_sync_of_weights(place: Place, problem: Problem) -> None:
+    """Which only the tiled backend takes on a device."""
+    place.needs_cuda()
+    num_classes = problem.workload.num_classes
+    soft_labels = 0.9 * F.one_hot(problem.labels, num_classes).float() + 0.1 / num_classes
+    mask = soft_labels @ soft_labels.T
+
+    def step(**positives: Tensor) -> None:
+        supcon_loss(problem.features, temperature=0.1, backend="tiled", **positives).backward()
+
+    _assert_no_sync(functools.partial(step, labels=soft_labels))
+    _assert_no_sync(functools.partial(step, mask=mask))
+
+
+def _assert_no_sync(step: Callable[[], object]) -> None:
+    """The second time: the first may compile."""
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def check_cuda_graph(place: Place, problem: Problem) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import csv
 import functools
 import importlib.util
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -45,23 +43,35 @@ def _killed_and_resumed(place: Place) -> Iterator[Row]:
     """A run killed behind its first checkpoints ends, resumed, like one that nothing happened to."""
     with tempfile.TemporaryDirectory() as folder:
         whole = None if place.is_tiny else _start(place, folder, "whole")
-        killed = _start(place, folder, "killed")
-        saved = Path(folder) / "killed" / "last.pt"
-        while not saved.exists() and killed.poll() is None:
-            time.sleep(0.05)
-        os.kill(killed.pid, signal.SIGKILL)
-        killed.wait()
-        assert saved.exists(), "the run ended before its first checkpoint"
-        begun_at = _step_of(saved)
-        resumed = _start(place, folder, "killed", "--resume", "auto")
-        for process in filter(None, (resumed, whole)):
-            assert process.wait() == 0, f"pretrain.py ended with exit code {process.returncode}"
+        try:
+            saved = Path(folder) / "killed" / "last.pt"
+            begun_at = _kill_behind(saved, _start(place, folder, "killed"))
+            resumed = _start(place, folder, "killed", "--resume", "auto")
+            for process in filter(None, (resumed, whole)):
+                assert process.wait() == 0, f"pretrain.py ended with exit code {process.returncode}"
+        finally:
+            if whole:  # what is measured next has the device for itself
+                _kill(whole)
         row: Row = {"killed_after_step": begun_at, "resumed_to_step": _step_of(saved)}
         if whole:
             mine, other = _weights(saved), _weights(Path(folder) / "whole" / "last.pt")
             differences = [(mine[name] - other[name]).abs().max().item() for name in other]
             row |= {"largest_difference": max(differences)}
         yield row
+
+
+def _kill_behind(saved: Path, run: subprocess.Popen[bytes]) -> int:
+    """Kill a run once it has saved a checkpoint; answer with the checkpoint's step."""
+    while not saved.exists() and run.poll() is None:
+        time.sleep(0.05)
+    _kill(run)
+    assert saved.exists(), "the run ended before its first checkpoint"
+    return _step_of(saved)
+
+
+def _kill(run: subprocess.Popen[bytes]) -> None:
+    run.kill()
+    run.wait()
 
 
 def _start(place: Place, folder: str, name: str, *more: str) -> subprocess.Popen[bytes]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import subprocess
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +14,7 @@ from gpu.journal import read_rows
 from gpu.place import Items, Place, Row
 from gpu.processes import in_processes
 from gpu.timing import time_interleaved
-from machine import describe_machine
+from machine import describe_machine, query_nvidia_smi
 
 PACKAGES = (
     *("triton", "numpy", "kornia", "jsonargparse", "webdataset", "timm", "torchmetrics"),
@@ -49,7 +48,7 @@ def _versions(place: Place) -> Iterator[Row]:
             "memory_gib": card.total_memory / GIB,
             "l2_mib": card.L2_cache_size / (1 << 20),
             "cuda": torch.version.cuda,
-            "nvidia_smi": _nvidia_smi(),
+            "nvidia_smi": query_nvidia_smi(SMI_FIELDS),
         }
 
 
@@ -61,14 +60,6 @@ def _version(package: str) -> tuple[str, str]:
         return package, "version unknown" if found else "not here"
 
 
-def _nvidia_smi() -> dict[str, str]:
-    command = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader", "--id=0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    values = done.stdout.strip().split(", ")
-    names = SMI_FIELDS.split(",")
-    return dict(zip(names, values)) if len(values) == len(names) else {"output": done.stdout[:200]}
-
-
 # --- the first calls
 
 
@@ -77,14 +68,14 @@ def _smoke(place: Place) -> Iterator[Row]:
     from cases import VARIANTS
 
     calls = [(dtype, *variant) for dtype in DTYPES for variant in VARIANTS]
-    for call, found, seconds, failure in in_processes(place, smoke_call, calls):
-        status = "failed" if failure else "ok" if found["ratio"] <= 1 else "wrong"
+    for answer in in_processes(place, smoke_call, calls):
+        is_wrong = answer.status == "ok" and not answer.result["ratio"] <= 1
         yield {
-            "call": "/".join(call) if call else "?",
-            "status": status,
-            "detail": failure,
-            "seconds": seconds,
-            **(found or {}),
+            "call": "/".join(answer.argument),
+            "status": "wrong" if is_wrong else answer.status,
+            "detail": answer.detail,
+            "seconds": answer.seconds,
+            **(answer.result or {}),
         }
 
 
@@ -120,7 +111,7 @@ def _products(place: Place) -> Iterator[Row]:
         kind = "tf32" if is_tf32 else dtype
         yield {"rate": f"{kind} product", "value": best, "unit": "TFLOP/s"}
     if place.device == "cuda":
-        yield {"nvidia_smi": _nvidia_smi()}
+        yield {"nvidia_smi": query_nvidia_smi(SMI_FIELDS)}
 
 
 def _exponentials(place: Place) -> Iterator[Row]:

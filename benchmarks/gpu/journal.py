@@ -11,6 +11,8 @@ from pathlib import Path
 from gpu.place import Row
 
 NAME = "rows.jsonl"
+LIMIT_BYTES = 15 << 20
+"""Beyond which only how runs, stages and parts go is kept: no file of a folder reaches 16 MiB."""
 
 
 class Journal:
@@ -22,10 +24,19 @@ class Journal:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         finished = self.path.read_bytes().rfind(b"\n") + 1
         os.ftruncate(self._file, finished)
-        os.lseek(self._file, finished, os.SEEK_SET)
+        self._size = os.lseek(self._file, finished, os.SEEK_SET)
+        self._is_full = False
 
     def append(self, row: Row) -> None:
-        os.write(self._file, encode(row))
+        line = encode(row)
+        is_short = "event" in row or row["stage"] == "run"
+        if not is_short and (self._is_full or self._size + len(line) > LIMIT_BYTES):
+            if self._is_full:
+                return
+            self._is_full = True
+            detail = f"{NAME} is full: rows after {LIMIT_BYTES >> 20} MiB are left out"
+            line = encode({"stage": row["stage"], "status": "failed", "detail": detail})
+        self._size += os.write(self._file, line)
         os.fsync(self._file)
 
     def close(self) -> None:

@@ -93,6 +93,7 @@ def _run_stage(stage: Stage, place: Place, journal: Journal) -> None:
                 _start(share, stage, place, len(shares), log)
             while running := [share for share in shares if share.process]:
                 _listen(running, tell)
+                _shorten(Path(place.folder) / LOG)
                 for share in running:
                     verdict = _verdict(share, stage, place)
                     if verdict is None:
@@ -107,7 +108,7 @@ def _run_stage(stage: Stage, place: Place, journal: Journal) -> None:
             for share in shares:
                 if share.process:
                     _end(share)
-    _shorten(Path(place.folder) / LOG)
+            _shorten(Path(place.folder) / LOG)
     left = [name for share in shares for name in share.names if name not in share.begun]
     tell.stage_end(time.time() - begun_at, left)
 
@@ -146,12 +147,11 @@ def _start(share: _Share, stage: Stage, place: Place, num_shares: int, log: IO[b
         "num_shares": num_shares,
         "done": share.begun,
         "pipe": writer,
-        "parent": os.getpid(),
     }
     paths = [*map(str, IMPORTED), os.environ.get("PYTHONPATH")]
     share.process = subprocess.Popen(
         [sys.executable, "-m", "gpu.worker", json.dumps(order)],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # its end tells the worker that this process is gone
         stdout=log,
         stderr=log,
         env=os.environ | UNBUFFERED | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
@@ -224,10 +224,11 @@ def _ask_where(share: _Share) -> None:
 
 def _end(share: _Share) -> None:
     """Kill the process with all that it started."""
-    assert share.process is not None
+    assert share.process is not None and share.process.stdin is not None
     with contextlib.suppress(ProcessLookupError):
         os.killpg(share.process.pid, signal.SIGKILL)
     share.process.wait()
+    share.process.stdin.close()
     share.process = None
 
 
@@ -245,6 +246,11 @@ def _conclude(share: _Share, verdict: str, tell: _Teller) -> bool:
 
 
 def _shorten(log: Path) -> None:
-    """Keep the end of a log that has grown long."""
-    if log.stat().st_size > LOG_BYTES:
-        log.write_bytes(log.read_bytes()[-LOG_BYTES:])
+    """Keep the end of a log that has grown long; its writers append, and need not know."""
+    if log.stat().st_size > 2 * LOG_BYTES:
+        with open(log, "r+b") as file:
+            file.seek(-LOG_BYTES, os.SEEK_END)
+            end = file.read(LOG_BYTES)
+            file.seek(0)
+            file.write(end)
+            file.truncate()

@@ -95,13 +95,12 @@ def _compile_ahead(place: Place, found: list[Shape]) -> Iterator[Row]:
             calls.setdefault((name, *code), (name, w))
         if "dense-compiled" in shape.others:
             calls["dense-compiled", w] = ("dense-compiled", w)
-    for call, _, seconds, failure in in_processes(place, first_step, list(calls.values())):
-        name, workload = call or ("?", None)
-        yield {
-            "compiled": f"{name} {Shape(workload).name if workload else ''}",
-            "seconds": seconds,
-            "detail": failure,
-        }
+    for answer in in_processes(place, first_step, list(calls.values())):
+        name, workload = answer.argument
+        row: Row = {"compiled": f"{name} {Shape(workload).name}", "seconds": answer.seconds}
+        # What fails fails again where it is measured; a peer may just not be installed.
+        status = {} if answer.status == "failed" else {"status": answer.status}
+        yield row | status | {"detail": answer.detail}
 
 
 def first_step(place: Place, call: tuple[str, Workload]) -> None:
@@ -154,12 +153,12 @@ def _measure(place: Place, shape: Shape, num_left: int) -> Iterator[Row]:
         except Exception as failure:
             verdict |= {"status": "failed", "note": first_line(failure)}
         verdicts[name] = verdict
-        if name not in admitted:
-            yield verdict
+        yield verdict  # before anything is timed, which may hang
     steps = {name: as_call(provider, problem) for name, provider in admitted.items()}
     share_s = max(0.0, place.seconds_left) / num_left
     budget_s = 0.0 if place.is_tiny else min(SECONDS, 0.4 * share_s)
     laps = time_interleaved(steps, place.device, budget_s)
+    yield {"medians_ms": {name: lap.median for name, lap in laps.items()}}
     for name, step in steps.items():
         row = verdicts[name] | _times(laps[name], workload, place)
         row["eager_ms"] = eager_ms(step, place.device, 3 if laps[name].median > 5 else 20)

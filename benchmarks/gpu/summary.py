@@ -14,7 +14,8 @@ Cells = list[list[str]]
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """At most LIMIT characters; where there is more, the middle of the failures goes first."""
+    """Of each stage the last run, in at most LIMIT characters; of many failures the first."""
+    rows = _last_runs(rows)
     parts = [_stages(rows), _rates(rows), _cases(rows), _speed(rows), _tiles(rows), _driver(rows)]
     text = "\n\n".join(part for part in parts if part)
     failures = _failures(rows)
@@ -28,6 +29,16 @@ def summary(rows: Sequence[Row]) -> str:
         shown.append(line)
     whole = "\n\n".join(filter(None, ["\n".join(shown), text]))
     return whole if len(whole) <= LIMIT else f"{whole[: LIMIT - 2]}…"
+
+
+def _last_runs(rows: Sequence[Row]) -> list[Row]:
+    """Of each stage the rows of the last run that holds any."""
+    runs: list[int] = []
+    last: dict[str, int] = {}
+    for row in rows:
+        runs.append((runs[-1] if runs else 0) + ("argv" in row))  # with which a run begins
+        last[row["stage"]] = runs[-1]
+    return [row for row, run in zip(rows, runs) if run == last[row["stage"]]]
 
 
 def _stages(rows: Sequence[Row]) -> str:

@@ -48,14 +48,13 @@ def _compare(place: Place, phase: str) -> Iterator[Row]:
     if place.is_tiny:
         tried = tried[:2]
     sound = []
-    for call, found, seconds, failure in in_processes(
-        place, try_tile, [(phase, tile) for tile in tried]
-    ):
-        tile = call[1] if call else None
-        status = "failed" if failure else "wrong" if found["error"] > workload.error_bound else "ok"
-        row = {"phase": phase, "status": status, "detail": failure, "compile_s": seconds}
-        yield row | (found or {}) | (_about(tile) if tile else {})
-        if tile and status == "ok":
+    for answer in in_processes(place, try_tile, [(phase, tile) for tile in tried]):
+        _, tile = answer.argument
+        is_wrong = answer.status == "ok" and not answer.result["error"] <= workload.error_bound
+        status = "wrong" if is_wrong else answer.status
+        row = {"phase": phase, "status": status, "detail": answer.detail}
+        yield row | {"compile_s": answer.seconds} | (answer.result or {}) | _about(tile)
+        if status == "ok":
             sound.append(tile)
     for num_rows in NUM_ROWS[:1] if place.is_tiny else NUM_ROWS:
         yield from _time(place, phase, sound, _workload(place, num_rows))

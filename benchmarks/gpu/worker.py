@@ -6,7 +6,6 @@ breaks the device ends the process, so that the next part meets a fresh one.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import importlib
 import json
@@ -14,9 +13,10 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Iterable
 
 from gpu.journal import encode
-from gpu.place import Items, Place, Skipped, first_line
+from gpu.place import Items, Place, Row, Skipped, first_line
 
 BROKEN_DEVICE = 3
 """How a process ends that has said all about its part, but cannot run another."""
@@ -24,10 +24,10 @@ BROKEN_DEVICE = 3
 
 def main(order_json: str) -> int:
     order = json.loads(order_json)
-    _die_with(order["parent"])
-    faulthandler.register(signal.SIGUSR1)  # the runner asks a process that hangs where it does
     pipe = order["pipe"]
     os.set_inheritable(pipe, False)
+    _end_with_the_runner(pipe)
+    faulthandler.register(signal.SIGUSR1)  # the runner asks a process that hangs where it does
 
     def say(event: str, **row: object) -> None:
         os.write(pipe, encode({"event": event, **row}))
@@ -50,28 +50,41 @@ def main(order_json: str) -> int:
         if place.is_late:
             break
         say("begin", item=name)
-        outcome = {"status": "ok"}
-        try:
-            for row in items[name]():
-                say("row", **row)
-        except Skipped as why:
-            outcome = {"status": "skipped", "detail": str(why)}
-        except Exception as failure:
-            traceback.print_exc()
-            status = "out of memory" if _is_out_of_memory(failure) else "failed"
-            outcome = {"status": status, "detail": first_line(failure)}
-        say("end", item=name, **outcome)
+        status, detail = _run(items[name], say)
+        say("end", item=name, status=status, detail=detail)
         if not _device_is_well(place):
             return BROKEN_DEVICE
     return 0
 
 
-def _die_with(parent: int) -> None:
-    """Have the system kill this process when the runner is gone, however it went."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
+def _run(part: Callable[[], Iterable[Row]], say: Callable[..., None]) -> tuple[str, str]:
+    """Say a part's rows; answer how it ended, and a detail."""
+    num_left = 0
+    try:
+        for row in part():
+            num_left += row.get("status") == "not reached"
+            say("row", **row)
+    except Skipped as why:
+        return "skipped", str(why)
+    except Exception as failure:
+        traceback.print_exc()
+        status = "out of memory" if _is_out_of_memory(failure) else "failed"
+        return status, first_line(failure)
+    return ("time is up", f"{num_left} not reached") if num_left else ("ok", "")
+
+
+def _end_with_the_runner(pipe: int) -> None:
+    """Have a child kill this process with all that it starts when the runner is gone, however it went.
+
+    Only the runner holds the other end of stdin, so that stdin ends with it.
+    """
+    if os.fork() == 0:
+        os.close(pipe)  # whose end says that the worker has ended
+        os.read(sys.stdin.fileno(), 1)
+        os.killpg(0, signal.SIGKILL)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, sys.stdin.fileno())
+    os.close(nothing)
 
 
 def _is_out_of_memory(failure: BaseException) -> bool:
