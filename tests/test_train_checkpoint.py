@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import signal
+import zipfile
 from dataclasses import asdict
 
 import pytest
@@ -158,6 +159,19 @@ def test_truncated_checkpoint_is_damaged(tmp_path, size):
     path = tmp_path / "last.pt"
     os.truncate(path, int(size * path.stat().st_size) if size < 1 else size)
     with pytest.raises(DamagedCheckpoint, match=f"{path} is not a readable checkpoint"):
+        load_checkpoint(path)
+
+
+def test_older_format_before_a_zip_file_is_damaged(tmp_path):
+    save(tmp_path, 1)
+    path = tmp_path / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved, path, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(path, "a") as records:
+        records.writestr("unrelated", "whole")
+    # What torch.load reads is not what has checksums.
+    assert torch.load(path, weights_only=True)["state"] == saved["state"]
+    with pytest.raises(DamagedCheckpoint, match=f"{path} is not a readable .* begin as a zip"):
         load_checkpoint(path)
 
 

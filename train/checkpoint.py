@@ -24,6 +24,7 @@ from durable import TEMPORARY, link_file, replace_file
 LAST = "last.pt"
 BEST = "best.pt"
 STEP = "step-{}.pt"
+ZIP = b"PK\x03\x04"
 # A run may be moved, renamed, or given other workers and checkpoints; every other option shapes it.
 FREE_OPTIONS = {
     "data_root", "workers", "device", "timeout_minutes", "save_every", "keep", "output_dir", "name",
@@ -123,8 +124,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        # torch.load itself takes flipped bits for weights.
-        with zipfile.ZipFile(path) as records:
+        # torch.load itself takes flipped bits for weights. It goes by the first bytes, and would
+        # unpickle another format by code that checks less; zipfile goes by the last.
+        with open(path, "rb") as file, zipfile.ZipFile(file) as records:
+            file.seek(0)
+            if file.read(len(ZIP)) != ZIP:
+                raise ValueError("it does not begin as a zip file")
             damaged = records.testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of its record {damaged} does not hold")
