@@ -210,6 +210,7 @@ def test_option_that_a_checkpoint_does_not_know_has_its_default(tmp_path):
 CONFIG = asdict(PretrainConfig(image_size=16))
 STATE = {"raw_pixels": 0.0, "untrained": 0.0, "accuracy": 0.0}
 DATA = {"classes": ["a", "b"], "channels": 1}
+RANDOM = {"cpu": torch.get_rng_state()}
 
 
 @pytest.mark.parametrize(
@@ -229,6 +230,9 @@ DATA = {"classes": ["a", "b"], "channels": 1}
         ({"data": None}, "its data is NoneType"),
         ({"data": DATA | {"channels": 2}}, "its data has int 2 for channels"),
         ({"data": DATA | {"mean": [0.5] * 3}}, "its data has 3 numbers for mean"),
+        ({"random_states": [RANDOM] * 2}, "its random_states are those of 2 processes"),
+        ({"machine": {"world_size": 2}}, "its random_states are those of 1 processes"),
+        ({"random_states": [{"cpu": torch.zeros(3).byte()}]}, "RNG state"),
         ({"model": {}}, "its model holds no weights"),
         ({"model": {"weight": 1.0}}, "its model holds no weights"),
         ({"model": {"weight": torch.tensor([1, float("nan")])}}, "its model.weight is not finite"),

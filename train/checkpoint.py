@@ -205,6 +205,12 @@ def _check_contents(saved: dict[str, Any]) -> None:
             raise ValueError(f"its {part} holds no weights")
     for part in ("model", "ema", "memory", "probe", "optimizer"):
         check_finite(saved.get(part), part)
+    # Of every process, each of which will take its own.
+    states = saved.get("random_states") or [saved.get("random_state")]
+    if len(states) != saved["machine"]["world_size"]:
+        raise ValueError(f"its random_states are those of {len(states)} processes")
+    for state in saved.get("random_states") or []:
+        torch.Generator().set_state(state["cpu"])
 
 
 def _check_fields(part: str, found: object, kinds: dict[str, Any]) -> None:
