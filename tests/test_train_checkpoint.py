@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import signal
+import zipfile
 from dataclasses import asdict
 
 import pytest
@@ -19,6 +20,7 @@ from checkpoint import (
     load_checkpoint,
     load_newest,
     load_weights,
+    restored_from,
     save_checkpoint,
 )
 from config import PretrainConfig, UserError
@@ -161,6 +163,19 @@ def test_truncated_checkpoint_is_damaged(tmp_path, size):
         load_checkpoint(path)
 
 
+def test_older_format_before_a_zip_file_is_damaged(tmp_path):
+    save(tmp_path, 1)
+    path = tmp_path / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved, path, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(path, "a") as records:
+        records.writestr("unrelated", "whole")
+    # What torch.load reads is not what has checksums.
+    assert torch.load(path, weights_only=True)["state"] == saved["state"]
+    with pytest.raises(DamagedCheckpoint, match=f"{path} is not a readable .* begin as a zip"):
+        load_checkpoint(path)
+
+
 def test_foreign_checkpoint_is_an_error_not_a_reason_to_take_an_older_one(tmp_path):
     save(tmp_path, 1)
     path = tmp_path / "last.pt"
@@ -196,6 +211,7 @@ def test_option_that_a_checkpoint_does_not_know_has_its_default(tmp_path):
 CONFIG = asdict(PretrainConfig(image_size=16))
 STATE = {"raw_pixels": 0.0, "untrained": 0.0, "accuracy": 0.0}
 DATA = {"classes": ["a", "b"], "channels": 1}
+RANDOM = {"cpu": torch.get_rng_state()}
 
 
 @pytest.mark.parametrize(
@@ -215,6 +231,9 @@ DATA = {"classes": ["a", "b"], "channels": 1}
         ({"data": None}, "its data is NoneType"),
         ({"data": DATA | {"channels": 2}}, "its data has int 2 for channels"),
         ({"data": DATA | {"mean": [0.5] * 3}}, "its data has 3 numbers for mean"),
+        ({"random_states": [RANDOM] * 2}, "its random_states are 2, not one for each of 1"),
+        ({"machine": {"world_size": 2}}, "its random_states are 1, not one for each of 2"),
+        ({"random_states": [{"cpu": torch.zeros(3).byte()}]}, "RNG state"),
         ({"model": {}}, "its model holds no weights"),
         ({"model": {"weight": 1.0}}, "its model holds no weights"),
         ({"model": {"weight": torch.tensor([1, float("nan")])}}, "its model.weight is not finite"),
@@ -234,6 +253,37 @@ def test_wrong_contents_are_named_and_the_one_before_is_used(tmp_path, capsys, c
     saved = load_newest(checkpoints_in(tmp_path), lambda path, saved: None)
     assert saved["state"]["step"] == 1
     assert f"warning: {path} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (MemoryError(), UserError, r"^out of memory while .*step-2\.pt is loaded"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), UserError, r"^out of memory"),
+        (RuntimeError("CUDA error: misaligned address"), RuntimeError, "^CUDA error"),
+    ],
+    ids=["Python", "CPU", "CUDA"],
+)
+def test_failure_of_the_machine_is_no_reason_to_take_an_older_one(
+    tmp_path, monkeypatch, error, kind, said
+):
+    def fail(*arguments, **options):
+        raise error
+
+    def restore(path, saved):
+        with restored_from(path):
+            fail()
+
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "last.pt").unlink()
+    with pytest.raises(kind, match=said) as raised:
+        load_newest(checkpoints_in(tmp_path), restore)
+    assert not isinstance(raised.value, DamagedCheckpoint)
+    monkeypatch.setattr("torch.load", fail)
+    with pytest.raises(kind, match=said) as raised:
+        load_newest(checkpoints_in(tmp_path), lambda path, saved: None)
+    assert not isinstance(raised.value, DamagedCheckpoint)
 
 
 @pytest.mark.parametrize("part", ["state", "machine", "data"])

@@ -95,8 +95,11 @@ def test_unfit_files_to_start_from_are_named(tmp_path):
     foreign, damaged = tmp_path / "foreign.safetensors", tmp_path / "damaged.safetensors"
     save_file({"weight": torch.zeros(1)}, foreign)
     damaged.write_bytes(foreign.read_bytes()[:20])
+    number = tmp_path / "number.safetensors"
+    save_file({"weight": torch.zeros(1)}, number, {"encoder": "5"})
     for path, message in (
         (foreign, "was not written by pretrain"),
+        (number, "was not written by pretrain"),
         (damaged, "cannot read the encoder"),
         (tmp_path / "none.safetensors", "there is no encoder"),
         (tmp_path / "none.pt", "there is no checkpoint"),

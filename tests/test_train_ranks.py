@@ -4,6 +4,7 @@ Most of it is done by processes that are started once (tests/train_ranks.py); th
 signalled or killed here are pretrain.py as torchrun starts it.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import leaving_ranks
 import train_ranks
 from augment import Views
 from checkpoint import load_checkpoint
@@ -167,6 +169,15 @@ def test_mistake_of_one_ends_all_and_is_said_by_the_first(three):
 
 def test_no_connection_is_left_when_a_process_ends(three):
     assert [of_rank["threads"] for of_rank in three[1]] == [[]] * 3
+
+
+def test_no_connection_is_left_however_a_process_leaves(tmp_path):
+    started = torchrun(Path(leaving_ranks.__file__), tmp_path)
+    said, _ = started.communicate(timeout=SECONDS)
+    assert started.returncode == 0, said
+    for rank in range(2):
+        found = json.loads((tmp_path / f"left{rank}.json").read_text())
+        assert found == {"end": [], "fail": [], "fail_from_another": []}
 
 
 def test_another_number_of_processes_is_refused(found, folder):

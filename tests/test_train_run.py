@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -194,6 +195,21 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
     finally:
         process.kill()
         os.kill(worker, signal.SIGKILL)
+
+
+def test_lock_whose_file_was_removed_is_taken_anew(tmp_path, monkeypatch):
+    taken, lockf = [], fcntl.lockf
+
+    def late(file, operation):
+        if not taken:
+            (tmp_path / "a/.lock").unlink()  # by removed_if_empty of the process before
+        taken.append(file)
+        lockf(file, operation)
+
+    monkeypatch.setattr("fcntl.lockf", late)
+    with RunLock() as lock:
+        open_run(PretrainConfig(output_dir=str(tmp_path), name="a"), lock)
+        assert os.fstat(lock.file.fileno()).st_ino == (tmp_path / "a/.lock").stat().st_ino
 
 
 def test_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsys):

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from config import PretrainConfig, UserError
 from durable import TEMPORARY, link_file, replace_file
+from sizes import is_out_of_memory
 
 LAST = "last.pt"
 BEST = "best.pt"
 STEP = "step-{}.pt"
+ZIP = b"PK\x03\x04"
 # A run may be moved, renamed, become longer or shorter, or be evaluated and saved at other steps; every
 # other option has shaped the steps that it has made.
 FREE_OPTIONS = {
@@ -129,13 +131,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        # torch.load itself takes flipped bits for weights.
-        with zipfile.ZipFile(path) as records:
+        # torch.load itself takes flipped bits for weights. It goes by the first bytes, and would
+        # unpickle another format by code that checks less; zipfile goes by the last.
+        with open(path, "rb") as file, zipfile.ZipFile(file) as records:
+            file.seek(0)
+            if file.read(len(ZIP)) != ZIP:
+                raise ValueError("it does not begin as a zip file")
             damaged = records.testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of its record {damaged} does not hold")
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        _raise_if_of_machine(path, error)
         raise DamagedCheckpoint(f"{path} is not a readable checkpoint: {error}") from error
     if not isinstance(saved, dict) or "config" not in saved or "model" not in saved:
         raise UserError(f"{path} was not written by pretrain.py")
@@ -159,11 +166,21 @@ def restored_from(path: Path) -> Iterator[None]:
     """Turn what goes wrong while the contents of a checkpoint are put to use into one line."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise  # of the device: nothing is wrong with the checkpoint
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        AttributeError, IndexError, KeyError, MemoryError, RuntimeError, TypeError, ValueError
+    ) as error:  # fmt: skip
+        _raise_if_of_machine(path, error)
         reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         raise DamagedCheckpoint(f"{path} is damaged: {shorten(reason, 300)}") from error
+
+
+def _raise_if_of_machine(path: Path, error: Exception) -> None:
+    """Raise an error with which nothing is said of the checkpoint."""
+    if is_out_of_memory(error):
+        reason = shorten(str(error), 200)
+        raise UserError(f"out of memory while {path} is loaded ({reason})") from error
+    if "CUDA error" in str(error):
+        raise error
 
 
 def check_finite(content: object, name: str = "weights") -> None:
@@ -206,6 +223,12 @@ def _check_contents(saved: dict[str, Any]) -> None:
             raise ValueError(f"its {part} holds no weights")
     for part in ("model", "ema", "memory", "probe", "optimizer"):
         check_finite(saved.get(part), part)
+    # Of every process, each of which will take its own.
+    states = saved.get("random_states") or [saved.get("random_state")]
+    if len(states) != (count := saved["machine"]["world_size"]):
+        raise ValueError(f"its random_states are {len(states)}, not one for each of {count}")
+    for state in saved.get("random_states") or []:
+        torch.Generator().set_state(state["cpu"])
 
 
 def _check_fields(part: str, found: object, kinds: dict[str, Any]) -> None:

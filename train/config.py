@@ -103,7 +103,7 @@ class PretrainConfig:
         precision: Of the network in training: fp32, or by autocast bf16 or fp16, whose gradients are
             scaled, and a step whose gradient overflows skipped. The loss is always in float32.
         compile: Compile the network for training (torch.compile); checkpoints are the same.
-        grad_cache_chunk: For batches that no memory holds: embed so many rows (an image in one view is
+        grad_cache_chunk: For batches that do not fit in memory: embed so many rows (an image in one view is
             one) at a time, without a graph, and once more with it for the gradient, which is that
             of the whole batch; but batch norm takes the statistics of each chunk by itself. Of
             several processes each goes by its own rows. Default: all rows at once.

@@ -99,8 +99,8 @@ def read_encoder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _read_metadata(metadata: dict[str, str]) -> dict[str, Any]:
     """What encoder.safetensors says of its encoder; {} if pretrain.py did not write it."""
     if METADATA in metadata:
-        about: dict[str, Any] = json.loads(metadata[METADATA])
-        return about
+        about = json.loads(metadata[METADATA])
+        return about if isinstance(about, dict) else {}
     # Older files have a key for each value, which is JSON but for the name.
     if "model" in metadata and "options" in metadata:
         return {"model": metadata["model"], "options": json.loads(metadata["options"])}

@@ -13,6 +13,7 @@ benchmarks/results/digits.csv, as measured by benchmarks/bench_digits.py.
 import json
 import math
 import shlex
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -96,7 +97,7 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
         folder, checkpoints = ranks.from_first(partial(open_run, config, lock))
         config = replace(config, name=folder.name, resume="none", image_size=data.image_size)
         state: RunState | None = None
-        with removed_if_empty(folder):
+        with removed_if_empty(folder) if ranks.is_main else nullcontext():
             if checkpoints:
                 state, config = go_on(
                     trainer, checkpoints, config, data, steps_per_epoch=steps_per_epoch

@@ -18,6 +18,9 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# DDP imports it, and its defaults hold the group that is there at its import: so before any.
+import torch.distributed.nn
 from torch import Tensor, nn
 
 from config import UserError
@@ -246,10 +249,14 @@ def _disconnect(ranks: Ranks, error: BaseException | None) -> None:
     """Close every connection now.
 
     A process that ends with one open may be aborted by a thread of Gloo that still holds a tensor.
-    A connection is closed with the last reference to its group: an error's frames hold some.
+    A connection is closed with the last reference to its group: the frames of an error hold some,
+    and those of the errors behind it.
     """
-    if error is not None:
-        traceback.clear_frames(error.__traceback__)
+    errors = [] if error is None else [error]
+    for one in errors:
+        traceback.clear_frames(one.__traceback__)
+        behind = (one.__cause__, one.__context__)
+        errors += [other for other in behind if other is not None and other not in errors]
     # NCCL would wait for what the others have not sent.
     waits = error is not None and ranks.group is not None and dist.get_backend() == "nccl"
     ranks.group = ranks.control = None

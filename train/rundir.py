@@ -1,6 +1,7 @@
 """Where a run lives: its name, its folder, who writes there, and which checkpoint --resume means."""
 
 import errno
+import os
 import re
 import sys
 import tempfile
@@ -35,18 +36,26 @@ class RunLock:
         """
         if sys.platform == "win32":
             return
-        self.file = open(folder / LOCK, "a")  # noqa: SIM115
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"another process is writing to {folder}: choose another --name, or wait for it"
-                ) from error
-            print(
-                f"warning: {folder} cannot be locked ({error.strerror}): start no other run there",
-                file=sys.stderr,
-            )
+        while True:
+            self.file = open(folder / LOCK, "a")  # noqa: SIM115
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise UserError(
+                        f"another process is writing to {folder}: choose another --name, or wait "
+                        "for it"
+                    ) from error
+                print(
+                    f"warning: {folder} cannot be locked ({error.strerror}): start no other run "
+                    "there",
+                    file=sys.stderr,
+                )
+                return
+            # The process that had the lock may have removed the file after it was opened here.
+            if os.fstat(self.file.fileno()).st_nlink > 0:
+                return
+            self.file.close()
 
     def __enter__(self) -> "RunLock":
         return self

@@ -1,4 +1,4 @@
-"""Sizes that no memory holds, told in one line that names the options behind them."""
+"""Running out of memory, told in one line that names the options behind it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +17,20 @@ SIGNS = (
 )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python raised it for want of memory, on any device."""
+    if isinstance(error, RuntimeError):
+        return any(sign in str(error) for sign in SIGNS)
+    return isinstance(error, MemoryError)
+
+
 @contextmanager
 def memory_for(config: PretrainConfig, *options: str) -> Iterator[None]:
     """Turn running out of memory into an error of the options that ask for it."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in SIGNS):
+        if not is_out_of_memory(error):
             raise
         values = {option: getattr(config, option) for option in options}
         asked = ", ".join(f"--{key} {value}" for key, value in values.items() if value is not None)
