@@ -75,13 +75,13 @@ class Problem:
         """The same problem with rows (N, D) and cols (M, D), and a label for each."""
         if self.rows.ndim == 2 and (self.cols is None or self.cols.ndim == 2):
             return self
-        of_rows, of_cols = self.row_labels, self.col_labels
-        return dataclasses.replace(
-            self,
-            rows=_by_view(self.rows),
-            cols=None if self.cols is None else _by_view(self.cols),
-            row_labels=of_rows if of_rows is None else _repeated(of_rows, self.rows),
-            col_labels=of_cols if of_cols is None else _repeated(of_cols, self.cols),
+        cols, of_rows, of_cols = self.cols, self.row_labels, self.col_labels
+        return Problem(
+            _by_view(self.rows),
+            None if cols is None else _by_view(cols),
+            None if of_rows is None else _repeated(of_rows, self.rows),
+            None if of_cols is None else _repeated(of_cols, cols),
+            *self.operands()[4:],  # type: ignore[arg-type]
         )
 
     @property
