@@ -202,7 +202,7 @@ def _conversion(name: str, labels: Any) -> str:
     """What the caller may have meant, where the dtype alone is wrong."""
     if not isinstance(labels, Tensor) or labels.is_complex():
         return ""
-    if labels.ndim == 1:
+    if labels.ndim == 1 and labels.dtype not in INTEGERS:
         return f": if these are class numbers, pass {name}.long()"
     if labels.ndim == 2 and not labels.is_floating_point():
         return f": if these are one-hot or multi-hot, pass {name}.float()"

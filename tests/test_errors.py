@@ -28,7 +28,7 @@ CALLS = [
     ("labels", "nothing is positive", ValueError, {"features": FEATURES}),
     ("labels", "nothing is positive", ValueError, {"features": FEATURES[:, None]}),
     ("labels", "list", ValueError, {"labels": [0, 0, 1, 1]}),
-    ("labels", r"\(3,\)", ValueError, {"labels": LABELS[:3]}),
+    ("labels", r"\(3,\)$", ValueError, {"labels": LABELS[:3]}),
     ("labels", r"\(4, 0\)", ValueError, {"labels": torch.zeros(4, 0)}),
     ("labels", r"float32.* pass labels\.long\(\)", ValueError, {"labels": LABELS.float()}),
     ("labels", r"bool.* pass labels\.long\(\)", ValueError, {"labels": LABELS.bool()}),
