@@ -139,7 +139,7 @@ def _make_importable(wheels: Path | None, site: str) -> list[Row]:
         try:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)
-        except Exception as failure:
+        except Exception as failure:  # a damaged wheel is named, the rest goes on
             failed.append({"item": wheel.name, "status": "failed", "detail": first_line(failure)})
     paths = [os.environ.get("PYTHONPATH"), site]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

@@ -95,7 +95,7 @@ def build_model(config: PretrainConfig, *, channels: int) -> Embedder:
             raise ValueError(f"it gives {tuple(embedded.shape[1:])} for an image, not one vector")
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # timm and its models raise whatever they like
         if start and "zero_init_last" in str(error):
             raise UserError(
                 f"--zero_init_residual false: --model {config.model} has no such residual blocks"

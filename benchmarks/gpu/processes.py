@@ -99,7 +99,7 @@ def _attempt(place: Place, function: Function, argument: Any) -> Answer:
     begun_s = time.perf_counter()
     try:
         result, status, detail = function(place, argument), "ok", ""
-    except Exception as raised:
+    except Exception as raised:  # whatever a call raises is its answer
         result, status, detail = None, "failed", first_line(raised)
     return Answer(argument, result, time.perf_counter() - begun_s, status, detail)
 

@@ -150,7 +150,7 @@ def _measure(place: Place, shape: Shape, num_left: int) -> Iterator[Row]:
                     problem
                 )  # what is not compared with the truth may fail here
                 admitted[name] = admission.provider
-        except Exception as failure:
+        except Exception as failure:  # a provider that fails is a row, the others go on
             verdict |= {"status": "failed", "note": first_line(failure)}
         verdicts[name] = verdict
         yield verdict  # before anything is timed, which may hang
@@ -210,6 +210,6 @@ def _graph_and_kernels(step: Call, place: Place) -> Row:
         row["kernels"] = kernels[:12]
         replay = captured(step)
         row["graph_ms"] = time_interleaved({"": replay}, place.device, 0.3)[""].median
-    except Exception as failure:
+    except Exception as failure:  # what cannot be captured is a row, too
         row["graph_failure"] = first_line(failure)
     return row

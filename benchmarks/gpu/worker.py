@@ -38,7 +38,7 @@ def main(order_json: str) -> int:
     except Skipped as why:
         say("stage skipped", detail=str(why))
         return 0
-    except Exception as failure:
+    except Exception as failure:  # it becomes a row
         traceback.print_exc()
         say("stage failed", detail=first_line(failure))
         return 0
@@ -66,7 +66,7 @@ def _run(part: Callable[[], Iterable[Row]], say: Callable[..., None]) -> tuple[s
             say("row", **row)
     except Skipped as why:
         return "skipped", str(why)
-    except Exception as failure:
+    except Exception as failure:  # it becomes a row
         traceback.print_exc()
         status = "out of memory" if _is_out_of_memory(failure) else "failed"
         return status, first_line(failure)
