@@ -24,10 +24,10 @@ from results import add_output_options, results_path, write_table
 
 sys.path.insert(0, str(REPOSITORY / "train"))
 
-from augment import build_views
-from config import PretrainConfig
-from model import build_model
-from sources import load_data
+from data.sources import load_data
+from data.views import build_views
+from network.embedder import build_model
+from run.config import PretrainConfig
 from supcon_kernels import grad_cache_backward, supcon_loss
 
 RESULTS = "grad_cache_cpu.csv"

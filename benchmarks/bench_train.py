@@ -50,16 +50,17 @@ from workloads import Problem, Workload
 
 sys.path.insert(0, str(REPOSITORY / "train"))
 
-from augment import build_views
-from checkpoint import RunState
-from config import PretrainConfig
-from data import ImageData, Split, training_batches
-from model import build_model
-from optim import build_optimizer
-from report import Report
-from sources import load_data
-from step import Trainer
+from data.batches import training_batches
+from data.images import ImageData, Split
+from data.sources import load_data
+from data.views import build_views
+from network.embedder import build_model
+from run.checkpoint import RunState
+from run.config import PretrainConfig
+from run.records import Report
 from supcon_kernels import supcon_loss
+from training.optimizer import build_optimizer
+from training.trainer import Trainer
 
 NUM_READY = 8
 TURN_STEPS = 4

@@ -1,6 +1,6 @@
 """Processes that leave `joined` in several ways, and write which threads of Gloo each way has left.
 
-torchrun starts it for tests/test_train_ranks.py. It imports no more than ranks.py needs.
+torchrun starts it for tests/test_train_ranks.py. It imports no more than run/processes.py needs.
 """
 
 import json
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from config import UserError
-from ranks import Ranks, joined
+from run.errors import UserError
+from run.processes import Ranks, joined
 
 
 def end(ranks: Ranks) -> None:

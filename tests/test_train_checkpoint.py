@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from checkpoint import (
+from run.atomic_write import explain_full_disk
+from run.checkpoint import (
     DamagedCheckpoint,
     RunState,
     check_same_run,
@@ -23,8 +24,8 @@ from checkpoint import (
     restored_from,
     save_checkpoint,
 )
-from config import PretrainConfig, UserError
-from durable import room_needed
+from run.config import PretrainConfig
+from run.errors import UserError
 
 # Newer Pythons warn of any fork beside threads; these children take no lock of theirs.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -116,13 +117,13 @@ def test_failing_save_leaves_what_was_there(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"No space left.*--resume"):
         patch.setattr(os, "fsync", full_disk)
-        with room_needed(tmp_path):
+        with explain_full_disk(tmp_path):
             save(tmp_path, 2)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(PermissionError), room_needed(tmp_path):
+    with pytest.raises(PermissionError), explain_full_disk(tmp_path):
         raise PermissionError(13, "Permission denied")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from clock import PHASES, PhaseClock, shares
+from run.clock import PHASES, PhaseClock, shares
 
 
 class Now:

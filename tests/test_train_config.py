@@ -8,8 +8,10 @@ from dataclasses import asdict
 import pytest
 
 import train_fixtures
-from commandline import parse, run_script
-from config import LinearConfig, PretrainConfig, UserError, pick_device, to_yaml
+from run.command_line import parse, run_script
+from run.config import LinearConfig, PretrainConfig, to_yaml
+from run.device import pick_device
+from run.errors import UserError
 
 
 def read(*argv):
@@ -194,7 +196,7 @@ def test_interrupt_says_what_its_script_has_to_say(capsys, hint, line):
 
 INTERRUPTED_TWICE = """
 import os, signal, sys
-from commandline import run_script
+from run.command_line import run_script
 
 def main():
     try:

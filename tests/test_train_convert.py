@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from config import PretrainConfig, UserError
 from convert import main
-from encoder import load_first_weights
-from model import build_model
+from network.embedder import build_model
+from network.weights import load_first_weights
+from run.config import PretrainConfig
+from run.errors import UserError
 
 
 class TheirBlock(nn.Module):

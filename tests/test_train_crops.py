@@ -10,10 +10,12 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from augment import build_views, training_images
-from config import PretrainConfig, UserError
-from data import Split, training_batches
-from sources import load_data
+from data.batches import training_batches
+from data.images import Split
+from data.sources import load_data
+from data.views import build_views, training_images
+from run.config import PretrainConfig
+from run.errors import UserError
 from train_fixtures import metrics, pretrain, weights, write_images
 
 WIDTH, HEIGHT = 200, 150
@@ -90,7 +92,7 @@ def test_larger_originals_in_memory_are_cropped_alike(coordinates, monkeypatch, 
         whole = Split(images[..., :HEIGHT].contiguous(), files.labels)
         return whole, whole, ["a", "b"]
 
-    monkeypatch.setattr("sources._stl10", stl10)
+    monkeypatch.setattr("data.sources._stl10", stl10)
     config = replace(coordinates, dataset="stl10", val_fraction=None, num_views=20)
     kept = load_data(config).train.take([1, 0])
     assert kept.images.shape == (2, 3, 16, 16) and kept.originals.shape == (2, 3, HEIGHT, HEIGHT)

@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from commandline import run_script
-from config import PretrainConfig, UserError
-from data import BalancedOrder, ImageFiles, TrainingOrder, training_batches
-from sources import load_data, stratified_split, subset
+from data.batches import training_batches
+from data.images import ImageFiles
+from data.order import BalancedOrder, TrainingOrder
+from data.sources import load_data, stratified_split, subset
+from run.command_line import run_script
+from run.config import PretrainConfig
+from run.errors import UserError
 from train_fixtures import metrics, pretrain, write_images
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

@@ -9,13 +9,14 @@ from PIL import Image
 
 import linear
 import train_fixtures  # noqa: F401  puts train/ on the path
-from augment import build_views
-from commandline import run_script
-from config import PretrainConfig, UserError
+from data.sources import load_data
+from data.views import build_views
 from embed import find_images, main
-from knn import encode_stored
-from model import build_model
-from sources import load_data
+from evaluation.embeddings import encode_stored
+from network.embedder import build_model
+from run.command_line import run_script
+from run.config import PretrainConfig
+from run.errors import UserError
 from train_fixtures import pretrain, weights, write_images
 
 

@@ -15,12 +15,13 @@ from timm.data import create_transform, resolve_data_config
 from torchvision.transforms.v2 import functional as transforms
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from augment import build_views
-from config import PretrainConfig, UserError
-from encoder import load_first_weights, read_encoder, write_encoder
-from knn import encode_stored
-from model import build_model
-from sources import load_data
+from data.sources import load_data
+from data.views import build_views
+from evaluation.embeddings import encode_stored
+from network.embedder import build_model
+from network.weights import load_first_weights, read_encoder, write_encoder
+from run.config import PretrainConfig
+from run.errors import UserError
 from train_fixtures import pretrain, weights, write_images
 
 
@@ -45,7 +46,7 @@ def test_linear_head_sees_embeddings_of_length_one():
 @pytest.mark.parametrize("source", ["last.pt", "encoder.safetensors", "."])
 def test_init_from_starts_with_the_encoder_of_another_run(run, tmp_path, monkeypatch, source):
     import pretrain as script
-    import step
+    from training import trainer as step
 
     started = []
 

@@ -20,15 +20,16 @@ import torch
 from safetensors.torch import load_file
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from augment import build_views
-from checkpoint import checkpoints_in, load_checkpoint
-from commandline import run_script
-from config import PretrainConfig, UserError
-from knn import embed, encode_stored
-from model import build_model
-from sources import load_data
-from step import Trainer
+from data.sources import load_data
+from data.views import build_views
+from evaluation.embeddings import embed, encode_stored
+from network.embedder import build_model
+from run.checkpoint import checkpoints_in, load_checkpoint
+from run.command_line import run_script
+from run.config import PretrainConfig
+from run.errors import UserError
 from train_fixtures import metrics, pretrain, weights, write_images, write_shards
+from training.trainer import Trainer
 
 # Newer Pythons warn of any fork beside threads; these children take no lock of theirs.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -118,7 +119,7 @@ def kill():
 
 def write_rows_at_once():
     """Have rows on the disk that no checkpoint covers yet."""
-    import report
+    from run import records as report
 
     add = report.Table.add
 
@@ -231,7 +232,7 @@ def test_probe_leaves_the_training_alone(whole, tmp_path):
 @pytest.mark.parametrize("evaluation", [1, 2])
 def test_signal_in_an_evaluation_does_not_wait_for_its_end(whole, tmp_path, evaluation):
     def stop_in_evaluation():
-        import evaluation as script
+        from evaluation import evaluator as script
 
         calls = []
         original = script.encode_stored

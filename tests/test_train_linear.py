@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from commandline import run_script
 from linear import main
+from run.command_line import run_script
 from train_fixtures import pretrain, write_images, write_shards
 
 OPTIONS = ("--batch_size", 8, "--max_steps", 1)

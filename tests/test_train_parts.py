@@ -8,14 +8,15 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from augment import build_views
-from checkpoint import RunState
-from config import PretrainConfig, UserError
-from knn import accuracy, knn_predict
-from model import build_model
-from optim import build_optimizer, build_schedule, load_optimizer
-from report import Table
-from sources import load_data
+from data.sources import load_data
+from data.views import build_views
+from evaluation.knn import accuracy, knn_predict
+from network.embedder import build_model
+from run.checkpoint import RunState
+from run.config import PretrainConfig
+from run.errors import UserError
+from run.records import Table
+from training.optimizer import build_optimizer, build_schedule, load_optimizer
 
 
 def unit(degrees):

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.font_manager import findfont, get_font
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from pictures import MAX_NAMED, draw_confusion, fonts_for
+from evaluation.pictures import MAX_NAMED, draw_confusion, fonts_for
 
 
 @pytest.fixture

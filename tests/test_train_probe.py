@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from augment import build_views
-from checkpoint import load_checkpoint
-from config import PretrainConfig
-from knn import encode_stored
-from model import build_model
-from probe import Probe
-from sources import load_data
+from data.sources import load_data
+from data.views import build_views
+from evaluation.embeddings import encode_stored
+from evaluation.probe import Probe
+from network.embedder import build_model
+from run.checkpoint import load_checkpoint
+from run.config import PretrainConfig
 from train_fixtures import metrics, pretrain
 
 CPU = torch.device("cpu")

@@ -17,10 +17,11 @@ import torch
 
 import leaving_ranks
 import train_ranks
-from augment import Views
-from checkpoint import load_checkpoint
-from config import PretrainConfig, UserError
-from model import build_model, sync_batch_norms
+from data.views import Views
+from network.embedder import build_model, sync_batch_norms
+from run.checkpoint import load_checkpoint
+from run.config import PretrainConfig
+from run.errors import UserError
 from train_fixtures import TINY, TRAIN, metrics, pretrain
 from train_ranks import CARRYING, OPTIONS, STEPS
 
@@ -98,11 +99,11 @@ def test_trains_as_one_process_does(found, monkeypatch, name):
             torch.testing.assert_close(value, alone.model.state_dict()[key], rtol=1e-4, atol=1e-5)
         moved = state["model"]["head.0.weight"] - begun["head.0.weight"]
         assert moved.abs().max() > 1e-3
-        if alone.memory is not None:
+        if alone.momentum_queue is not None:
             queue = state["memory"]["queue.features"], state["memory"]["queue.labels"]
             assert torch.equal(queue[0], found[0][name][1]["memory"]["queue.features"])
             ours, theirs = (
-                labels.sort().values for labels in (queue[1], alone.memory.queue.labels)
+                labels.sort().values for labels in (queue[1], alone.momentum_queue.queue.labels)
             )
             assert torch.equal(ours, theirs)
 

@@ -7,13 +7,13 @@ import torch
 import yaml
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from augment import build_views
-from commandline import parse
-from config import PretrainConfig
-from data import ImageData, Split
-from model import build_model
-from optim import build_optimizer, build_schedule
+from data.images import ImageData, Split
+from data.views import build_views
+from network.embedder import build_model
+from run.command_line import parse
+from run.config import PretrainConfig
 from train_fixtures import TRAIN
+from training.optimizer import build_optimizer, build_schedule
 
 RECIPES = {path.stem: path for path in sorted((TRAIN / "recipes").glob("*.yaml"))}
 # Of those that repeat a published run: its learning rate for a batch of 256, and its batch.

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from config import PretrainConfig, UserError
 from pretrain import with_its_warmup
+from run.config import PretrainConfig
+from run.errors import UserError
 from train_fixtures import metrics, pretrain, weights, write_images
 
 # Epochs of five steps on digits, of which none changes the rate.

@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from clock import PHASES
-from config import PretrainConfig, UserError
-from knn import pixels
-from pictures import PICTURES
-from rundir import RunLock, open_run
+from evaluation.embeddings import pixels
+from evaluation.pictures import PICTURES
+from run.clock import PHASES
+from run.config import PretrainConfig
+from run.errors import UserError
+from run.folder import RunLock, open_run
 from train_fixtures import metrics, pretrain, weights, write_images
 
 # Newer Pythons warn of any fork beside threads; these children take no lock of theirs.
@@ -102,10 +103,10 @@ def test_encoder_is_the_trained_one(run):
 
 
 def test_encoder_is_rebuilt_from_its_metadata_alone(run):
-    from augment import Views, build_views
-    from knn import encode_stored
-    from model import build_model
-    from sources import load_data
+    from data.sources import load_data
+    from data.views import Views, build_views
+    from evaluation.embeddings import encode_stored
+    from network.embedder import build_model
 
     path = run / "encoder.safetensors"
     assert path.stat().st_mode == (run / "last.pt").stat().st_mode
@@ -158,7 +159,7 @@ def test_run_that_failed_before_its_first_checkpoint_starts_again(tmp_path, monk
         raise UserError("a failure")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="a failure"):
-        patch.setattr("step.Trainer.step", failing)
+        patch.setattr("training.trainer.Trainer.step", failing)
         pretrain(tmp_path, "--max_steps", 1, "--name", "a")
     assert (tmp_path / "a/config.yaml").is_file() and not (tmp_path / "a/last.pt").exists()
     monkeypatch.setattr("pretrain.draw", lambda *arguments: None)
@@ -258,7 +259,7 @@ def test_run_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
 
 
 def test_simclr_ignores_labels(tmp_path, monkeypatch):
-    import step
+    from training import trainer as step
 
     seen = []
 
@@ -294,9 +295,9 @@ def test_clip_grad_bounds_the_gradient_whose_norm_before_is_recorded(tmp_path, m
 
 
 def test_average_of_the_weights_is_evaluated_and_exported(tmp_path):
-    from checkpoint import load_checkpoint
-    from encoder import read_encoder
-    from model import build_model
+    from network.embedder import build_model
+    from network.weights import read_encoder
+    from run.checkpoint import load_checkpoint
 
     run = pretrain(tmp_path, "--max_steps", 4, "--ema_decay", 0.5, "--save_every", 1, "--keep", 4)
     steps = [load_checkpoint(run / f"step-{step}.pt") for step in (1, 2, 3, 4)]
@@ -323,10 +324,11 @@ def test_average_of_the_weights_is_evaluated_and_exported(tmp_path):
 
 def knn_of(state):
     """The k-NN accuracy on digits of the tiny network with these weights."""
-    from augment import build_views
-    from knn import accuracy, embed, encode_stored, knn_predict
-    from model import build_model
-    from sources import load_data
+    from data.sources import load_data
+    from data.views import build_views
+    from evaluation.embeddings import embed, encode_stored
+    from evaluation.knn import accuracy, knn_predict
+    from network.embedder import build_model
 
     config = PretrainConfig(model="resnet10", width=4, image_size=8)
     data = load_data(config)

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from commandline import run_script
-from config import PretrainConfig
-from data import Split
-from shards import read_index
-from sources import load_data
+from data.images import Split
+from data.shards import read_index
+from data.sources import load_data
+from run.command_line import run_script
+from run.config import PretrainConfig
 from train_fixtures import metrics, pretrain, write_shards
 
 OPTIONS = ("--batch_size", 8, "--epochs", 2, "--knn_every", 1)

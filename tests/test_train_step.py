@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from checkpoint import load_checkpoint
-from clock import PHASES
-from config import PretrainConfig
-from sources import load_data
-from step import AUTOCAST, Trainer
+from data.sources import load_data
+from run.checkpoint import load_checkpoint
+from run.clock import PHASES
+from run.config import PretrainConfig
 from supcon_kernels import supcon_loss
 from train_fixtures import metrics, pretrain, weights
+from training.trainer import AUTOCAST, Trainer
 
 SHORT = ("--batch_size", 256, "--max_steps", 6, "--save_every", 4, "--keep", 9, "--knn_bank", 100)
 SCALE = 256.0
@@ -70,7 +70,7 @@ def test_network_computes_in_its_precision_and_the_loss_in_float32(monkeypatch, 
         return original(features, labels, **options)
 
     original = supcon_loss
-    monkeypatch.setattr("step.supcon_loss", loss)
+    monkeypatch.setattr("training.trainer.supcon_loss", loss)
     trainer.step(images, labels, 0)
     assert seen == {"network": dtype, "loss": torch.float32}
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
@@ -171,7 +171,7 @@ def test_chunks_train_as_the_whole_batch_does(options):
     states = [{**t.state_dict(), "scaler": None, "optimizer": None} for t in (chunked, whole)]
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
     assert (whole.model.head[0].weight - begun).abs().max() > 1e-3
-    num_rows = 64 * (1 if chunked.memory else whole.config.num_views)
+    num_rows = 64 * (1 if chunked.momentum_queue else whole.config.num_views)
     assert widths == {50, num_rows % 50}
 
 
@@ -234,7 +234,7 @@ def test_every_view_of_an_image_is_in_the_loss(monkeypatch, method):
         seen.append((features, given))
         return supcon_loss(features, given, **options)
 
-    monkeypatch.setattr("step.supcon_loss", spy)
+    monkeypatch.setattr("training.trainer.supcon_loss", spy)
     trainer.model.eval()
     trainer.loss(images, labels, 5)
     ((features, given),) = seen

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from augment import build_views
-from checkpoint import load_checkpoint
-from config import PretrainConfig, UserError
-from knn import accuracy, embed, encode_stored, knn_predict
+from data.sources import load_data
+from data.views import build_views
+from evaluation.embeddings import embed, encode_stored
+from evaluation.knn import accuracy, knn_predict
 from linear import main as linear
-from model import build_model
-from sources import load_data
+from network.embedder import build_model
+from run.checkpoint import load_checkpoint
+from run.config import PretrainConfig
+from run.errors import UserError
 from train_fixtures import metrics, pretrain, write_images
 
 
@@ -59,7 +61,7 @@ def encoded(monkeypatch):
         sizes.append(len(split))
         return embed(encode, split, **options)
 
-    monkeypatch.setattr("evaluation.embed", spy)
+    monkeypatch.setattr("evaluation.evaluator.embed", spy)
     monkeypatch.setattr("pretrain.draw", lambda *arguments: None)
     return sizes
 

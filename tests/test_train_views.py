@@ -7,10 +7,10 @@ import torch
 from torchvision.transforms.v2 import functional as transforms
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from augment import GreyJitter, build_views
-from config import PretrainConfig
-from policies import CHANGES, Operation
-from sources import load_data
+from data.policies import CHANGES, Operation
+from data.sources import load_data
+from data.views import GreyJitter, build_views
+from run.config import PretrainConfig
 
 LEVEL_10 = {
     "rotate": lambda x: transforms.rotate(x, -30, fill=[128 / 255] * 3),

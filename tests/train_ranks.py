@@ -17,17 +17,18 @@ import torch
 from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from augment import Views, build_views
-from commandline import parse
-from config import PretrainConfig, UserError
-from data import training_batches
-from evaluation import Evaluation
+from data.batches import training_batches
+from data.sources import load_data
+from data.views import Views, build_views
+from evaluation.evaluator import Evaluation
 from pretrain import pretrain
-from ranks import ALONE, Ranks, joined
-from sources import load_data
-from step import Trainer
+from run.command_line import parse
+from run.config import PretrainConfig
+from run.errors import UserError
+from run.processes import ALONE, Ranks, joined
 from supcon_kernels import grad_cache_backward, supcon_loss
 from train_fixtures import TINY
+from training.trainer import Trainer
 
 # Three epochs of ten steps.
 OPTIONS = ["--batch_size=128", "--epochs=3", "--knn_every=2", "--save_every=3", "--keep=99"]
@@ -134,7 +135,7 @@ def main_of_three(folder: Path) -> None:
     def begin(ranks: Ranks) -> None:
         warnings.warn("warned by all", stacklevel=1)
         whole = run(folder, ranks, *options, "--name=whole")
-        ranks.from_first(partial(shutil.copytree, whole, folder / "resumed"))
+        ranks.from_rank_0(partial(shutil.copytree, whole, folder / "resumed"))
 
     def break_one(ranks: Ranks) -> None:
         if ranks.rank == 1:
@@ -157,7 +158,7 @@ def check_all(folder: Path, ranks: Ranks) -> dict[str, Any]:
     # Runs, each of which goes on once from a checkpoint in an epoch; and one that may not begin.
     for name, options in (("plain", CARRYING), ("queue", [*CARRYING, *QUEUE])):
         whole, resumed = run(folder, ranks, *options, f"--name={name}"), folder / f"{name}-resumed"
-        ranks.from_first(partial(shutil.copytree, whole, resumed))
+        ranks.from_rank_0(partial(shutil.copytree, whole, resumed))
         run(folder, ranks, *options, f"--resume={resumed / 'step-12.pt'}")
     found["name taken"] = outcome(lambda: run(folder, ranks, "--name=plain"))
 

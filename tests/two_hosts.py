@@ -12,7 +12,7 @@ import time
 import pytest
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from checkpoint import load_checkpoint
+from run.checkpoint import load_checkpoint
 from train_fixtures import TINY, TRAIN, metrics
 
 FIRST, SECOND = "supcon-host-0", "supcon-host-1"

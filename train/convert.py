@@ -17,11 +17,11 @@ import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor
 
-from checkpoint import check_finite, load_weights
-from commandline import parse, run_script
-from config import UserError
-from durable import replace_file
-from encoder import PREFIX, pack_encoder
+from network.weights import PREFIX, pack_encoder
+from run.atomic_write import replace_file
+from run.checkpoint import check_finite, load_weights
+from run.command_line import parse, run_script
+from run.errors import UserError
 from supcon_kernels.small_stem import SMALL_STEM_DEPTHS
 
 MODEL = "small_stem_resnet"

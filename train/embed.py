@@ -15,15 +15,17 @@ from torch import nn
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
-from augment import Views
-from checkpoint import LAST, load_checkpoint
-from commandline import parse, run_script
-from config import EmbedConfig, PretrainConfig, UserError, pick_device
-from data import ImageFiles, Split
-from durable import replace_file
-from encoder import load_model
-from knn import embed, encode_stored
-from sources import load_data
+from data.images import ImageFiles, Split
+from data.sources import load_data
+from data.views import Views
+from evaluation.embeddings import embed, encode_stored
+from network.weights import load_model
+from run.atomic_write import replace_file
+from run.checkpoint import LAST, load_checkpoint
+from run.command_line import parse, run_script
+from run.config import EmbedConfig, PretrainConfig
+from run.device import pick_device
+from run.errors import UserError
 
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
 

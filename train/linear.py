@@ -16,14 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from augment import build_views
-from checkpoint import LAST, load_checkpoint
-from commandline import parse, run_script
-from config import LinearConfig, PretrainConfig, UserError, pick_device
-from durable import replace_text
-from encoder import load_model
-from knn import accuracy, embed, encode_stored
-from sources import load_data
+from data.sources import load_data
+from data.views import build_views
+from evaluation.embeddings import embed, encode_stored
+from evaluation.knn import accuracy
+from network.weights import load_model
+from run.atomic_write import replace_text
+from run.checkpoint import LAST, load_checkpoint
+from run.command_line import parse, run_script
+from run.config import LinearConfig, PretrainConfig
+from run.device import pick_device
+from run.errors import UserError
 
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
 

@@ -22,8 +22,22 @@ from typing import Any
 
 import torch
 
-from augment import Views, training_images
-from checkpoint import (
+from data.batches import training_batches
+from data.images import ImageData
+from data.sources import load_data
+from data.views import Views, training_images
+from evaluation.evaluator import Evaluation, Tested
+from evaluation.pictures import (
+    MAX_POINTS,
+    PICTURES,
+    draw_confusion,
+    draw_curves,
+    draw_embedding,
+    fonts_for,
+)
+from network.weights import ENCODER, EXPORT, load_first_weights, write_encoder
+from run.atomic_write import explain_full_disk, replace_text
+from run.checkpoint import (
     LAST,
     RunState,
     check_same_data,
@@ -33,22 +47,18 @@ from checkpoint import (
     restored_from,
     save_checkpoint,
 )
-from commandline import parse, run_script
-from config import PretrainConfig, UserError, pick_device, to_yaml
-from data import ImageData, training_batches
-from durable import replace_text, room_needed
-from encoder import ENCODER, EXPORT, load_first_weights, write_encoder
-from evaluation import Evaluation, Tested
-from optim import build_schedule
-from pictures import MAX_POINTS, PICTURES, draw_confusion, draw_curves, draw_embedding, fonts_for
-from ranks import ALONE, Ranks, first_of_host_speaks, joined
-from report import Report
-from requeue import Requests
-from rundir import RunLock, open_run, removed_if_empty
-from seeds import random_state, set_random_state
-from sizes import memory_for
-from sources import load_data
-from step import Trainer
+from run.command_line import parse, run_script
+from run.config import PretrainConfig, to_yaml
+from run.device import pick_device
+from run.errors import UserError
+from run.folder import RunLock, open_run, removed_if_empty
+from run.out_of_memory import memory_for
+from run.processes import ALONE, Ranks, joined, local_rank_0_speaks
+from run.records import Report
+from run.requeue import Requests
+from run.seeds import random_state, set_random_state
+from training.optimizer import build_schedule
+from training.trainer import Trainer
 
 # What decides how much memory a step takes.
 SIZES = ("batch_size", "num_views", "image_size", "model", "width", "grad_cache_chunk")
@@ -57,7 +67,7 @@ DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
 
 def main(argv: list[str] | None = None) -> Path:
     """Run what the command line asks for; returns the folder of the run."""
-    with first_of_host_speaks():
+    with local_rank_0_speaks():
         config = parse(PretrainConfig, argv, prog="train/pretrain.py", description=DESCRIPTION)
         device = pick_device(config.device)
     with joined(device, timeout_minutes=config.timeout_minutes) as ranks:
@@ -67,7 +77,7 @@ def main(argv: list[str] | None = None) -> Path:
 def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE) -> Path:
     """Train, evaluate and write one run; returns its folder. Every process of it makes the call."""
     # The data, in batches whose order is a pure function of (seed, epoch).
-    with ranks.one_per_host_first(), memory_for(config, "image_size"):
+    with ranks.local_rank_0_first(), memory_for(config, "image_size"):
         data = load_data(config)
     order, batches = training_batches(
         training_images(config, data),
@@ -94,23 +104,23 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
 
     # A new run, or the state of one that stopped, which no other process may write to.
     with RunLock() as lock:
-        folder, checkpoints = ranks.from_first(partial(open_run, config, lock))
+        folder, checkpoints = ranks.from_rank_0(partial(open_run, config, lock))
         config = replace(config, name=folder.name, resume="none", image_size=data.image_size)
         state: RunState | None = None
-        with removed_if_empty(folder) if ranks.is_main else nullcontext():
+        with removed_if_empty(folder) if ranks.is_rank_0 else nullcontext():
             if checkpoints:
-                state, config = go_on(
+                state, config = resume(
                     trainer, checkpoints, config, data, steps_per_epoch=steps_per_epoch
                 )
             else:
                 begin(trainer, config, data)
 
         with (
-            room_needed(folder),
+            explain_full_disk(folder),
             memory_for(config, *SIZES),
             Requests(folder, ranks) as requests,
             Report(
-                folder, state, total_steps, config, trainer.clock, writes=ranks.is_main
+                folder, state, total_steps, config, trainer.clock, writes=ranks.is_rank_0
             ) as report,
         ):
 
@@ -123,7 +133,7 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
 
             chooses = data.validation is not None
             evaluation = Evaluation(trainer, data, before_batch=partial(requests.check, save))
-            if ranks.is_main:
+            if ranks.is_rank_0:
                 replace_text(folder / "config.yaml", to_yaml(config))
             if state is None:
                 state = evaluation.baselines()
@@ -158,7 +168,7 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
                 save(best=best)
 
             tested = evaluation.at_the_end(num_drawn=MAX_POINTS)
-            if ranks.is_main:
+            if ranks.is_rank_0:
                 draw(folder, data, state, tested)
                 write_encoder(folder, trainer.measured.encoder, config, data)
                 write_results(folder, data, state, tested)
@@ -168,14 +178,14 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
 def begin(trainer: Trainer, config: PretrainConfig, data: ImageData) -> None:
     """Give a new run the weights that it starts from."""
     encoder = trainer.model.encoder
-    trainer.ranks.from_first(
+    trainer.ranks.from_rank_0(
         partial(load_first_weights, encoder, config, channels=data.channels),
     )
-    trainer.ranks.copy_first(trainer.model.state_dict().values())
+    trainer.ranks.broadcast(trainer.model.state_dict().values())
     trainer.restart_averages()
 
 
-def go_on(
+def resume(
     trainer: Trainer,
     checkpoints: list[Path],
     config: PretrainConfig,
@@ -202,7 +212,7 @@ def go_on(
             )
             if not begin <= state.step <= end:
                 raise ValueError(f"its step {state.step} is not in its epoch {state.epoch}")
-            put_back(trainer, saved)
+            restore_trainer(trainer, saved)
         if state.step > total_steps:
             raise UserError(
                 f"cannot resume {path}: it has made {state.step} steps, and --epochs "
@@ -212,9 +222,9 @@ def go_on(
             raise UserError(f"cannot resume {path}: {'; '.join(mistakes)}")
 
     # Others than the first go on from what it found to be whole.
-    saved = trainer.ranks.from_first(partial(load_newest, checkpoints, restore))
-    if not trainer.ranks.is_main:
-        put_back(trainer, saved)
+    saved = trainer.ranks.from_rank_0(partial(load_newest, checkpoints, restore))
+    if not trainer.ranks.is_rank_0:
+        restore_trainer(trainer, saved)
     config, state = with_its_warmup(config, saved), RunState(**saved["state"])
     trainer.schedule = build_schedule(trainer.optimizer, config, steps_per_epoch, total_steps)
     if total_steps != length_of(PretrainConfig(**saved["config"]), steps_per_epoch):
@@ -237,7 +247,7 @@ def with_its_warmup(config: PretrainConfig, saved: dict[str, Any]) -> PretrainCo
     return replace(config, warmup_epochs=saved["config"]["warmup_epochs"])
 
 
-def put_back(trainer: Trainer, saved: dict[str, Any]) -> None:
+def restore_trainer(trainer: Trainer, saved: dict[str, Any]) -> None:
     """Give a trainer, and the generators of random numbers, the state in a checkpoint."""
     trainer.load_state_dict(saved)
     # One for each process.
@@ -254,9 +264,9 @@ def write_checkpoint(
     *,
     best: bool,
 ) -> None:
-    """Save all that `go_on` and the linear stage need, on the first process."""
-    random_states = trainer.ranks.gather(random_state(trainer.device))
-    if not trainer.ranks.is_main:
+    """Save all that `resume` and the linear stage need, on the first process."""
+    random_states = trainer.ranks.all_gather(random_state(trainer.device))
+    if not trainer.ranks.is_rank_0:
         return
     save_checkpoint(
         folder,

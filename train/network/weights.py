@@ -11,7 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from checkpoint import (
+from data.images import ImageData
+from network.embedder import Embedder, build_model, encoder_recipe
+from run.atomic_write import link_file, replace_file, replace_text
+from run.checkpoint import (
     LAST,
     check_finite,
     evaluated_weights,
@@ -19,10 +22,8 @@ from checkpoint import (
     load_weights,
     restored_from,
 )
-from config import PretrainConfig, UserError
-from data import ImageData
-from durable import link_file, replace_file, replace_text
-from model import Embedder, build_model, encoder_recipe
+from run.config import PretrainConfig
+from run.errors import UserError
 
 PREFIX = "encoder."
 ENCODER = "encoder.safetensors"

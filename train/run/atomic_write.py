@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from config import UserError
+from run.errors import UserError
 
 TEMPORARY = ".tmp"
 # A quota and a file-size limit end a write as a full disk does.
@@ -45,7 +45,7 @@ def link_file(source: Path, path: Path) -> None:
 
 
 @contextmanager
-def room_needed(folder: Path) -> Iterator[None]:
+def explain_full_disk(folder: Path) -> Iterator[None]:
     """Turn the error of a full disk into one that says what to do."""
     try:
         yield

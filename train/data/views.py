@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
-from config import PretrainConfig, UserError
-from data import Crops, ImageData, ImageFiles, Split
-from policies import autoaugment, randaugment
-from ranks import ALONE, Ranks
-from seeds import seed_of
+from data.images import Crops, ImageData, ImageFiles, Split
+from data.policies import autoaugment, randaugment
+from run.config import PretrainConfig
+from run.errors import UserError
+from run.processes import ALONE, Ranks
+from run.seeds import seed_of
 
 # Each holds a change that needs three channels.
 POLICIES = ("autoaugment", "randaugment", "stacked_randaugment")

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import PretrainConfig, UserError
-from sizes import memory_for
+from run.config import PretrainConfig
+from run.errors import UserError
+from run.out_of_memory import memory_for
 from supcon_kernels.small_stem import SMALL_STEM_DEPTHS
 
 PROJECTION_DIM = 128

@@ -20,12 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from checkpoint import RunState
-from clock import PHASES, PhaseClock, shares
-from config import PretrainConfig
-from durable import replace_text
-from health import Health
-from step import Trainer
+from run.atomic_write import replace_text
+from run.checkpoint import RunState
+from run.clock import PHASES, PhaseClock, shares
+from run.config import PretrainConfig
+from training.divergence import DivergenceCheck
+from training.trainer import Trainer
 
 METRICS = (
     "step",
@@ -98,7 +98,7 @@ def _in_columns(line: str, written: tuple[str, ...], columns: tuple[str, ...]) -
     return ",".join(row.get(column, "") for column in columns) + "\n"
 
 
-class Nowhere:
+class NoRecord:
     """What a process that does not write has instead of a table, a board or a progress line."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -152,7 +152,7 @@ class ProgressLine:
 class Report:
     """The records of one run, continued from `resumed` (None: begun anew).
 
-    Of several processes each checks the health of the run, and one writes.
+    Of several processes each checks the numbers of the run, and one writes.
     """
 
     def __init__(
@@ -165,10 +165,10 @@ class Report:
         *,
         writes: bool = True,
     ) -> None:
-        self.metrics: Any = Nowhere()
-        self.timings: Any = Nowhere()
-        self.board: Any = Nowhere()
-        self.progress: Any = Nowhere()
+        self.metrics: Any = NoRecord()
+        self.timings: Any = NoRecord()
+        self.board: Any = NoRecord()
+        self.progress: Any = NoRecord()
         if writes:
             self.metrics = Table(folder / "metrics.csv", METRICS, resumed=resumed)
             self.timings = Table(folder / "timings.csv", TIMINGS, resumed=resumed)
@@ -177,13 +177,13 @@ class Report:
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
             self.progress = ProgressLine(step=step, total_steps=total_steps)
         self.images_per_step = config.batch_size
-        self.health = Health(
+        self.divergence = DivergenceCheck(
             config.queue_size or config.num_views * config.batch_size - 1,
             scale=config.loss_scale,
             skips=config.precision == "fp16",
             num_skipped=0 if resumed is None else resumed.skipped,
         )
-        self.skipped_said = self.health.num_skipped
+        self.skipped_said = self.divergence.num_skipped
         # Of each step: its number, its epoch, its learning rate; its loss and gradient norm.
         self.pending: list[tuple[int, int, float, Tensor]] = []
         self.flushed_at = 0.0
@@ -238,8 +238,8 @@ class Report:
     def end_epoch(self, state: RunState, *, evaluated: bool) -> None:
         """Close an epoch with its times, and with the accuracy if it was evaluated."""
         phases = self.phases.read()
-        if self.health.num_skipped > self.skipped_said:
-            self.skipped_said = self.health.num_skipped
+        if self.divergence.num_skipped > self.skipped_said:
+            self.skipped_said = self.divergence.num_skipped
             self.progress.say(
                 f"epoch {state.epoch}  steps skipped so far for an overflow of fp16: "
                 f"{self.skipped_said}"
@@ -265,7 +265,7 @@ class Report:
         A checkpoint of `state` relies on it.
         """
         self._flush()
-        state.skipped = self.health.num_skipped
+        state.skipped = self.divergence.num_skipped
         self.metrics.sync()
         self.timings.sync()
         self.board.flush()
@@ -275,7 +275,7 @@ class Report:
             return
         measured = torch.stack([values for *_, values in self.pending]).tolist()
         for (step, epoch, learning_rate, _), (loss, gradient) in zip(self.pending, measured):
-            if warning := self.health.check(step, learning_rate, loss, gradient):
+            if warning := self.divergence.check(step, learning_rate, loss, gradient):
                 self.progress.say(warning)
             values = {"learning_rate": learning_rate, "loss": loss, "gradient_norm": gradient}
             self.metrics.add(step=step, epoch=epoch, **values)

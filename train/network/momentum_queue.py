@@ -7,13 +7,13 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from config import PretrainConfig
-from model import PROJECTION_DIM, Embedder
-from ranks import ALONE, Ranks
+from network.embedder import PROJECTION_DIM, Embedder
+from run.config import PretrainConfig
+from run.processes import ALONE, Ranks
 from supcon_kernels import LabelQueue
 
 
-class Memory(nn.Module):
+class MomentumQueue(nn.Module):
     """The last keys and their labels, and the average of a network's weights that makes them.
 
     Args:

@@ -1,7 +1,4 @@
-"""The options of the scripts: typed dataclasses, which say what contradicts itself.
-
-Also the one exception that stands for a mistake of the user, printed without a traceback.
-"""
+"""The options of the scripts: typed dataclasses, which say what contradicts itself."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +9,6 @@ import yaml
 
 DATASETS = ("digits", "fashion_mnist", "cifar10", "cifar100", "stl10")
 WARMUP_EPOCHS = 4
-
-
-class UserError(Exception):
-    """Something the user can mend; the message says what and how."""
 
 
 @dataclass
@@ -486,17 +479,3 @@ class EmbedConfig:
 def to_yaml(config: PretrainConfig) -> str:
     """Write a config such that --config reads it back."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; auto: the fastest kind that is there."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    if not there[name]:
-        raise UserError(f"--device {name}: this machine, or this build of torch, has none")
-    return torch.device(name)

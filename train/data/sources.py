@@ -18,10 +18,11 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, FashionMNIST, ImageFolder, VisionDataset
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
-from config import PretrainConfig, UserError
-from data import ImageData, ImageFiles, Split
-from seeds import seed_of
-from shards import NOT_FETCHED, read_index
+from data.images import ImageData, ImageFiles, Split
+from data.shards import NOT_FETCHED, read_index
+from run.config import PretrainConfig
+from run.errors import UserError
+from run.seeds import seed_of
 
 # Held-out images belong to the data set, not to the run: every seed is measured on the same ones.
 SPLIT_SEED = 0

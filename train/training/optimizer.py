@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from config import PretrainConfig
+from run.config import PretrainConfig
 
 # Of each --optimizer: its name in timm, whose "sgd" would be Nesterov's, and the options that
 # are not timm's defaults. RMSprop's eps is that of the SupCon authors' stage 1 (of stage 2: 0.001).
@@ -101,3 +102,9 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
                     f"the optimizer's {name} is {tuple(value.shape)} for a weight of "
                     f"{tuple(weight.shape)}"
                 )
+
+
+def gradient_norm(optimizer: Optimizer) -> Tensor:
+    """The norm of all gradients together, a scalar on their device."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return torch.stack([weight.grad.norm() for weight in weights if weight.grad is not None]).norm()

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from ranks import ALONE, Ranks
+from run.processes import ALONE, Ranks
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 MARK = "REQUEUE"
@@ -41,7 +41,7 @@ class Requests:
 
         Every process calls it: a signal to one is for all.
         """
-        agreed = self.ranks.largest(self.received)
+        agreed = self.ranks.max(self.received)
         if agreed:
             self.received = agreed
             save()
@@ -61,7 +61,7 @@ class Requests:
         trace: TracebackType | None,
     ) -> None:
         if isinstance(error, Requeue):
-            if self.ranks.is_main:
+            if self.ranks.is_rank_0:
                 self.mark.touch()
                 name = signal.Signals(self.received).name
                 print(
@@ -69,7 +69,7 @@ class Requests:
                     file=sys.stderr,
                 )
             # The first that ends has torchrun end the others, who must not be saving any more.
-            self.ranks.largest(0)
+            self.ranks.max(0)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

@@ -19,9 +19,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from config import PretrainConfig, UserError
-from durable import TEMPORARY, link_file, replace_file
-from sizes import is_out_of_memory
+from run.atomic_write import TEMPORARY, link_file, replace_file
+from run.config import PretrainConfig
+from run.errors import UserError
+from run.out_of_memory import is_out_of_memory
 
 LAST = "last.pt"
 BEST = "best.pt"

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from textwrap import shorten
 
-from config import PretrainConfig, UserError
+from run.config import PretrainConfig
+from run.errors import UserError
 
 # How torch says so for the CPU, CUDA and MPS, and of tensors that no address reaches.
 SIGNS = (

@@ -10,8 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from checkpoint import LAST, checkpoints_in
-from config import PretrainConfig, UserError
+from run.checkpoint import LAST, checkpoints_in
+from run.config import PretrainConfig
+from run.errors import UserError
 
 if sys.platform != "win32":
     import fcntl

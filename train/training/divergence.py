@@ -2,11 +2,7 @@
 
 import math
 
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
-
-from config import UserError
+from run.errors import UserError
 
 REMEDY = "try a lower --learning_rate or a longer --warmup_epochs"
 # With equal embeddings every similarity is the same: the loss is the logarithm of their number,
@@ -19,7 +15,7 @@ COLLAPSE_STEPS = 20
 MAX_SKIPPED_IN_A_ROW = 40
 
 
-class Health:
+class DivergenceCheck:
     """Watches the loss and the gradient of every step.
 
     Args:
@@ -67,9 +63,3 @@ class Health:
             f"up to {step}, learning rate {learning_rate:.3g}: the loss of a network that "
             f"embeds every image alike. It has collapsed: {REMEDY}"
         )
-
-
-def gradient_norm(optimizer: Optimizer) -> Tensor:
-    """The norm of all gradients together, a scalar on their device."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    return torch.stack([weight.grad.norm() for weight in weights if weight.grad is not None]).norm()

@@ -25,7 +25,7 @@ from webdataset import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from config import UserError
+from run.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LABEL = "cls"

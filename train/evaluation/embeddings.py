@@ -1,4 +1,4 @@
-"""The k-NN classifier: embeddings of a whole set, the weighted vote, its accuracy.
+"""The embeddings of a whole split, and the raw pixels that they are compared with.
 
 Nothing here draws a random number: evaluating more or less often does not change the training.
 """
@@ -9,54 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from augment import Views
-from config import PretrainConfig
-from data import Split, sequential_batches
-from model import Embedder
-from ranks import ALONE, Ranks
+from data.batches import sequential_batches
+from data.images import Split
+from data.views import Views
+from network.embedder import Embedder
+from run.processes import ALONE, Ranks
 
 EMBED_BATCH_SIZE = 512
+
+
 BASELINE_SIZE = 32
-
-
-def knn_predict(
-    queries: Tensor,
-    bank: Tensor,
-    bank_labels: Tensor,
-    *,
-    num_classes: int,
-    neighbours: int = PretrainConfig.knn_k,
-    temperature: float = PretrainConfig.knn_temperature,
-    chunk: int = 1024,
-) -> Tensor:
-    """Classify by the vote of the nearest neighbours in cosine similarity.
-
-    A neighbour of similarity s votes for its label with weight exp(s / temperature) (Wu et al.,
-    arXiv 1805.01978).
-
-    Args:
-        queries: (N, F), any scale.
-        bank: (M, F), any scale; only min(neighbours, M) of them vote.
-        bank_labels: (M,) integers below num_classes.
-        chunk: queries compared at a time: memory is O(chunk * M).
-
-    Returns:
-        (N,) predicted labels.
-    """
-    bank = F.normalize(bank, dim=1)
-    predictions = []
-    for part in F.normalize(queries, dim=1).split(chunk):
-        similarity, nearest = (part @ bank.T).topk(min(neighbours, len(bank)), dim=1)
-        votes = part.new_zeros(len(part), num_classes)
-        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
-        predictions.append(votes.argmax(1))
-    return torch.cat(predictions)
-
-
-def accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """The share of (N,) predictions that equal the (N,) labels."""
-    # Divided in Python: a float32 share is written as 0.6200000047683716.
-    return int((predictions == labels).sum()) / len(labels)
 
 
 def encode_stored(model: Embedder, views: Views, images: Tensor) -> Tensor:
@@ -106,4 +68,4 @@ def embed(
             # Filled batch by batch: a list of them, put together at the end, takes twice the memory.
             rows = encoded.new_empty(len(batches) * EMBED_BATCH_SIZE, *encoded.shape[1:])
         rows[number * EMBED_BATCH_SIZE :][: len(encoded)] = encoded
-    return ranks.gather_rows(rows)[: len(split)]
+    return ranks.all_gather_rows(rows)[: len(split)]

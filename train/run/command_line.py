@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from config import UserError
+from run.errors import UserError
 
 # What other scripts call these options, where difflib sees no likeness.
 ALIASES = {

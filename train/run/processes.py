@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch import Tensor, nn
 
-from config import UserError
+from run.errors import UserError
 
 T = TypeVar("T")
 # The name that torch has given it, and the one of versions before.
@@ -57,7 +57,7 @@ class Ranks:
         return f"process {self.rank} of {self.world_size}"
 
     @property
-    def is_main(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
@@ -77,7 +77,7 @@ class Ranks:
             return network
         return nn.parallel.DistributedDataParallel(network, process_group=self.group)
 
-    def largest(self, number: int) -> int:
+    def max(self, number: int) -> int:
         """The largest of the processes' numbers."""
         if self.control is None:
             return number
@@ -93,13 +93,13 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         return total / self.world_size
 
-    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors on the device of the run by those of the first process."""
         if self.group is not None:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0, group=self.group)
 
-    def gather(self, thing: T) -> list[T]:
+    def all_gather(self, thing: T) -> list[T]:
         """What each process gave, in their order."""
         if self.control is None:
             return [thing]
@@ -107,7 +107,7 @@ class Ranks:
         dist.all_gather_object(things, thing, group=self.control)
         return things
 
-    def gather_rows(self, rows: Tensor) -> Tensor:
+    def all_gather_rows(self, rows: Tensor) -> Tensor:
         """The (n, D) rows of all processes, of each as many, in their order."""
         if self.group is None:
             return rows
@@ -115,7 +115,7 @@ class Ranks:
         _all_gather(gathered, rows, group=self.group)
         return gathered
 
-    def from_first(self, act: Callable[[], T]) -> T:
+    def from_rank_0(self, act: Callable[[], T]) -> T:
         """What `act` returns on the first process, which alone calls it.
 
         A mistake of the user that it finds is raised by all.
@@ -123,7 +123,7 @@ class Ranks:
         if self.control is None:
             return act()
         said: list[Any] = [None, None]
-        if self.is_main:
+        if self.is_rank_0:
             try:
                 said[0] = act()
             except UserError as error:
@@ -134,20 +134,20 @@ class Ranks:
         return said[0]
 
     @contextmanager
-    def one_per_host_first(self) -> Iterator[None]:
+    def local_rank_0_first(self) -> Iterator[None]:
         """Let the others of a host enter once the first of each host has left."""
         if self.local_rank > 0:
-            self.largest(0)
+            self.max(0)
         yield
         if self.local_rank == 0:
-            self.largest(0)
+            self.max(0)
 
 
 ALONE = Ranks()
 
 
 @contextmanager
-def first_of_host_speaks() -> Iterator[None]:
+def local_rank_0_speaks() -> Iterator[None]:
     """For what every process does before it is joined: one of each host says what is wrong.
 
     torchrun ends the others once that one has ended; one that it does not end speaks, too.
@@ -191,7 +191,7 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
             f"{torch.cuda.device_count()}: give torchrun --nproc-per-node as many"
         )
     if device.type not in ("cpu", "cuda"):
-        with first_of_host_speaks():
+        with local_rank_0_speaks():
             raise UserError(f"--device {device.type} trains in one process: choose --device cpu")
     ranks, store, failure = Ranks(rank, world_size, local_rank), None, None
     try:
@@ -206,7 +206,7 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
         )
         ranks.group = dist.group.WORLD
         ranks.control = dist.new_group(backend="gloo", timeout=timeout)
-        with nullcontext() if ranks.is_main else _silence():
+        with nullcontext() if ranks.is_rank_0 else _silence():
             yield ranks
     except (UserError, RuntimeError) as error:
         if not isinstance(error, UserError) and not _is_of_others(error):
@@ -216,7 +216,7 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
         error = failure or sys.exc_info()[1]
         if isinstance(error, Exception) and not _is_of_others(error):
             reason = str(error) or type(error).__name__
-            _post(store, SPOKEN if ranks.is_main else REASON, f"{ranks}: {reason}")
+            _post(store, SPOKEN if ranks.is_rank_0 else REASON, f"{ranks}: {reason}")
         _disconnect(ranks, error)
     if failure is not None:
         _raise_once(failure, store, ranks, timeout_minutes)
@@ -275,7 +275,7 @@ def _raise_once(
 
     The first says why another has ended if it only lost the others.
     """
-    if ranks.is_main and isinstance(error, UserError):
+    if ranks.is_rank_0 and isinstance(error, UserError):
         raise error
     if not isinstance(error, UserError):
         reason = " ".join(str(error).split())
@@ -284,7 +284,7 @@ def _raise_once(
             f"{timeout_minutes:g} minutes (--timeout_minutes); the first to have ended says why. "
             f"{reason}"
         )
-    if ranks.is_main:
+    if ranks.is_rank_0:
         reason = _posted(store, REASON, seconds=PATIENCE)
         _post(store, SPOKEN, "")
         raise UserError(reason) if reason else error

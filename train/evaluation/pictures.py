@@ -15,8 +15,8 @@ from matplotlib.font_manager import fontManager, get_font
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from checkpoint import RunState
-from durable import replace_file
+from run.atomic_write import replace_file
+from run.checkpoint import RunState
 
 PICTURES = ("curves.png", "embedding.png", "confusion.png")
 # What a reader can still tell apart, and t-SNE embeds in seconds.

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from config import PretrainConfig
-from sources import load_data
-from step import Trainer
+from data.sources import load_data
+from run.config import PretrainConfig
 from supcon_kernels import supcon_loss
 from train_fixtures import metrics, pretrain, weights
+from training.trainer import Trainer
 
 BATCH, VIEWS, SIZE = 32, 3, 160
 NUM_KEYS = BATCH * (VIEWS - 1)
@@ -37,7 +37,7 @@ def test_loss_is_the_formula_over_the_last_keys(method):
     keys = torch.empty(0, 128)
     classes = torch.empty(0, dtype=torch.long)
     for step, (images, labels) in enumerate(batches):
-        network, average = copy.deepcopy((trainer.model, trainer.memory.average.module))
+        network, average = copy.deepcopy((trainer.model, trainer.momentum_queue.average.module))
         seen = [trainer.views.random(images, step=step, view=view) for view in range(VIEWS)]
         own = labels if method == "supcon" else torch.arange(step * BATCH, (step + 1) * BATCH)
         with torch.no_grad():
@@ -52,18 +52,20 @@ def test_loss_is_the_formula_over_the_last_keys(method):
 
         if method == "simclr":
             assert positive.sum(1).tolist() == [VIEWS - 1] * BATCH
-        filled = trainer.memory.queue.labels != -100
+        filled = trainer.momentum_queue.queue.labels != -100
         assert filled.sum() == len(classes) == min((step + 1) * NUM_KEYS, SIZE)
-        assert torch.equal(trainer.memory.queue.labels[filled], classes)
+        assert torch.equal(trainer.momentum_queue.queue.labels[filled], classes)
 
 
 def test_keys_come_without_gradient_from_an_average_that_follows_each_step():
     trainer, batches = trainer_and_batches()
-    assert torch.equal(trainer.memory.average.module.head[0].weight, trainer.model.head[0].weight)
+    assert torch.equal(
+        trainer.momentum_queue.average.module.head[0].weight, trainer.model.head[0].weight
+    )
     for step, (images, labels) in enumerate(batches):
-        before = copy.deepcopy(trainer.memory.average.module)
+        before = copy.deepcopy(trainer.momentum_queue.average.module)
         trainer.step(images, labels, step)
-        after = trainer.memory.average.module
+        after = trainer.momentum_queue.average.module
         assert after.training
         assert all(weight.grad is None for weight in after.parameters())
         for old, new, trained in zip(
@@ -77,7 +79,9 @@ def test_average_begins_with_the_weights_that_a_run_begins_with():
     trainer, _ = trainer_and_batches()
     torch.nn.init.ones_(trainer.model.head[0].weight)
     trainer.restart_averages()
-    assert torch.equal(trainer.memory.average.module.head[0].weight, trainer.model.head[0].weight)
+    assert torch.equal(
+        trainer.momentum_queue.average.module.head[0].weight, trainer.model.head[0].weight
+    )
 
 
 def test_trained_encoder_is_exported_not_that_of_the_keys(tmp_path):
@@ -98,7 +102,7 @@ def test_collapse_onto_a_queue_is_named_once_it_is_full(tmp_path, monkeypatch, c
             alike, labels, contrast_features=torch.ones_like(contrast_features), **options
         )
 
-    monkeypatch.setattr("step.supcon_loss", collapsed)
+    monkeypatch.setattr("training.trainer.supcon_loss", collapsed)
     run = pretrain(tmp_path, "--batch_size", 256, "--epochs", 5, "--queue_size", 700)
     losses = [float(row["loss"]) for row in metrics(run) if row["loss"]]
     assert losses[:3] == pytest.approx([math.log(m) for m in (256, 512, 700)], abs=1e-4)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optim import load_optimizer
-from ranks import ALONE, Ranks
+from run.processes import ALONE, Ranks
+from training.optimizer import load_optimizer
 
 LEARNING_RATE = 1e-3
 

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint import RunState
-from data import ImageData, Split
-from knn import accuracy, embed, encode_stored, knn_predict, pixels
-from model import Embedder
-from sources import evenly_drawn, subset
-from step import Trainer
+from data.images import ImageData, Split
+from data.sources import evenly_drawn, subset
+from evaluation.embeddings import embed, encode_stored, pixels
+from evaluation.knn import accuracy, knn_predict
+from network.embedder import Embedder
+from run.checkpoint import RunState
+from training.trainer import Trainer
 
 
 class Tested(NamedTuple):

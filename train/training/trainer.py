@@ -8,19 +8,19 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from augment import build_views
-from clock import PhaseClock
-from config import PretrainConfig, UserError
-from data import ImageData
-from health import gradient_norm
-from memory import Memory
-from model import Embedder, build_model, sync_batch_norms
-from optim import build_optimizer, build_schedule, load_optimizer
-from probe import Probe
-from ranks import ALONE, Ranks
-from seeds import random_state, seed_of, set_random_state
-from sizes import memory_for
+from data.images import ImageData
+from data.views import build_views
+from evaluation.probe import Probe
+from network.embedder import Embedder, build_model, sync_batch_norms
+from network.momentum_queue import MomentumQueue
+from run.clock import PhaseClock
+from run.config import PretrainConfig
+from run.errors import UserError
+from run.out_of_memory import memory_for
+from run.processes import ALONE, Ranks
+from run.seeds import random_state, seed_of, set_random_state
 from supcon_kernels import grad_cache_backward, supcon_loss
+from training.optimizer import build_optimizer, build_schedule, gradient_norm, load_optimizer
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -71,7 +71,9 @@ class Trainer:
         if config.ema_decay is not None:
             self.average = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True)
         with memory_for(config, "queue_size"):
-            self.memory = None if config.queue_size is None else Memory(self.model, config, ranks)
+            self.momentum_queue = (
+                None if config.queue_size is None else MomentumQueue(self.model, config, ranks)
+            )
         self.probe: Probe | None = None
         if config.probe:
             self.probe = Probe(self.model.num_features, len(data.classes), device, ranks)
@@ -122,8 +124,8 @@ class Trainer:
         """Begin every average of the weights with them as they are."""
         if self.average is not None:
             self.average.set(self.model)
-        if self.memory is not None:
-            self.memory.average.set(self.model)
+        if self.momentum_queue is not None:
+            self.momentum_queue.average.set(self.model)
 
     def step(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """Train on one batch, the next after `step` others.
@@ -158,11 +160,11 @@ class Trainer:
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.model, step=step + 1)
-        if self.memory is not None:
-            self.memory.average.update(self.model)
+        if self.momentum_queue is not None:
+            self.momentum_queue.average.update(self.model)
         self.clock.mark("optimizer")
         # Without a queue it is that of the rows of all.
-        return loss.detach() if self.memory is None else self.ranks.mean(loss.detach())
+        return loss.detach() if self.momentum_queue is None else self.ranks.mean(loss.detach())
 
     def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """The loss of a batch on the device: (B, C, S, S) uint8 images in random views.
@@ -207,10 +209,10 @@ class Trainer:
             classes = torch.arange(len(labels), device=self.device) + share * len(labels)
         # What a queue holds is the same for all processes; their rows are their own.
         group, contrast = self.ranks.group, {}
-        if self.memory is not None:
+        if self.momentum_queue is not None:
             with self._autocast():
-                self.memory.remember(torch.cat(seen[1:]), classes)
-            group, contrast, seen = "local", self.memory.contrast(), seen[:1]
+                self.momentum_queue.remember(torch.cat(seen[1:]), classes)
+            group, contrast, seen = "local", self.momentum_queue.contrast(), seen[:1]
 
         def loss_of(embedded: Tensor, rows: Tensor) -> Tensor:
             if self.probe is not None:
@@ -243,7 +245,7 @@ class Trainer:
         """Have every process evaluate by the first one's running statistics."""
         for module in (self.model, self.measured, self.probe and self.probe.classifier):
             if module is not None:
-                self.ranks.copy_first(module.buffers())
+                self.ranks.broadcast(module.buffers())
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -252,7 +254,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.average is None else self.average.module.state_dict(),
-            "memory": None if self.memory is None else self.memory.state_dict(),
+            "memory": None if self.momentum_queue is None else self.momentum_queue.state_dict(),
             "probe": None if self.probe is None else self.probe.state_dict(),
         }
 
@@ -263,7 +265,7 @@ class Trainer:
         self.scaler.load_state_dict(saved.get("scaler", {}))
         if self.average is not None:
             self.average.module.load_state_dict(saved["ema"])
-        if self.memory is not None:
-            self.memory.load_state_dict(saved["memory"])
+        if self.momentum_queue is not None:
+            self.momentum_queue.load_state_dict(saved["memory"])
         if self.probe is not None:
             self.probe.load_state_dict(saved["probe"])

@@ -1,0 +1,1 @@
+"""A run around its training: folder, checkpoints, records, processes, command line."""
