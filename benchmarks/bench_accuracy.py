@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from machine import describe_machine
-from results import add_output_options, results_path, write_table
+from measuring.machine import describe_machine
+from reporting.rows import add_output_options, results_path, write_table
 from supcon_kernels import supcon_loss
 from supcon_kernels.problem import DENOMINATORS, SUMMATIONS
 
@@ -104,7 +104,8 @@ def mean_term(arguments: Arguments) -> float:
     z = arguments["features"]
     if arguments.get("normalize", True):
         z = torch.nn.functional.normalize(z)
-    return (z @ z.T).abs().mean().item() / arguments["temperature"] ** 2
+    mean: float = (z @ z.T).abs().mean().item()
+    return mean / float(arguments["temperature"]) ** 2
 
 
 def rows(num_rows: int, dim: int) -> Iterator[dict[str, Any]]:

@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import REPOSITORY, describe_machine
-from results import add_output_options, results_path, write_table
+from measuring.machine import REPOSITORY, describe_machine
+from reporting.rows import add_output_options, results_path, write_table
 
 RESULTS = "digits.csv"
 

@@ -18,9 +18,9 @@ from statistics import median
 
 import torch
 
-from machine import REPOSITORY, describe_machine
-from peak_memory import HighWaterMark
-from results import add_output_options, results_path, write_table
+from measuring.machine import REPOSITORY, describe_machine
+from measuring.peak_memory import HighWaterMark
+from reporting.rows import add_output_options, results_path, write_table
 
 sys.path.insert(0, str(REPOSITORY / "train"))
 
@@ -50,7 +50,7 @@ class Step:
 
     def projected(self, rows: torch.Tensor) -> torch.Tensor:
         """What the loss sees of (n, C, s, s) views, (n, D)."""
-        _, projected = self.model(rows)
+        projected: torch.Tensor = self.model(rows)[1]
         return projected
 
     def loss(self, rows: torch.Tensor) -> torch.Tensor:

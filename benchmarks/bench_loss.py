@@ -7,44 +7,33 @@ Writes a table, a CSV and a picture: python benchmarks/bench_loss.py --help
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import quantiles
 
 import torch
 
-from machine import available_memory_bytes, describe_machine
-from peak_memory import PeakMib, measure_own_peak_mib, measure_peak_mib
-from providers import FACTORIES, OURS, Provider, Unavailable, make_provider, provider_names
-from results import (
-    Report,
-    Result,
-    add_output_options,
-    full_table,
-    rate_against_peak,
-    read_csv,
-    readme_block,
-    replace_block,
-    results_path,
-    write_csv,
-)
-from stopwatch import PHASES, Samples, measure_peak, time_interleaved
-from workloads import (
+from measuring.admission import admit
+from measuring.machine import describe_machine
+from measuring.peak_memory import PeakMib, measure_own_peak_mib, measure_peak_mib
+from measuring.providers import FACTORIES, OURS, provider_names
+from measuring.results import Report, Result, rate_against_peak
+from measuring.stopwatch import PHASES, Samples, measure_peak, time_interleaved
+from measuring.workloads import (
     ERROR_BOUND,
-    Problem,
-    Truth,
     Workload,
     compute_truth,
     make_checked_problem,
     make_problem,
-    worst,
 )
+from reporting.documents import update_document
+from reporting.loss import full_table, readme_block
+from reporting.rows import add_output_options, read_report, results_path, write_report
 
 DEFAULT_SIZES = (256, 512, 1024, 2048, 4096, 8192)
-MEMORY_SHARE = 0.8
-"""Share of the available memory that a provider may be expected to need."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.table or args.check:
         if not csv_path.exists():
             parser.error(f"there is no {csv_path}")
-        report = read_csv(csv_path)
+        report = read_report(csv_path)
     else:
         report = run(args)
         save(report, csv_path)
@@ -183,48 +172,6 @@ def bench_size(
     return results
 
 
-@dataclass(frozen=True)
-class Admission:
-    """The result so far, and the provider itself if it may be timed."""
-
-    verdict: Result
-    provider: Provider | None = None
-
-
-def admit(
-    name: str,
-    workload: Workload,
-    checked: Problem,
-    truth: Truth,
-    maker: Callable[[str, Workload], Provider] = make_provider,
-) -> Admission:
-    """Hold one step of the provider against the truth."""
-    blank = Result(**asdict(workload), provider=name, bound=workload.error_bound)
-    try:
-        provider = maker(name, workload)
-        _refuse_if_too_big(provider, workload)
-        if not provider.has_loss:
-            return Admission(replace(blank, status="unchecked", note="no loss"), provider)
-        loss = provider.forward(checked)
-        loss_error, grad_error = truth.errors(loss.detach(), provider.backward(checked, loss))
-    except Unavailable as why_not:
-        return Admission(replace(blank, status="unavailable", note=str(why_not)))
-    except (RuntimeError, ValueError, TypeError) as failure:
-        note = f"{type(failure).__name__}: {failure}".splitlines()[0]
-        return Admission(replace(blank, status="failed", note=note))
-    verdict = replace(blank, loss_error=loss_error, grad_error=grad_error)
-    if not worst((loss_error, grad_error)) <= workload.error_bound:
-        return Admission(replace(verdict, status="wrong"))
-    return Admission(verdict, provider)
-
-
-def _refuse_if_too_big(provider: Provider, workload: Workload) -> None:
-    element_bytes = max(4, workload.torch_dtype.itemsize)
-    needed_bytes = provider.num_pair_matrices * workload.num_pairs * element_bytes
-    if needed_bytes > MEMORY_SHARE * available_memory_bytes(workload.device):
-        raise Unavailable(f"needs about {needed_bytes / 2**30:.0f} GiB")
-
-
 def _summarise(verdict: Result, phase: str, samples: Samples, peak: PeakMib | None) -> Result:
     times_ms = getattr(samples, phase)
     q25_ms, median_ms, q75_ms = quantiles(times_ms, n=4, method="inclusive")
@@ -240,10 +187,10 @@ def _summarise(verdict: Result, phase: str, samples: Samples, peak: PeakMib | No
 
 
 def save(report: Report, csv_path: Path) -> None:
-    write_csv(report, csv_path)
+    write_report(report, csv_path)
     if any(result.time_ms for result in report.results):
         try:
-            from picture import draw_picture
+            from reporting.picture import draw_picture
         except ModuleNotFoundError:
             _say("no picture: pip install matplotlib")
             return
@@ -253,12 +200,11 @@ def save(report: Report, csv_path: Path) -> None:
 
 def update_readme(readme: Path, report: Report, csv_path: Path, only_check: bool) -> bool:
     """Make README's block say what the rows say, or only look; answer whether it differed."""
-    old, new = replace_block(readme, report, csv_path)
-    if old != new and only_check:
+    picture = os.path.relpath(csv_path.resolve().with_suffix(".png"), readme.resolve().parent)
+    differs = update_document(readme, "bench_loss", readme_block(report, picture), only_check)
+    if differs and only_check:
         _say(f"{readme}: the bench_loss block differs from {csv_path}")
-    elif old != new:
-        readme.write_text(new)
-    return old != new
+    return differs
 
 
 def _say(text: str) -> None:

@@ -17,10 +17,10 @@ from statistics import median
 
 import torch
 
-import stub_driver
-from machine import describe_machine
-from results import add_output_options, results_path, write_table
-from stopwatch import elapsed_ms, fma_peak_gflops
+from measuring import stub_driver
+from measuring.machine import describe_machine
+from measuring.stopwatch import elapsed_ms, fma_peak_gflops
+from reporting.rows import add_output_options, results_path, write_table
 from supcon_kernels import op, supcon_loss
 from supcon_kernels.backends import native, triton
 from supcon_kernels.problem import Problem
@@ -136,7 +136,8 @@ def measure_gpu_host(path: Path, dim: int, rounds: int) -> int:
     """Write and show the one row: the host's time does not depend on the number of rows."""
     machine = describe_machine("cpu")
     times = measure(gpu_layers(256, dim), rounds)
-    row = {"num_rows": 256, "dim": dim} | {f"{k}_us": f"{us:.0f}" for k, us in times.items()}
+    row: dict[str, object] = {"num_rows": 256, "dim": dim}
+    row |= {f"{k}_us": f"{us:.0f}" for k, us in times.items()}
     write_table(path, [row | machine])
     print(row)
     return 0

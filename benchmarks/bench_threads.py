@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 
-from machine import describe_machine
-from results import add_output_options, results_path, write_table
+from measuring.machine import describe_machine
+from reporting.rows import add_output_options, results_path, write_table
 from supcon_kernels.backends import native
 from supcon_kernels.problem import Problem
 
@@ -160,11 +161,11 @@ def measure(num_rows: int, num_cols: int | None, dim: int) -> tuple[Measured, Me
 
 def _measure_pass(run: Callable[[], object]) -> Measured:
     seconds: dict[int, list[float]] = {0: [], 1: [], 2: []}
-    serial = []
+    serial: list[float] = []
     start = time.perf_counter()
     while len(serial) < 3 or time.perf_counter() - start < SECONDS:
         for threads, times in seconds.items():
-            native.num_threads = lambda threads=threads: threads
+            native.num_threads = lambda threads=threads: threads  # type: ignore[misc]
             native.core.take_shared_seconds()
             begin = time.perf_counter()
             run()
@@ -175,7 +176,9 @@ def _measure_pass(run: Callable[[], object]) -> Measured:
     return Measured(median(seconds[1]), median(serial), median(seconds[2]))
 
 
-def rows_of(num_rows: int, num_cols: int | None, dim: int, threads: list[int]) -> list[dict]:
+def rows_of(
+    num_rows: int, num_cols: int | None, dim: int, threads: list[int]
+) -> list[dict[str, Any]]:
     """A row for each number of threads, with the machine left out."""
     forward, backward = measure(num_rows, num_cols, dim)
     found = []

@@ -43,10 +43,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
-from machine import REPOSITORY, describe_machine
-from providers import dense_loss
-from results import add_output_options, results_path, write_table
-from workloads import Problem, Workload
+from measuring.machine import REPOSITORY, describe_machine
+from measuring.providers import dense_loss
+from measuring.workloads import Problem, Workload
+from reporting.rows import add_output_options, results_path, write_table
 
 sys.path.insert(0, str(REPOSITORY / "train"))
 
@@ -76,7 +76,7 @@ class Bare:
         self.temperature = config.temperature
         device = torch.device(config.device)
         self.model = build_model(config, channels=data.channels)
-        self.model = self.model.to(device, memory_format=torch.channels_last)
+        self.model.to(device).to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config)
         _, loader = training_batches(
             data.train, batch_size=config.batch_size, seed=config.seed, workers=0

@@ -150,7 +150,7 @@ def _origin(device: str) -> dict[str, str]:
     """The machine, the versions and the commit that all rows of the run share."""
     from importlib import metadata
 
-    from machine import describe_machine, query_nvidia_smi
+    from measuring.machine import describe_machine, query_nvidia_smi
 
     found = describe_machine("cpu")
     for package in ("triton", "numpy"):

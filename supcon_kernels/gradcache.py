@@ -175,7 +175,7 @@ def _checked_loss(loss: object) -> Tensor:
 
 def _random_state() -> list[Tensor]:
     state = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         state.append(torch.cuda.get_rng_state())
     return state
 

@@ -23,7 +23,7 @@ _PROBLEM = (
 )
 _ROWS, _COLS, _TEMPERATURE, _NUM_TENSORS = 0, 1, 5, 6
 _NUM_OPERANDS = 15  # of _PROBLEM
-_LIBRARY: Any = torch.library.Library("supcon_kernels", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = torch.library.Library("supcon_kernels", "DEF")
 
 
 def _define(schema: str) -> Any:

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from gpu_codegen import Source, shipped
+from codegen.kernels import Source, shipped
 from supcon_kernels import triton_launch, triton_run
 from supcon_kernels.triton_launch import Launch, Plan, Tile
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gpu.place import Items, Place, Row
+from measuring.workloads import Problem, Workload, make_problem
 from supcon_kernels import supcon_loss
-from workloads import Problem, Workload, make_problem
 
 DTYPES = ("bfloat16", "float32", "float16")
 NUM_ROWS = 3000
@@ -78,7 +79,7 @@ def check_no_sync_of_weights(place: Place, problem: Problem) -> None:
     soft_labels = 0.9 * F.one_hot(problem.labels, num_classes).float() + 0.1 / num_classes
     mask = soft_labels @ soft_labels.T
 
-    def step(**positives: Tensor) -> None:
+    def step(**positives: Any) -> None:
         supcon_loss(problem.features, temperature=0.1, backend="tiled", **positives).backward()
 
     _assert_no_sync(functools.partial(step, labels=soft_labels))

@@ -78,7 +78,7 @@ def moved_loss(place: Place, tau_on_device: bool = False) -> Callable[..., Tenso
     """The loss with its tensors on the device, the temperature only where asked for."""
 
     def loss(**given: Any) -> Tensor:
-        moved = {
+        moved: dict[str, Any] = {
             name: x.to(place.device)
             if isinstance(x, Tensor) and (name != "temperature" or tau_on_device)
             else x

@@ -19,8 +19,8 @@ import torch
 
 from gpu.backend import PAIR_KERNELS
 from gpu.place import Items, Place, Row, Skipped
+from measuring.workloads import Workload, make_problem
 from supcon_kernels import supcon_loss
-from workloads import Workload, make_problem
 
 NUM_ROWS = (8192, 32768)
 SECTIONS = (

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from gpu.place import Items, Place, Row, Skipped
-from machine import REPOSITORY
+from measuring.machine import REPOSITORY
 
 NEEDED = ("jsonargparse", "kornia", "webdataset", "timm", "safetensors", "sklearn")
 STEPS, SAVE_EVERY = 50, 10

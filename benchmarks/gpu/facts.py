@@ -14,7 +14,7 @@ from gpu.journal import read_rows
 from gpu.place import Items, Place, Row
 from gpu.processes import in_processes
 from gpu.timing import time_interleaved
-from machine import describe_machine, query_nvidia_smi
+from measuring.machine import describe_machine, query_nvidia_smi
 
 PACKAGES = (
     *("triton", "numpy", "kornia", "jsonargparse", "webdataset", "timm", "torchmetrics"),

@@ -10,10 +10,11 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from codegen.compiler import compile_all
+from codegen.kernels import Source, ints
 from gpu.backend import sources
 from gpu.place import Place
 from gpu.speed import shapes
-from gpu_codegen import Source, compile_all, ints
 
 ARCH = 90
 TILED = ("bfloat16", 128)

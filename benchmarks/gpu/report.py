@@ -13,16 +13,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from codegen.kernels import read_compiled
+from codegen.model import SCHEMES, bound, find_card, with_rates
 from gpu.journal import read_rows
 from gpu.place import Row
 from gpu.summary import Cells, speed_cells, three, timed
-from machine import REPOSITORY
-from providers import OURS
-from results import Report, Result, render_table, update_document
-from roofline import SCHEMES, bound, find_card, read_compiled, with_rates
-from workloads import Workload
+from measuring.machine import REPOSITORY
+from measuring.providers import OURS
+from measuring.results import Report, Result
+from measuring.workloads import Workload
+from reporting.documents import DOCS, render_table, update_document
+from reporting.rows import RESULTS
 
-RESULTS = REPOSITORY / "benchmarks" / "results"
 NOT_MEASURED = "Not yet measured on a GPU."
 IN_README = {"dim": 128, "num_cols": 0, "num_classes": 10, "dtype": "bfloat16"}
 """The shapes of README's table, and of the picture."""
@@ -64,7 +66,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("rows", nargs="*", type=Path, help="files or folders of rows")
     parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
-    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs")
+    parser.add_argument("--docs", type=Path, default=DOCS)
     parser.add_argument("--pictures", type=Path, default=RESULTS)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where stale")
     return parser
@@ -227,7 +229,7 @@ def _checks(rows: Rows) -> str:
 
 
 def _draw(rows: Rows, path: Path) -> None:
-    from picture import draw_picture
+    from reporting.picture import draw_picture
 
     shown = _newest(rows, IN_README).values()
     if not shown:

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
-from bench_loss import admit
 from gpu.facts import measured_rates
 from gpu.place import Items, Place, Row, first_line
 from gpu.processes import in_processes
 from gpu.timing import Call, Laps, Mark, captured, eager_ms, time_interleaved, time_kernels
-from peak_memory import measure_own_peak_mib
-from providers import GPU_PEERS, OURS, Provider, make_provider
+from measuring.admission import admit
+from measuring.peak_memory import measure_own_peak_mib
+from measuring.providers import GPU_PEERS, OURS, Provider, make_provider
+from measuring.workloads import Problem, Workload, compute_truth, make_checked_problem, make_problem
 from supcon_kernels import supcon_loss
-from workloads import Problem, Workload, compute_truth, make_checked_problem, make_problem
 
 LEARNED = ", learned τ"
 BRIEF = ("dense", "chunked")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from gpu.place import Row
-from results import render_table
+from reporting.documents import render_table
 
 LIMIT = 10_000
 BAD = ("failed", "wrong", "died", "hung", "out of memory")

@@ -150,7 +150,7 @@ def captured(call: Call) -> Call:
 
 def time_kernels(call: Call, num_calls: int = 3) -> list[dict[str, object]]:
     """What the profiler saw on the device in one call: names, launches and µs, the longest first."""
-    from torch.autograd import DeviceType
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 
     call(_no_mark)

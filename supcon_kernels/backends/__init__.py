@@ -53,7 +53,7 @@ def _is_transformed(problem: Problem) -> bool:
     if torch._C._are_functorch_transforms_active():
         return True
     return not torch.compiler.is_compiling() and any(
-        forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+        forward_ad.unpack_dual(x).tangent is not None
         for x in (problem.rows, problem.cols, problem.temperature_tensor)
         if isinstance(x, Tensor)
     )

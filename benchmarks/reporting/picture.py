@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from providers import OURS
-from results import Report, Result
+from measuring.providers import OURS
+from measuring.results import Report, Result
 
 OURS_COLOURS = ("#c1272d", "#e8820c", "#8e2de2")
 OTHER_COLOURS = ("#1f4e79", "#2a9d8f", "#6c757d", "#b08900", "#5e548e")

@@ -8,13 +8,11 @@ table, and are otherwise those of the launches in their source.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
-from gpu_codegen import Compiled, Source, digits
-from results import render_table
-from roofline import SCHEMES
+from codegen.kernels import Source
 from supcon_kernels.triton_launch import Launch
 
 DEFAULT_WARPS, DEFAULT_STAGES = 4, 3  # Triton's own, where a launch names none
@@ -55,7 +53,7 @@ def _memeff_sources(dim: int, arch: int) -> list[Source]:
         divisible_by_16=("X_ptr", "Y_ptr", "sum_exp_row_ptr", "sum_exp_col_ptr", "n_i", "n_j"),
         num_warps=DEFAULT_WARPS,
         num_stages=DEFAULT_STAGES,
-        grid=(1, 1),
+        grid=(1, 1, 1),
     )
     gradient = Launch(
         kernel="clip_fa_grad_kernel",
@@ -74,7 +72,7 @@ def _memeff_sources(dim: int, arch: int) -> list[Source]:
         ),
         num_warps=num_warps,
         num_stages=num_stages,
-        grid=(1,),
+        grid=(1, 1, 1),
     )
     modules = {"memeff.distributed_clip_loss": denominators, "memeff.clip_loss": gradient}
     return [
@@ -114,48 +112,8 @@ def _inf_cl_sources(dim: int, arch: int) -> list[Source]:
                 divisible_by_16=(*pointers, "seqlen_q", "seqlen_k"),
                 num_warps=8,
                 num_stages=1,
-                grid=(1, 1),
+                grid=(1, 1, 1),
             ),
         )
         for kernel, pointers in operands.items()
     ]
-
-
-def peers_block(rows: Sequence[Compiled], dim: int = 128) -> str:
-    """Kernel by kernel on each architecture, and what a step does for a pair in all."""
-    header = ["scheme", "sm", "kernel", "launches", "registers", "spilled bytes", "atomics"]
-    header += ["products", "ex2", "rcp", "instructions"]
-    found = {row.key: row for row in rows}
-    cells = [header]
-    for arch in sorted({row.arch for row in rows}):
-        for scheme in SCHEMES:
-            dtype = "bfloat16" if scheme.takes_16_bit else "float32"
-            step = [(k, found[scheme.package, k.label, dtype, dim, arch]) for k in scheme.kernels]
-            for kernel, row in step:
-                cells.append(
-                    [
-                        *(scheme.name, str(arch), f"`{row.kernel}`", str(kernel.launches)),
-                        *(str(row.registers), str(row.spilled_bytes), str(row.num_atomics)),
-                        *(digits((row.macs_per_pair or 0) / dim), digits(row.ex2_per_pair)),
-                        *(digits(row.rcp_per_pair), digits(row.instructions_per_pair)),
-                    ]
-                )
-            cells.append(
-                [
-                    *(scheme.name, str(arch), "a step", "", "", "", ""),
-                    *(
-                        digits(sum(k.launches * _number(r, name) for k, r in step) / per)
-                        for name, per in (
-                            ("macs_per_pair", dim),
-                            ("ex2_per_pair", 1),
-                            ("rcp_per_pair", 1),
-                            ("instructions_per_pair", 1),
-                        )
-                    ),
-                ]
-            )
-    return render_table(cells, markdown=True)
-
-
-def _number(row: Compiled, name: str) -> float:
-    return getattr(row, name) or 0.0

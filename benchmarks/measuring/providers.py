@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workloads import Problem, Workload
+from measuring.workloads import Problem, Workload
 
 
 class Unavailable(Exception):

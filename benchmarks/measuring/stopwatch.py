@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import torch
 
-from providers import Provider
-from workloads import Problem
+from measuring.providers import Provider
+from measuring.workloads import Problem
 
 MIN_ROUNDS = 3
 MAX_ROUNDS = 50

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import csv
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import bench_grad_cache
 import bench_train

@@ -1,6 +1,6 @@
 """How much memory one provider needs: its high-water mark in a process of its own.
 
-Run as a script it measures itself and prints JSON; `measure_peak_mib` starts that script.
+`python -m measuring.peak_memory` measures itself and prints JSON; `measure_peak_mib` starts it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from providers import Provider, make_provider
-from workloads import Problem, Workload, make_problem
+from measuring.providers import Provider, make_provider
+from measuring.workloads import Problem, Workload, make_problem
 
 WARM_UP_ROWS = 64
 MIB = 2**20
+BENCHMARKS = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,17 @@ class PeakMib:
 
 def measure_peak_mib(provider_name: str, workload: Workload, num_threads: int) -> PeakMib:
     """Start a fresh process that runs the workload once and reports its peaks."""
-    command = [sys.executable, __file__, provider_name, json.dumps(asdict(workload))]
+    command = [sys.executable, "-m", "measuring.peak_memory", provider_name]
     # Every block of 64 KiB and more goes back to the system when freed, so that the mark shows
     # what is in use and not what the allocator keeps.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
+    paths = [str(BENCHMARKS), os.environ.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     child = subprocess.run(
-        [*command, str(num_threads)], capture_output=True, text=True, env=environment
+        [*command, json.dumps(asdict(workload)), str(num_threads)],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     if child.returncode != 0:
         raise RuntimeError(f"measuring memory of {provider_name} failed:\n{child.stderr}")

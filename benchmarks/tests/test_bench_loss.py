@@ -16,17 +16,24 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import bench_loss
-import results
-from peak_memory import measure_peak_mib
-from providers import FACTORIES, Provider, Unavailable, dense_loss, make_provider, provider_names
-from results import BEGIN, END, read_csv, write_csv
-from stopwatch import PEAK_SOURCES
-from workloads import Problem, Workload, compute_truth, make_problem
+from measuring import admission
+from measuring.peak_memory import measure_peak_mib
+from measuring.providers import (
+    FACTORIES,
+    Provider,
+    Unavailable,
+    dense_loss,
+    make_provider,
+    provider_names,
+)
+from measuring.stopwatch import PEAK_SOURCES
+from measuring.workloads import Problem, Workload, compute_truth, make_problem
+from reporting import rows
+from reporting.rows import read_report, write_report
 
 VARIANTS = [(s, d) for s in ("out", "in") for d in ("all", "one_positive", "only_negatives")]
+BEGIN, END = "<!-- bench_loss:begin -->", "<!-- bench_loss:end -->"
 README = f"# Title\n\n{BEGIN}\nold numbers\n{END}\n\nThe end.\n"
 
 
@@ -141,7 +148,7 @@ def test_wrong_provider_gets_no_speed(
     monkeypatch.setitem(FACTORIES, "suspect", lambda workload: Provider("suspect", wrong))
     assert bench("dense,suspect") == 1
     assert shown in capsys.readouterr().out
-    suspect = [r for r in read_csv(tmp_path / "trial.csv").results if r.provider == "suspect"]
+    suspect = [r for r in read_report(tmp_path / "trial.csv").results if r.provider == "suspect"]
     assert [r.time_ms for r in suspect] == [None]
 
 
@@ -160,7 +167,7 @@ def test_provider_that_would_not_fit_is_not_started(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(bench_loss, "available_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(admission, "available_memory_bytes", lambda device: 1000)
     assert bench("dense") == 0
     assert "dense unavailable: needs about" in capsys.readouterr().out
 
@@ -169,10 +176,10 @@ def test_rows_survive_the_csv_and_carry_their_origin(
     bench: Callable[[str], int], tmp_path: Path
 ) -> None:
     assert bench("dense,matmuls") == 0
-    report = read_csv(tmp_path / "trial.csv")
-    write_csv(report, tmp_path / "again.csv")
+    report = read_report(tmp_path / "trial.csv")
+    write_report(report, tmp_path / "again.csv")
     # Not the text: shares are derived anew from rounded times, and may end on another digit.
-    assert read_csv(tmp_path / "again.csv") == report
+    assert read_report(tmp_path / "again.csv") == report
     assert {"cpu", "isa", "num_threads", "torch", "python", "commit", "dirty", "date"} <= set(
         report.machine
     )
@@ -184,14 +191,14 @@ def test_other_sizes_leave_the_committed_rows_alone(
     bench: Callable[[str], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RESULTS", "TRIALS"):
-        monkeypatch.setattr(results, name, tmp_path / name)
+        monkeypatch.setattr(rows, name, tmp_path / name)
     small = ["--sizes", "64", "--dim", "16", "--seconds", "0", "--no-memory"]
     assert bench_loss.main([*small, "--providers", "dense"]) == 0
     assert not (tmp_path / "RESULTS").exists()
     assert (tmp_path / "TRIALS" / "loss_cpu_float32.csv").exists()
     with pytest.raises(SystemExit):
         bench_loss.main([*small, "--update-readme", str(tmp_path / "README.md")])
-    assert results.results_path("rows.csv", None, update=True).parent == results.RESULTS
+    assert rows.results_path("rows.csv", None, update=True).parent == rows.RESULTS
 
 
 def test_readme_block_is_checked_and_replaced_idempotently(

@@ -52,7 +52,7 @@ def _library() -> Path:
     folder = Path(tempfile.mkdtemp())
     (folder / "stub.c").write_text("\n".join(code))
     library = folder / "libcuda.so.1"
-    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, "stub.c"]
+    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), "stub.c"]
     subprocess.run(command, cwd=folder, check=True)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     return folder

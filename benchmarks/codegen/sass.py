@@ -257,8 +257,9 @@ def tile_loops(ttir: str) -> TileLoop:
 
 def _trips(text: str, constants: dict[str, int]) -> int:
     found = FOR.search(text)
-    bounds = [constants.get(name) for name in found.groups()] if found else [None]
-    if None in bounds:
+    names = found.groups() if found else ()
+    bounds = [constants[name] for name in names if name in constants]
+    if len(bounds) < 3:
         return 1
     low, high, step = bounds
     return -(-(high - low) // step)

@@ -1,11 +1,10 @@
-"""The tools that stand in for a GPU must be able to say no: loops, spills, atomics, stale tables.
+"""gpu_codegen.py must be able to say no: loops, spills, atomics, stale tables.
 
 The kernels here are compiled for real chips, on the CPU; none of them runs.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +13,13 @@ import pytest
 import triton
 import triton.language as tl
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import gpu_codegen
-import roofline
-import sass
-from gpu_codegen import Compiled, Source, compile_all
-from results import read_rows, update_document, write_rows
+from codegen import compiler, sass
+from codegen.compiler import compile_all
+from codegen.kernels import Compiled, Source
+from reporting.documents import update_document
+from reporting.rows import read_rows, write_rows
 from supcon_kernels.triton_launch import Launch
-from workloads import Workload
 
 SPIN_BEHIND_THE_END = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;               /* 0x0 */
@@ -279,90 +276,7 @@ def test_rows_are_kept_that_still_hold(shipped_kernel: list[Source], tmp_path: P
 
 def test_the_same_code_is_not_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     known = compile_all([source(forward)], 1)
-    monkeypatch.setattr(gpu_codegen, "compile_one", None)
+    monkeypatch.setattr(compiler, "compile_one", None)
     assert compile_all([source(forward)], 1, known) == known
-    assert gpu_codegen.fingerprint(source(forward)) != gpu_codegen.fingerprint(source(in_slices))
-    assert gpu_codegen.fingerprint(source(forward)) != gpu_codegen.fingerprint(source(forward, 80))
-
-
-# --- the model
-
-
-def test_products_of_the_schemes() -> None:
-    def steps(dim: int) -> dict[str, list[int]]:
-        return {
-            s.name: [s.products(p, dim, "bfloat16") for p in roofline.PHASES]
-            for s in roofline.SCHEMES
-        }
-
-    assert steps(128) == {"supcon_kernels": [1, 2], "memeff": [1, 4], "Inf-CL": [1, 4]}
-    assert steps(1024)["supcon_kernels"] == [
-        1,
-        5,
-    ]  # four slices of the gradient, all scores for each
-
-
-def test_products_are_those_of_the_compiled_kernels() -> None:
-    """The counts that the model takes from the source are in the IR of the kernels."""
-    rows = {row.key: row for row in roofline.read_compiled()}
-    for scheme in roofline.SCHEMES:
-        for kernel in scheme.kernels:
-            dtype = "bfloat16" if scheme.takes_16_bit else "float32"
-            row = rows[scheme.package, kernel.label, dtype, 128, 90]
-            assert row.macs_per_pair == 128 * (1 + kernel.gradients), kernel
-
-
-def test_a_bound_by_hand() -> None:
-    ours, card = roofline.SCHEMES[0], roofline.find_card("NVIDIA B200")
-    assert card is not None
-    bound = roofline.bound(ours, card, Workload(8192, dtype="bfloat16"), "forward")
-    assert bound.matrix_us == pytest.approx(2 * 8192**2 * 128 / 2250e12 * 1e6)
-    assert bound.exponential_us == pytest.approx(8192**2 / (16 * 148 * 1.86e9) * 1e6)
-    # One program a multiprocessor: one after another, behind the launch.
-    assert bound.serial_us == pytest.approx(bound.matrix_us + bound.exponential_us)
-    assert bound.least_us == pytest.approx(roofline.LAUNCH_US + bound.serial_us)
-    assert (bound.programs, bound.limit) == (1, "serial")
-    assert bound.kind == "model, not measured"
-    small = roofline.bound(ours, card, Workload(64, dtype="bfloat16"), "forward")
-    assert small.limit == "launch"
-    backward = roofline.bound(ours, card, Workload(8192), "backward")
-    assert backward.matrix_us == pytest.approx(2 * 3 * 2 * 8192**2 * 128 / 1125e12 * 1e6)
-
-
-def test_programs_of_a_multiprocessor_overlap_down_to_the_slowest_unit() -> None:
-    ours, card = roofline.SCHEMES[0], roofline.find_card("NVIDIA H100 80GB HBM3")
-    assert card is not None and card.name == "H100"
-    blank = Compiled("supcon_kernels", "forward out/all", "", "bfloat16", 128, 90, 8, 3, "", "")
-    row = replace(blank, registers=100, shared_bytes=128 * 1024, instructions_per_pair=4.0)
-
-    def forward(**changes: object) -> roofline.Bound:
-        call = Workload(8192, dtype="bfloat16")
-        return roofline.bound(ours, card, call, "forward", [replace(row, **changes)])
-
-    alone, two = forward(), forward(shared_bytes=80 * 1024)
-    units = (alone.matrix_us, alone.exponential_us, alone.instruction_us)
-    assert alone.programs == 1
-    assert alone.least_us == pytest.approx(roofline.LAUNCH_US + sum(units))
-    assert two.programs == 2
-    assert two.least_us == pytest.approx(roofline.LAUNCH_US + max(*units, sum(units) / 2))
-    assert forward(shared_bytes=16 * 1024, registers=32).limit in ("matrix", "exponential")
-    assert forward(shared_bytes=16 * 1024, registers=255).programs == 1
-
-
-def test_measured_rates_replace_published_ones() -> None:
-    card = roofline.find_card("NVIDIA H200")
-    assert card is not None and card.bandwidth_gbs == 4800
-    rates = {"bfloat16 product": 790.0, "exponentials": 4.0, "copy": 4300.0}
-    measured = roofline.with_rates(card, rates)
-    assert measured.matrix_tflops == {"16-bit": 790.0, "tf32": 494.7}
-    bound = roofline.bound(
-        roofline.SCHEMES[0], measured, Workload(8192, dtype="bfloat16"), "forward"
-    )
-    assert bound.matrix_us == pytest.approx(2 * 8192**2 * 128 / 790e12 * 1e6)
-    assert bound.exponential_us == pytest.approx(8192**2 / 4e12 * 1e6)
-    assert bound.memory_us == pytest.approx(8192 * 128 * 2 / 4300e9 * 1e6)
-    assert roofline.with_rates(card, {}) == card
-
-
-def test_a_card_that_is_not_in_the_table_has_no_bound() -> None:
-    assert roofline.find_card("NVIDIA GeForce RTX 4090") is None
+    assert compiler.fingerprint(source(forward)) != compiler.fingerprint(source(in_slices))
+    assert compiler.fingerprint(source(forward)) != compiler.fingerprint(source(forward, 80))

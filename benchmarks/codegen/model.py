@@ -1,0 +1,266 @@
+"""A model of time on a card: what a scheme must do for N rows of D features over the card's rates.
+
+A program of a kernel does one thing after another, so its times add up; as many programs as a
+multiprocessor holds overlap, down to the slowest unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from codegen.chips import programs_of
+from codegen.kernels import Compiled
+from measuring.workloads import Workload
+from supcon_kernels.triton_launch import padded_dim, slice_of
+
+PHASES = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Card:
+    """Rates without sparsity, published unless measured ones replace them, and the clock of these."""
+
+    name: str
+    arch: int
+    num_sms: int
+    clock_ghz: float
+    matrix_tflops: dict[str, float]
+    bandwidth_gbs: float
+    ex2_per_sm_clock: float = 16
+    instructions_per_sm_clock: int = 128  # four schedulers, one instruction of 32 threads each
+
+    @property
+    def sm_ghz(self) -> float:
+        return self.num_sms * self.clock_ghz
+
+
+CARDS = (
+    # NVIDIA A100 Tensor Core GPU datasheet (SXM, 80 GB) and architecture whitepaper.
+    Card("A100", 80, 108, 1.41, {"16-bit": 312, "tf32": 156}, 2039),
+    # NVIDIA H100 datasheet (SXM) and architecture whitepaper.
+    Card("H100", 90, 132, 1.83, {"16-bit": 989.4, "tf32": 494.7}, 3350),
+    # NVIDIA H200 datasheet (SXM): the H100's chip with other memory.
+    Card("H200", 90, 132, 1.83, {"16-bit": 989.4, "tf32": 494.7}, 4800),
+    # NVIDIA HGX B200 datasheet, per GPU.
+    Card("B200", 100, 148, 1.86, {"16-bit": 2250, "tf32": 1125}, 8000),
+)
+
+LAUNCH_US = 2.5
+"""Assumed for one launch: what NVIDIA reports for launching a straight-line CUDA graph."""
+
+
+@dataclass(frozen=True)
+class PairKernel:
+    """A kernel over all pairs: it multiplies and exponentiates scores, and maybe goes on to a gradient."""
+
+    phase: str
+    label: str  # as in gpu_codegen.py's rows
+    gradients: int = 0
+    launches: int = 1
+
+
+def _whole(dim: int, dtype: str) -> int:
+    return 1
+
+
+def _slices(dim: int, dtype: str) -> int:
+    """Programs that share the features of a gradient row between them: each needs all scores."""
+    return padded_dim(dim) // slice_of(dim, dtype)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The kernels over pairs that a step launches, read from their source."""
+
+    name: str
+    package: str
+    kernels: tuple[PairKernel, ...]
+    takes_16_bit: bool = True
+    float32_passes: int = 1
+    gradient_slices: Callable[[int, str], int] = _whole
+
+    def in_phase(self, phase: str) -> list[PairKernel]:
+        return [kernel for kernel in self.kernels if kernel.phase == phase]
+
+    def exponentials(self, phase: str, dim: int, dtype: str) -> int:
+        """Of a pair; there is one for each score."""
+        return sum(
+            k.launches * (self.gradient_slices(dim, dtype) if k.gradients else 1)
+            for k in self.in_phase(phase)
+        )
+
+    def products(self, phase: str, dim: int, dtype: str) -> int:
+        """N×N×D products: one for the scores, each time that they are computed, one for a gradient."""
+        gradients = sum(k.launches * k.gradients for k in self.in_phase(phase))
+        return self.exponentials(phase, dim, dtype) + gradients
+
+    def launches(self, phase: str) -> int:
+        return sum(kernel.launches for kernel in self.in_phase(phase))
+
+
+SCHEMES = (
+    Scheme(
+        "supcon_kernels",
+        "supcon_kernels",
+        # Rows are columns: one merged matrix, so one product for the gradient where others have two.
+        (
+            PairKernel("forward", "forward out/all"),
+            PairKernel("backward", "backward out/all", gradients=1),
+        ),
+        float32_passes=3,  # tf32 three times over, to float32's precision
+        gradient_slices=_slices,
+    ),
+    Scheme(
+        "memeff",
+        "memeff 0.3.1",
+        (
+            PairKernel("forward", "clip_denom_kernel"),
+            # Once for each tower.
+            PairKernel("backward", "clip_fa_grad_kernel", gradients=1, launches=2),
+        ),
+    ),
+    Scheme(
+        "Inf-CL",
+        "Inf-CL 1.2.1",
+        (
+            PairKernel("forward", "_prob_fwd_kernel"),
+            PairKernel("backward", "_dq_prob_bwd_kernel", gradients=1),
+            PairKernel("backward", "_dk_prob_bwd_kernel", gradients=1),
+        ),
+        takes_16_bit=False,  # it widens its operands to float32
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The least time of one phase, limit by limit: a row of the CSV.
+
+    ``serial_us``: the units one after another, shared by the ``programs`` of a multiprocessor.
+    """
+
+    scheme: str
+    card: str
+    num_rows: int
+    dim: int
+    dtype: str
+    phase: str
+    products: int
+    exponentials: int
+    launches: int
+    programs: int
+    matrix_us: float
+    exponential_us: float
+    instruction_us: float | None
+    serial_us: float
+    memory_us: float
+    launch_us: float
+    least_us: float
+    limit: str
+    kind: str = "model, not measured"
+
+
+def bound(
+    scheme: Scheme,
+    card: Card,
+    workload: Workload,
+    phase: str,
+    compiled: Sequence[Compiled] = (),
+) -> Bound:
+    """The model of a square call; instructions count where ``compiled`` holds all kernels of the phase."""
+    num_rows, dim, dtype = workload.num_rows, workload.dim, workload.dtype
+    launches = scheme.launches(phase)
+    steps = [
+        _kernel_us(scheme, card, kernel, workload, compiled) for kernel in scheme.in_phase(phase)
+    ]
+    total = {name: sum(step[name] for step in steps) for name in steps[0]}
+    least_us = LAUNCH_US * launches + sum(
+        max(us for name, us in step.items() if name != "programs") for step in steps
+    )
+    total["launch"] = LAUNCH_US * launches
+    programs = int(min(step["programs"] for step in steps))
+    del total["programs"]
+    has_instructions = all(
+        _row(scheme, card, k, workload, compiled) for k in scheme.in_phase(phase)
+    )
+    return Bound(
+        scheme=scheme.name,
+        card=card.name,
+        num_rows=num_rows,
+        dim=dim,
+        dtype=dtype,
+        phase=phase,
+        products=scheme.products(phase, dim, dtype),
+        exponentials=scheme.exponentials(phase, dim, dtype),
+        launches=launches,
+        programs=programs,
+        matrix_us=total["matrix"],
+        exponential_us=total["exponential"],
+        instruction_us=total["instruction"] if has_instructions else None,
+        serial_us=total["serial"],
+        memory_us=total["memory"],
+        launch_us=total["launch"],
+        least_us=least_us,
+        limit=max(total, key=total.__getitem__),
+    )
+
+
+def _kernel_us(
+    scheme: Scheme, card: Card, kernel: PairKernel, workload: Workload, compiled: Sequence[Compiled]
+) -> dict[str, float]:
+    """What each unit takes for all launches of one kernel, one after another, and memory."""
+    num_rows, dim, dtype = workload.num_rows, workload.dim, workload.dtype
+    is_16_bit = dtype != "float32" and scheme.takes_16_bit
+    pairs = num_rows**2 * kernel.launches
+    scores = scheme.gradient_slices(dim, dtype) if kernel.gradients else 1
+    passes = scheme.float32_passes if dtype == "float32" else 1
+    flops = 2 * (scores + kernel.gradients) * passes * pairs * dim
+    # The features once, and a gradient as large, for each launch: columns come again from a cache.
+    matrices = kernel.launches * (2 if kernel.phase == "backward" else 1)
+    row = _row(scheme, card, kernel, workload, compiled)
+    instructions = row.instructions_per_pair if row and row.instructions_per_pair else 0.0
+    rate = card.instructions_per_sm_clock * card.sm_ghz
+    units = {
+        "matrix": 1e-6 * flops / card.matrix_tflops["16-bit" if is_16_bit else "tf32"],
+        "exponential": 1e-3 * scores * pairs / (card.ex2_per_sm_clock * card.sm_ghz),
+        "instruction": 1e-3 * scores * instructions * pairs / rate,
+    }
+    programs = 1
+    if row:  # that of a failed compilation has no registers
+        found = programs_of(row.arch, max(row.registers, 1), row.shared_bytes, row.num_warps)
+        programs = max(1, found)
+    return units | {
+        "serial": sum(units.values()) / programs,
+        "memory": 1e-3 * matrices * num_rows * dim * (2 if is_16_bit else 4) / card.bandwidth_gbs,
+        "programs": programs,
+    }
+
+
+def _row(
+    scheme: Scheme, card: Card, kernel: PairKernel, workload: Workload, compiled: Sequence[Compiled]
+) -> Compiled | None:
+    """What the kernel compiled to for the card."""
+    dtype = workload.dtype if scheme.takes_16_bit else "float32"
+    wanted = (scheme.package, kernel.label, dtype, workload.dim, card.arch)
+    return next((row for row in compiled if row.key == wanted), None)
+
+
+def find_card(device_name: str) -> Card | None:
+    """The card of that name, as torch gives it: 'NVIDIA H100 80GB HBM3'."""
+    return next((card for card in CARDS if card.name in device_name.split()), None)
+
+
+def with_rates(card: Card, rates: Mapping[str, float]) -> Card:
+    """The card with the rates that gpu_check.py's facts have measured, by their names there."""
+    tflops = card.matrix_tflops
+    exponentials = rates.get("exponentials", 1e-3 * card.ex2_per_sm_clock * card.sm_ghz)
+    return replace(
+        card,
+        matrix_tflops={
+            "16-bit": rates.get("bfloat16 product", tflops["16-bit"]),
+            "tf32": rates.get("tf32 product", tflops["tf32"]),
+        },
+        bandwidth_gbs=rates.get("copy", card.bandwidth_gbs),
+        ex2_per_sm_clock=1e3 * exponentials / card.sm_ghz,
+    )

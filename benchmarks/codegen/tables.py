@@ -1,0 +1,114 @@
+"""The rows of gpu_codegen.py as tables: the full one that it prints, and those of the documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from codegen.chips import SHARED_KIB
+from codegen.kernels import DIMS, DTYPES, Compiled, shipped
+from codegen.model import SCHEMES
+from reporting.documents import render_table
+
+
+def full_table(rows: Sequence[Compiled]) -> str:
+    header = ["kernel", "dtype", "D", "sm", "regs", "spilled", "KiB", "tensor cores", "atomics"]
+    header += ["instr/pair", "peeled", "ex2", "rcp", "compares", "loads/trip"]
+    cells = [
+        [
+            *(row.label, row.dtype, str(row.dim), str(row.arch), str(row.registers)),
+            *(str(row.spilled_bytes), f"{row.shared_bytes / 1024:.1f}", row.tensor_cores),
+            *(str(row.num_atomics), digits(row.instructions_per_pair)),
+            *(digits(row.peeled_instructions_per_pair), digits(row.ex2_per_pair)),
+            *(digits(row.rcp_per_pair), digits(row.compares_per_pair)),
+            digits(row.global_loads_per_trip),
+        ]
+        for row in rows
+    ]
+    return render_table([header, *cells], markdown=False)
+
+
+def codegen_block(rows: Sequence[Compiled]) -> str:
+    """What was compiled altogether, then the pair kernels at the dimension of the comparison."""
+    num_shipped = len(shipped(DTYPES, DIMS, tuple(SHARED_KIB)))
+    num_faulty = sum(1 for row in rows if row.faults)
+    fullest = max(rows, key=lambda row: row.shared_bytes / SHARED_KIB[row.arch])
+    summary = (
+        f"{len(rows)} of the {num_shipped} kernels that can be launched, by Triton "
+        f"{rows[0].triton} ({', '.join(_seen(rows, 'dtype'))}; D = {', '.join(_seen(rows, 'dim'))}; "
+        f"sm_{', sm_'.join(_seen(rows, 'arch'))}): {num_faulty} with a fault, "
+        f"{sum(row.spilled_bytes for row in rows)} bytes spilled, "
+        f"{sum(row.num_atomics for row in rows)} atomics, at most "
+        f"{max(row.registers for row in rows)} registers; the nearest to its architecture's "
+        f"shared memory needs {fullest.shared_bytes / 1024:.0f} of {SHARED_KIB[fullest.arch]} KiB "
+        f"(D={fullest.dim}, sm_{fullest.arch})."
+    )
+    header = ["kernel", "sm", "registers", "shared KiB", "tensor cores", "instructions"]
+    header += ["own tiles", "ex2", "in flight", "programs", "clocks"]
+    at_128 = [r for r in rows if (r.dtype, r.dim, r.is_pair_kernel) == ("bfloat16", 128, 1)]
+    shown = [row for row in at_128 if "out/all" in row.label]
+    cells = [
+        [
+            *(row.label, str(row.arch), str(row.registers), f"{row.shared_bytes / 1024:.0f}"),
+            *(row.tensor_cores, digits(row.instructions_per_pair)),
+            *(digits(row.peeled_instructions_per_pair), digits(row.ex2_per_pair)),
+            *(digits(row.exponentials_in_flight), str(row.programs_per_multiprocessor)),
+            digits(row.tile_clocks and round(row.tile_clocks)),
+        ]
+        for row in shown
+    ]
+    summary += "".join(
+        f"\n- FAULT: {name_of(row)} {'; '.join(row.faults)}" for row in rows if row.faults
+    )
+    return f"{summary}\n\nThe kernels over pairs of the default loss, bfloat16, D=128:\n\n{render_table([header, *cells], True)}"
+
+
+def peers_block(rows: Sequence[Compiled], dim: int = 128) -> str:
+    """Kernel by kernel on each architecture, and what a step does for a pair in all."""
+    header = ["scheme", "sm", "kernel", "launches", "registers", "spilled bytes", "atomics"]
+    header += ["products", "ex2", "rcp", "instructions"]
+    found = {row.key: row for row in rows}
+    cells = [header]
+    for arch in sorted({row.arch for row in rows}):
+        for scheme in SCHEMES:
+            dtype = "bfloat16" if scheme.takes_16_bit else "float32"
+            step = [(k, found[scheme.package, k.label, dtype, dim, arch]) for k in scheme.kernels]
+            for kernel, row in step:
+                cells.append(
+                    [
+                        *(scheme.name, str(arch), f"`{row.kernel}`", str(kernel.launches)),
+                        *(str(row.registers), str(row.spilled_bytes), str(row.num_atomics)),
+                        *(digits((row.macs_per_pair or 0) / dim), digits(row.ex2_per_pair)),
+                        *(digits(row.rcp_per_pair), digits(row.instructions_per_pair)),
+                    ]
+                )
+            cells.append(
+                [
+                    *(scheme.name, str(arch), "a step", "", "", "", ""),
+                    *(
+                        digits(sum(k.launches * _number(r, name) for k, r in step) / per)
+                        for name, per in (
+                            ("macs_per_pair", dim),
+                            ("ex2_per_pair", 1),
+                            ("rcp_per_pair", 1),
+                            ("instructions_per_pair", 1),
+                        )
+                    ),
+                ]
+            )
+    return render_table(cells, markdown=True)
+
+
+def _number(row: Compiled, name: str) -> float:
+    return getattr(row, name) or 0.0
+
+
+def name_of(row: Compiled) -> str:
+    return f"{row.label} ({row.kernel}), {row.dtype}, D={row.dim}, sm_{row.arch}"
+
+
+def _seen(rows: Sequence[Compiled], name: str) -> list[str]:
+    return list(dict.fromkeys(str(getattr(row, name)) for row in rows))
+
+
+def digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}".rstrip("0").rstrip(".")

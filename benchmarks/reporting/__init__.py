@@ -1,0 +1,1 @@
+"""What becomes of rows: CSV files, tables, the generated parts of documents, pictures."""
