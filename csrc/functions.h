@@ -2,9 +2,9 @@
 
 #pragma once
 
+#include "epilogues.h"
 #include "row.h"
 #include "supcon.h"
-#include "tile.h"
 
 namespace supcon {
 namespace {

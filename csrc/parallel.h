@@ -138,6 +138,8 @@ void parallel_for(const Team& team, int64_t count, Body body) {
   });
 }
 
+constexpr int64_t kRange = 512;  // rows that a thread takes at a time where a row is little work
+
 // Runs body(begin, end) for ranges of [0, count), which do not depend on the number of threads.
 template <typename Body>
 void parallel_ranges(const Team& team, int64_t count, int64_t length, Body body) {

@@ -14,6 +14,12 @@
 
 namespace supcon {
 
+// Whether positives are dealt with by class, without a look at pairs.
+template <typename Real>
+bool positives_by_class(const Problem<Real>& problem) {
+  return problem.summation == Summation::kOut && problem.denominator != Denominator::kOnePositive;
+}
+
 // Of every sorted row, the number of its positives.
 template <typename Real>
 std::vector<double> count_positives(const Sides<Real>& sides) {

@@ -1,5 +1,5 @@
 // The work on single rows, written once as plain loops that each ISA's file compiles for its own
-// vectors, in a namespace of its own as tile.h.
+// vectors, in a namespace of its own as vectors.h.
 
 #pragma once
 

@@ -159,6 +159,7 @@ struct TilePair {
 constexpr int kMaxTile = 192;
 constexpr int kMaxPanel = 32;
 constexpr int kScratchStride = kMaxTile + 16;  // no power of two: rows spread over the cache's sets
+constexpr size_t kScratch = kMaxTile * kScratchStride;
 
 // The functions that an instruction set's file provides.
 template <typename Real>

@@ -12,10 +12,9 @@
 
 // The vector functions are tested as the baseline has them; the other sets compile the same source.
 #define SUPCON_VECTOR_BYTES 16
-#define SUPCON_KERNEL_ROWS 1
 #include "parallel.h"
 #include "schedule.h"
-#include "tile.h"
+#include "vectors.h"
 
 namespace {
 

@@ -1,0 +1,230 @@
+// The backward: what every anchor weighs pairs with, what pairs give to the gradients of both
+// sides, and the way back to the gradient of the input.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "parallel.h"
+#include "positives.h"
+#include "side.h"
+#include "supcon.h"
+
+namespace supcon {
+
+// A power of two near the largest gradient: weights divided by sums of 2^x have no range to spare.
+template <typename Real>
+double unit_of(const Sides<Real>& sides, const Gradients<Real>& out) {
+  Real largest = 0;
+  for (int64_t i : sides.rows.order) largest = std::max(largest, std::abs(out.loss[i]));
+  if (out.col_loss != nullptr)
+    for (int64_t j : sides.cols.order) largest = std::max(largest, std::abs(out.col_loss[j]));
+  if (largest == 0 || !std::isfinite(largest)) return 1.0;
+  constexpr int kReach = std::numeric_limits<Real>::max_exponent * 3 / 4;
+  return std::ldexp(1.0, std::clamp(std::ilogb(largest), -kReach, kReach));
+}
+
+// Of each sorted anchor of a side what the backward weighs pairs with, base 2 where it is a
+// logarithm. All weights and pulls, and gradients made of them, are in the given unit.
+template <typename Real>
+struct Upstream {
+  Upstream(const Sides<Real>& sides, const Side<Real>& side, const Real* grad_loss,
+           const RowStatistics& statistics, double unit)
+      : lse(side.padded, std::numeric_limits<Real>::infinity()),
+        shifted_weight(side.padded, 0),
+        plain_weight(side.padded, 0),
+        normalizer(side.padded, std::numeric_limits<Real>::infinity()),
+        shifted_pull(side.padded, 0),
+        plain_pull(side.padded, 0),
+        pull_by_class(side.padded, 0.0),
+        pulls_in_tile(side.num_tiles, sides.problem.summation == Summation::kIn),
+        summation_(sides.problem.summation) {
+    parallel_ranges(sides.team, side.size, kRange, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t i = side.order[k];
+        weigh(k, static_cast<double>(grad_loss[i]) / unit, statistics.lse[i],
+              statistics.normalizer[i], statistics.softmax_weight[i]);
+      }
+    });
+    if (sides.problem.summation == Summation::kOut && sides.problem.row_soft == nullptr)
+      pull_in_tiles(sides, side);
+  }
+
+  std::vector<Real> lse;             // infinite where the anchor does not contribute
+  std::vector<Real> shifted_weight;  // of 2^(x - lse)
+  std::vector<Real> plain_weight;    // of 2^x
+  std::vector<Real> normalizer;      // kIn
+  std::vector<Real> shifted_pull;    // of 2^(x - normalizer), or of every positive in a tile
+  std::vector<Real> plain_pull;      // of 2^x, or of every positive in a tile
+  std::vector<double> pull_by_class;
+  std::vector<bool> pulls_in_tile;  // whether a tile has positives that it looks at itself
+
+ private:
+  void weigh(int64_t k, double grad, double exact, double normalizes, double softmax_weight) {
+    if (!(normalizes < std::numeric_limits<double>::infinity())) return;
+    const double weight = grad * softmax_weight;
+    lse[k] = static_cast<Real>(exact);
+    if (weight != 0) {
+      shifted_weight[k] = static_cast<Real>(weight * std::exp2(rounding(lse[k], exact)));
+      plain_weight[k] = static_cast<Real>(weight * std::exp2(-exact));
+    }
+    if (summation_ == Summation::kOut) {
+      pull_by_class[k] = grad / normalizes;
+    } else {
+      normalizer[k] = static_cast<Real>(normalizes);
+      shifted_pull[k] = static_cast<Real>(grad * std::exp2(rounding(normalizer[k], normalizes)));
+      plain_pull[k] = static_cast<Real>(grad * std::exp2(-normalizes));
+    }
+  }
+
+  // Takes the pull of positives that are looked at one by one from the classes to the tiles.
+  void pull_in_tiles(const Sides<Real>& sides, const Side<Real>& side) {
+    const bool all = !positives_by_class(sides.problem), of_cols = &side != &sides.rows;
+    for (const Segment& segment : side.segments) {
+      if (!all && !sides.few_positives(segment, of_cols)) continue;
+      for (int64_t k = segment.begin; k < segment.end; ++k) {
+        shifted_pull[k] = plain_pull[k] = static_cast<Real>(pull_by_class[k]);
+        pull_by_class[k] = 0;
+        pulls_in_tile[k / side.tile] = true;
+      }
+    }
+  }
+
+  // What a logarithm gained by being rounded: weights are made smaller by as much.
+  static double rounding(Real rounded, double exact) {
+    return static_cast<double>(rounded) - exact;
+  }
+
+  const Summation summation_;
+};
+
+template <typename Real>
+Attraction attraction_of(const Problem<Real>& problem) {
+  if (problem.row_soft != nullptr) return Attraction::kNone;
+  if (positives_by_class(problem)) return Attraction::kOne;
+  if (problem.denominator != Denominator::kOnePositive) return Attraction::kExp;
+  return problem.summation == Summation::kOut ? Attraction::kNotQ : Attraction::kQTimesNotQ;
+}
+
+// A thread's part of what pairs give to both sides' gradients: G cols and G^T rows, or (G + G^T)
+// rows. `of_cols` is the upstream of the columns where they are anchors, or null.
+template <typename Real>
+class Differentiator {
+ public:
+  Differentiator(const Sides<Real>& sides, const Upstream<Real>& of_rows,
+                 const Upstream<Real>* of_cols, Real* grad_rows, Real* grad_cols, Real* scratch)
+      : sides_(sides),
+        of_rows_(of_rows),
+        of_cols_(of_cols),
+        grad_rows_(grad_rows),
+        grad_cols_(grad_cols),
+        scratch_(scratch) {}
+
+  void compute(int64_t i, int64_t j) {
+    typedef Upstream<Real> U;
+    const Attraction attraction = attraction_of(sides_.problem);
+    const bool all = sides_.problem.denominator == Denominator::kAll;
+    row_begin_ = sides_.rows.tile_begin(i);
+    col_begin_ = sides_.cols.tile_begin(j);
+    t_ = sides_.pair(i, j);
+    t_.square = of_cols_ != nullptr;
+    if (sides_.own_in_tile(i, j, own_)) t_.own = own_;
+    const bool pulls = attraction != Attraction::kNone && of_rows_.pulls_in_tile[i];
+    if (!all || pulls) t_.classes = sides_.classes(i, j);
+    t_.pairs = all ? Pairs::kAll : Pairs::kNegatives;
+    t_.attraction = pulls && t_.classes.row != nullptr ? attraction : Attraction::kNone;
+    t_.shifted = sides_.shifted || t_.attraction == Attraction::kNotQ ||
+                 t_.attraction == Attraction::kQTimesNotQ;
+    t_.scratch = scratch_;
+    t_.lse = lines(&U::lse);
+    t_.weight = lines(t_.shifted ? &U::shifted_weight : &U::plain_weight);
+    t_.normalizer = lines(&U::normalizer);
+    t_.pull = lines(t_.shifted ? &U::shifted_pull : &U::plain_pull);
+    sides_.functions.weigh(t_);
+  }
+  void add_to_rows(int64_t copy) {
+    t_.grad_a = grad_rows_ + (copy * sides_.rows.padded + row_begin_) * t_.stride;
+    sides_.functions.add_to_rows(t_);
+  }
+  void add_to_cols(int64_t copy) {
+    t_.grad_b = grad_cols_ + (copy * sides_.cols.padded + col_begin_) * t_.stride;
+    sides_.functions.add_to_cols(t_);
+  }
+
+ private:
+  PerLine<Real> lines(std::vector<Real> Upstream<Real>::* of) const {
+    return {(of_rows_.*of).data() + row_begin_,
+            of_cols_ == nullptr ? nullptr : (of_cols_->*of).data() + col_begin_};
+  }
+
+  const Sides<Real>& sides_;
+  const Upstream<Real>& of_rows_;
+  const Upstream<Real>* const of_cols_;
+  Real *const grad_rows_, *const grad_cols_, *const scratch_;
+  TilePair<Real> t_;
+  int64_t row_begin_, col_begin_;
+  int32_t own_[kMaxTile];
+};
+
+// The gradient of one side's scaled embeddings, in as many copies as the schedule adds to.
+template <typename Real>
+class SideGradient {
+ public:
+  SideGradient(const Side<Real>& side, int64_t num_copies, const Team& team, Real start)
+      : size_(side.padded * side.stride), num_copies_(num_copies), memory_(size_ * num_copies) {
+    fill(team, memory_.get(), size_ * num_copies, start);
+  }
+
+  Real* get() { return memory_.get(); }
+  // Adds all copies to the first.
+  void add_up(const Team& team) {
+    if (num_copies_ == 1) return;
+    parallel_ranges(team, size_, 1 << 14, [&](int64_t begin, int64_t end) {
+      for (int64_t c = 1; c < num_copies_; ++c)
+        for (int64_t k = begin; k < end; ++k) get()[k] += get()[c * size_ + k];
+    });
+  }
+
+ private:
+  const int64_t size_, num_copies_;
+  Array<Real> memory_;
+};
+
+// Turns the gradient of a side's scaled embeddings, which is in `grad_unit`, into that of its
+// input, and returns the sum of the products of both, which the temperature's gradient is made of.
+template <typename Real>
+double finish_side(const Side<Real>& side, const Sides<Real>& sides, const Real* grad,
+                   double grad_unit, int64_t count, Real* out) {
+  const Problem<Real>& problem = sides.problem;
+  const Functions<Real>& functions = sides.functions;
+  const double unit = std::sqrt(kLog2E / problem.temperature);
+  const double factor = grad_unit / (problem.temperature * unit);
+  std::vector<double> products(count, 0.0);
+  const int64_t chunk = 64;
+  parallel_for(sides.team, (count + chunk - 1) / chunk, [&](int64_t c) {
+    for (int64_t i = c * chunk; i < std::min(count, (c + 1) * chunk); ++i) {
+      const int64_t k = side.position[i];
+      Real* to = out == nullptr ? nullptr : out + i * problem.dim;
+      if (k < 0 || (problem.normalize && side.norm[k] == 0)) {
+        if (to != nullptr) std::fill(to, to + problem.dim, Real(0));
+        continue;
+      }
+      const Real *row = side.row(k), *g = grad + k * side.stride;
+      const double product = functions.dot(row, g, problem.dim);
+      products[i] = product * factor / unit;
+      if (to == nullptr) continue;
+      // The part along the row is no gradient of a normalised row.
+      const Real along = problem.normalize ? static_cast<Real>(product / (unit * unit)) : Real(0);
+      functions.finish(g, along, row, static_cast<Real>(factor) / side.norm[k], side.scale[k],
+                       problem.dim, to);
+    }
+  });
+  return std::accumulate(products.begin(), products.end(), 0.0);
+}
+
+}  // namespace supcon
