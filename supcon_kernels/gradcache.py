@@ -58,8 +58,9 @@ def grad_cache_backward(
         TypeError: chunks that can be gone through only once; embeddings that are no tensor; a loss
             that is no 0-dim tensor.
         ValueError: no chunk; a loss that does not depend on the embeddings.
-        Where anything raises, random state, buffers and gradients are what they were before the
-        call. So gradients that are there already are copied once.
+
+    Where anything raises, random state, buffers and gradients are what they were before the
+    call. So gradients that are there already are copied once.
 
     Example:
         >>> loss = grad_cache_backward(

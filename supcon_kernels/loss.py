@@ -262,13 +262,13 @@ _allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 class SupConLoss(nn.Module):
     """``supcon_loss`` as a module: a drop-in for the class of that name in the SupContrast repository.
 
-    It keeps that class's positional order and its scale, the loss being multiplied by
-    temperature / base_temperature. A temperature that is an ``nn.Parameter`` is learned; it
-    needs ``base_temperature=None``.
+    It keeps that class's positional order and its scale: the loss is multiplied by
+    temperature / base_temperature. All arguments are those of ``supcon_loss``.
 
     Args:
-        temperature, contrast_mode, base_temperature, summation, denominator, normalize,
-            reduction, ignore_index, group, backend: as in ``supcon_loss``.
+        temperature: τ > 0. An ``nn.Parameter`` is learned; it needs ``base_temperature=None``.
+        contrast_mode: "all" views are anchors, or only the first: "one".
+        base_temperature: None: do not scale the loss.
 
     Example:
         >>> criterion = SupConLoss(temperature=0.1)
