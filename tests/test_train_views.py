@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms.v2 import functional as transforms
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from data.policies import CHANGES, Operation
+from data.policies import AUTOAUGMENT_SHIFT, IMAGENET_POLICY, Policy, autoaugment
 from data.sources import load_data
 from data.views import GreyJitter, build_views
 from run.config import PretrainConfig
@@ -33,23 +33,28 @@ LEVEL_10 = {
 }
 
 
+def changed(images, *changes):
+    """Images after changes by name, probability and level."""
+    return Policy([[changes]], shift=AUTOAUGMENT_SHIFT)(images)
+
+
 @pytest.mark.parametrize("name", LEVEL_10)
-def test_policies_change_images_as_much_as_the_authors(name):
+def test_policies_change_images_as_much_as_the_authors(monkeypatch, name):
+    monkeypatch.setattr("data.policies.SIGNED", {})
     images = torch.randint(256, (2, 3, 28, 28), generator=torch.Generator().manual_seed(0)) / 255
-    operation = Operation(CHANGES[name], probability=1.0, level=10, signed=False)
     # A step of posterize is coarser in floats: it divides by 1 where bytes end at 255.
     tolerance = 1 / 16 if name == "posterize" else 1e-6
-    torch.testing.assert_close(operation(images), LEVEL_10[name](images), rtol=0, atol=tolerance)
+    found = changed(images, (name, 1.0, 10))
+    torch.testing.assert_close(found, LEVEL_10[name](images), rtol=0, atol=tolerance)
 
 
-def test_lengths_of_the_policies_are_shares_of_the_side():
+def test_lengths_of_the_policies_are_shares_of_the_side(monkeypatch):
+    monkeypatch.setattr("data.policies.SIGNED", {})
     stripe = torch.zeros(1, 3, 224, 224)
     stripe[..., 100] = 1
-    moved = Operation(CHANGES["translate_x"], probability=1.0, level=4, signed=False)(stripe)
+    moved = changed(stripe, ("translate_x", 1.0, 4))
     assert moved[0, 0, 0].argmax() == 100 + round(0.4 * 0.5 * 224)
-    grey = (
-        Operation(CHANGES["cutout"], probability=1.0, level=10, signed=False)(stripe) == 128 / 255
-    )
+    grey = changed(stripe, ("cutout", 1.0, 10)) == 128 / 255
     assert 40 <= grey[0, 0].any(0).sum() <= 80 and 40 <= grey[0, 0].any(1).sum() <= 80
 
 
@@ -57,9 +62,29 @@ def test_signed_changes_go_to_either_side_with_their_probability():
     stripe = torch.zeros(200, 3, 32, 32)
     stripe[..., 16] = 1
     torch.manual_seed(0)
-    moved = Operation(CHANGES["translate_x"], probability=0.5, level=4, signed=True)(stripe)
+    moved = changed(stripe, ("translate_x", 0.5, 4))
     left, still, right = (int((moved[:, 0, 0].argmax(1) == place).sum()) for place in (10, 16, 22))
     assert left + still + right == 200 and 35 <= left <= 65 and 35 <= right <= 65
+
+
+def test_changes_of_a_policy_come_in_turn_and_stay_with_their_image():
+    # Each image a grey of its own, which the first change inverts and the second darkens.
+    images = torch.linspace(0.2, 0.6, 50).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    found = changed(images, ("invert", 1.0, None), ("brightness", 1.0, 0))
+    torch.testing.assert_close(found, 0.1 * (1 - images))
+
+
+def test_policies_draw_every_choice_with_its_probabilities():
+    torch.manual_seed(0)
+    policy = autoaugment(cifar=False)
+    kinds, _ = policy.draw(20_000, 32)
+    names = [[policy.kind_of(name) for name, *_ in pair] for pair in IMAGENET_POLICY]
+    for number in range(2):
+        for kind in set(dict.fromkeys(pair[number] for pair in names)):
+            share = sum(
+                pair[number][1] for pair, of in zip(IMAGENET_POLICY, names) if of[number] == kind
+            ) / len(IMAGENET_POLICY)
+            assert (kinds[number] == kind).float().mean() == pytest.approx(share, abs=0.01)
 
 
 @pytest.mark.parametrize("contrast_first", [True, False])

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from data.images import Crops, ImageData, ImageFiles, Split
 from data.policies import autoaugment, randaugment
+from data.prefetch import on_device
 from run.config import PretrainConfig
 from run.errors import UserError
 from run.processes import ALONE, Ranks
@@ -74,7 +75,9 @@ class Views:
         return self._normalize(images.float() / 255)
 
     def _normalize(self, images: Tensor) -> Tensor:
-        images = (images - self.mean.to(images.device)) / self.std.to(images.device)
+        if self.mean.device != images.device:  # once: each copy would wait for the device
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        images = (images - self.mean) / self.std
         return images.contiguous(memory_format=self.memory_format)
 
 
@@ -124,7 +127,7 @@ def _traits(name: str, config: PretrainConfig, data: ImageData) -> list[str]:
     if isinstance(training_images(config, data), Crops):
         found.append("crops of whole images")
     if name in POLICIES:
-        found.append("the authors' policy")
+        found.append("the authors' policy, drawn at once")
     if name.startswith("simclr") and data.channels == 1:
         found.append("multiplied brightness and contrast")
     return found
@@ -146,10 +149,11 @@ class GreyJitter(nn.Module):
         happens = torch.rand(len(images), 1, 1, 1) < self.p
         # Drawn on the CPU: the same factors on every device.
         factors = 1 + self.strength * (2 * torch.rand(2, len(images), 1, 1, 1) - 1)
-        brightness, contrast = torch.where(happens, factors, 1.0).to(images.device)
-        contrast_first = (torch.rand(len(images), 1, 1, 1) < 0.5).to(images.device)
+        contrast_first = torch.rand(len(images), 1, 1, 1)[None] < 0.5
+        drawn = torch.cat([torch.where(happens, factors, 1.0), contrast_first])
+        brightness, contrast, contrast_first = on_device(drawn, images.device)
         return torch.where(
-            contrast_first,
+            contrast_first > 0,
             _brighter(_contrasted(images, contrast), brightness),
             _contrasted(_brighter(images, brightness), contrast),
         )
@@ -182,10 +186,10 @@ def _changes(name: str, dataset: str, data: ImageData) -> list[nn.Module]:
     if name == "autoaugment":
         return [autoaugment(cifar=dataset in CIFAR)]
     if name == "randaugment":
-        return randaugment()
+        return [randaugment()]
     if name == "stacked_randaugment":
         jitter, grey = _colours(data.channels, strength=1.0)
-        return [jitter, *randaugment(), grey, _blur(data.image_size)]
+        return [jitter, randaugment(), grey, _blur(data.image_size)]
     if name == "crop_flip":
         return []
     colours = _colours(data.channels)

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from run.config import PretrainConfig
@@ -107,4 +107,4 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 def gradient_norm(optimizer: Optimizer) -> Tensor:
     """The norm of all gradients together, a scalar on their device."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    return torch.stack([weight.grad.norm() for weight in weights if weight.grad is not None]).norm()
+    return get_total_norm([weight.grad for weight in weights if weight.grad is not None])

@@ -9,6 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from data.images import ImageData
+from data.prefetch import on_device
 from data.views import build_views
 from evaluation.probe import Probe
 from network.embedder import Embedder, build_model, sync_batch_norms
@@ -140,7 +141,7 @@ class Trainer:
             fp16 they stay where a gradient is not finite; the gradients are left unscaled.
         """
         self.schedule.step_update(step)
-        images, labels = images.to(self.device), labels.to(self.device)
+        images, labels = (on_device(part, self.device) for part in (images, labels))
         self.clock.mark("data")
         self.optimizer.zero_grad()
         if self.config.grad_cache_chunk is None:
