@@ -43,15 +43,14 @@ class Ranks:
     Attributes:
         rank: its number, of world_size; the first, 0, alone writes and speaks.
         local_rank: its number on its host.
-        group: of all, for tensors on the device of the run; None for a process alone.
-        control: of all, for what lies in main memory.
+        group: of all; None for a process alone. What lies in main memory goes over Gloo, also beside
+            NCCL: no process waits for its GPU to hear of the others.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     group: dist.ProcessGroup | None = None
-    control: dist.ProcessGroup | None = None
 
     def __str__(self) -> str:
         return f"process {self.rank} of {self.world_size}"
@@ -79,10 +78,10 @@ class Ranks:
 
     def max(self, number: int) -> int:
         """The largest of the processes' numbers."""
-        if self.control is None:
+        if self.group is None:
             return number
         numbers = torch.tensor(number)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.control)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
         return int(numbers)
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -101,10 +100,10 @@ class Ranks:
 
     def all_gather(self, thing: T) -> list[T]:
         """What each process gave, in their order."""
-        if self.control is None:
+        if self.group is None:
             return [thing]
         things: list[Any] = [None] * self.world_size
-        dist.all_gather_object(things, thing, group=self.control)
+        dist.all_gather_object(things, thing, group=self.group)
         return things
 
     def all_gather_rows(self, rows: Tensor) -> Tensor:
@@ -120,7 +119,7 @@ class Ranks:
 
         A mistake of the user that it finds is raised by all.
         """
-        if self.control is None:
+        if self.group is None:
             return act()
         said: list[Any] = [None, None]
         if self.is_rank_0:
@@ -128,7 +127,7 @@ class Ranks:
                 said[0] = act()
             except UserError as error:
                 said[1] = error
-        dist.broadcast_object_list(said, src=0, group=self.control)
+        dist.broadcast_object_list(said, src=0, group=self.group)
         if said[1] is not None:
             raise said[1]
         return said[0]
@@ -198,14 +197,13 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
         if device.type == "cuda":
             torch.cuda.set_device(local_rank)
         timeout = timedelta(minutes=timeout_minutes)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, *_ = next(dist.rendezvous("env://", timeout=timeout))
         store = _of_this_start(store, rank, world_size, timeout)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
         ranks.group = dist.group.WORLD
-        ranks.control = dist.new_group(backend="gloo", timeout=timeout)
         with nullcontext() if ranks.is_rank_0 else _silence():
             yield ranks
     except (UserError, RuntimeError) as error:
@@ -258,8 +256,12 @@ def _disconnect(ranks: Ranks, error: BaseException | None) -> None:
         behind = (one.__cause__, one.__context__)
         errors += [other for other in behind if other is not None and other not in errors]
     # NCCL would wait for what the others have not sent.
-    waits = error is not None and ranks.group is not None and dist.get_backend() == "nccl"
-    ranks.group = ranks.control = None
+    waits = (
+        error is not None
+        and ranks.group is not None
+        and "nccl" in dist.get_backend_config(ranks.group)
+    )
+    ranks.group = None
     if dist.is_initialized():
         (_abort if waits else dist.destroy_process_group)()
     gc.collect()

@@ -15,6 +15,8 @@ from run.processes import ALONE, Ranks
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 MARK = "REQUEUE"
+# How often the processes of a run ask each other, who would wait for the slowest in every step.
+STEPS_PER_QUESTION = 8
 
 
 class Requeue(SystemExit):
@@ -36,11 +38,14 @@ class Requests:
         self.ranks = ranks
         self.received = 0
 
-    def check(self, save: Callable[[], object]) -> None:
+    def check(self, save: Callable[[], object], *, step: int = 0) -> None:
         """Save and raise Requeue if a signal has come; called where the state of a run is whole.
 
-        Every process calls it: a signal to one is for all.
+        Every process calls it after the same steps: a signal to one is for all. Of several processes
+        each hears of it after the next `step` that is a multiple of STEPS_PER_QUESTION.
         """
+        if self.ranks.world_size > 1 and step % STEPS_PER_QUESTION != 0:
+            return
         agreed = self.ranks.max(self.received)
         if agreed:
             self.received = agreed
