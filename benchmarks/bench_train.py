@@ -106,7 +106,11 @@ class Driver:
 
     def __init__(self, config: PretrainConfig, data: ImageData, stack: ExitStack) -> None:
         self.order, self.loader = training_batches(
-            data.train, batch_size=config.batch_size, seed=config.seed, workers=config.workers
+            data.train,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            workers=config.workers,
+            device=torch.device(config.device),
         )
         total_steps = config.epochs * len(self.order)
         self.trainer = Trainer(

@@ -87,6 +87,7 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
         classes_per_batch=config.classes_per_batch,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        device=device,
     )
     steps_per_epoch = len(order)
     total_steps = length_of(config, steps_per_epoch)
@@ -152,7 +153,7 @@ def pretrain(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
                         report.step(state, trainer, loss)
                         if is_due(state.step, config.save_every):
                             save()
-                        requests.check(save)
+                        requests.check(save, step=state.step)
                         trainer.clock.mark("records")
                 evaluated = (
                     is_due(state.epoch + 1, config.knn_every) or state.epoch + 1 == num_epochs

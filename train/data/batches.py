@@ -1,15 +1,30 @@
-"""The loaders of batches: of an epoch's order in training, of every image once in evaluation."""
+"""The loaders of batches: of an epoch's order in training, of every image once in evaluation.
+
+A worker decodes a part of a batch: the first of an epoch is there as soon as all together can make it.
+"""
 
 import math
 import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from data.images import Crops, Split
 from data.order import BalancedOrder, PlacedOrder, TrainingOrder
+from data.prefetch import on_device_ahead
 from run.errors import UserError
+
+# Images that a worker decodes at a time, and how many times so many it is ahead.
+IMAGES_PER_PART = 32
+PARTS_AHEAD = 2
+SHARED_MEMORY = Path("/dev/shm")
+CPU = torch.device("cpu")
 
 
 def training_batches(
@@ -21,8 +36,9 @@ def training_batches(
     classes_per_batch: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> tuple[TrainingOrder, DataLoader[tuple[Tensor, Tensor]]]:
-    """The order of a split's batches, and the loader that fetches them, or crops, in that order.
+    device: torch.device = CPU,
+) -> tuple[TrainingOrder, "Batches"]:
+    """The order of a split's batches, and those on a device, or their crops, in that order.
 
     Raises:
         UserError: there are too few images for a batch, or classes for `classes_per_batch`, or a
@@ -39,7 +55,7 @@ def training_batches(
     place = {"rank": rank, "world_size": world_size}
     if classes_per_batch is None:
         order = TrainingOrder(len(split), batch_size, seed, **place)
-        return order, _loader(split, order, workers)
+        return order, Batches(split, order, workers, device)
     num_classes = split.labels.unique().numel()
     if classes_per_batch > num_classes:
         raise UserError(
@@ -48,12 +64,18 @@ def training_batches(
     order = BalancedOrder(
         split.labels, batch_size, seed, classes_per_batch=classes_per_batch, **place
     )
-    return order, _loader(split, order, workers)
+    return order, Batches(split, order, workers, device)
 
 
 def sequential_batches(
-    split: Split, *, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
-) -> DataLoader[tuple[Tensor, Tensor]]:
+    split: Split,
+    *,
+    batch_size: int,
+    workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device = CPU,
+) -> "Batches":
     """Every image once, in order; of several processes as many batches each, one after another.
 
     Where they do not come out even, the last batch is repeated after itself.
@@ -64,23 +86,99 @@ def sequential_batches(
         batches[min(number, len(batches) - 1)] for number in range(rank * share, (rank + 1) * share)
     ]
     in_memory = isinstance(split.images, Tensor)
-    return _loader(split, batches, 0 if in_memory else workers)
+    return Batches(split, batches, 0 if in_memory else workers, device)
 
 
-def _loader(
-    split: Split | Crops, batches: TrainingOrder | list[list[int]], workers: int
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    placed = isinstance(split, Crops) and isinstance(batches, TrainingOrder)
-    return DataLoader(
-        split,
-        batch_size=None,
-        sampler=PlacedOrder(batches) if placed else batches,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=_leave_process_group,
-        # A generator of its own keeps the loader from drawing on the global random state.
-        generator=torch.Generator(),
-    )
+class Batches:
+    """The batches of a split on a device, in order, which workers fetch.
+
+    Raises:
+        UserError: the parts that the workers hold do not fit in shared memory.
+    """
+
+    def __init__(
+        self,
+        split: Split | Crops,
+        batches: TrainingOrder | list[list[int]],
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        placed = isinstance(split, Crops) and isinstance(batches, TrainingOrder)
+        # What lies in memory is found sooner than sent.
+        decoded = isinstance(split, Crops) or not isinstance(split.images, Tensor)
+        size = IMAGES_PER_PART if decoded and workers > 0 else len(split)
+        self.parts = _Parts(PlacedOrder(batches) if placed else batches, size)
+        if workers > 0:
+            _check_shared_memory(workers, min(size, _longest(batches)) * split.image_bytes)
+        self.loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+            split,
+            batch_size=None,
+            sampler=self.parts,
+            num_workers=workers,
+            prefetch_factor=PARTS_AHEAD if workers > 0 else None,
+            persistent_workers=workers > 0,
+            worker_init_fn=_leave_process_group,
+            # A generator of its own keeps the loader from drawing on the global random state.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.parts.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return on_device_ahead(self._joined(), self.device)
+
+    def _joined(self) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = iter(self.loader)
+        for first in parts:
+            rest = [next(parts) for _ in range(self.parts.counts.popleft() - 1)]
+            images, labels = zip(first, *rest)
+            yield self._join(images), self._join(labels)
+
+    def _join(self, parts: Sequence[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        # To where a GPU takes it from.
+        pin = self.device.type == "cuda"
+        return torch.cat(list(parts), out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=pin))
+
+
+class _Parts(Sampler[list[Any]]):
+    """The indices of batches in parts of up to `size`; `counts` is how many each batch has."""
+
+    def __init__(self, batches: Sampler[list[Any]] | list[list[int]], size: int) -> None:
+        self.batches = batches
+        self.size = size
+        self.counts: deque[int] = deque()
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        self.counts.clear()
+        for batch in self.batches:
+            parts = [batch[start : start + self.size] for start in range(0, len(batch), self.size)]
+            self.counts.append(len(parts))
+            yield from parts
+
+
+def _longest(batches: TrainingOrder | list[list[int]]) -> int:
+    if isinstance(batches, TrainingOrder):
+        return batches.batch_size // batches.world_size
+    return max(map(len, batches), default=0)
+
+
+def _check_shared_memory(workers: int, part_bytes: int) -> None:
+    """Refuse workers whose parts, on their way to this process, have no room."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    needed = workers * PARTS_AHEAD * part_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise UserError(
+            f"--workers {workers} needs {needed / 2**20:.0f} MiB of shared memory, and "
+            f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free: lower --workers, or enlarge it "
+            "(of a container by --shm-size)"
+        )
 
 
 def _leave_process_group(worker: int) -> None:

@@ -4,8 +4,10 @@ A crop is a pure function of (seed, epoch, place in the order, view), whatever t
 """
 
 import hashlib
+import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as transforms
 
-from data.shards import ShardFile
+from data.files import File, in_arrays
 from run.errors import UserError
 from run.seeds import seed_of
 
@@ -26,16 +28,21 @@ class ImageFiles:
     """Images decoded when asked for: shorter side to `size`, centre square, RGB or grey.
 
     Args:
-        files: paths, or files within a shard.
+        files: paths, or files within shards.
     """
 
-    def __init__(self, files: list[str] | list[ShardFile], size: int, channels: int = 3) -> None:
-        self.files = files
+    def __init__(self, files: Sequence[File], size: int, channels: int = 3) -> None:
+        self.files = in_arrays(files)
         self.size = size
         self.channels = channels
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, S, S), of every image."""
+        return (self.channels, self.size, self.size)
 
     def __getitem__(self, indices: list[int]) -> Tensor:
         return torch.stack([self._square(self.decode(index)) for index in indices])
@@ -101,6 +108,12 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
         return digest.hexdigest()
 
     @property
+    def image_bytes(self) -> int:
+        """The bytes of an image as it is stored."""
+        shape = self.images.shape[1:] if isinstance(self.images, Tensor) else self.images.shape
+        return math.prod(shape)
+
+    @property
     def stored_size(self) -> int:
         """S, the side of the stored images."""
         return self.images.shape[-1] if isinstance(self.images, Tensor) else self.images.size
@@ -137,6 +150,13 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
     def labels(self) -> Tensor:
         """Those of the split."""
         return self.split.labels
+
+    @property
+    def image_bytes(self) -> int:
+        """The bytes of all crops of an image."""
+        images = self.split.images
+        channels = images.shape[1] if isinstance(images, Tensor) else images.channels
+        return self.num_views * channels * self.size**2
 
     def __getitem__(self, batch: list[tuple[int, tuple[int, int]]]) -> tuple[Tensor, Tensor]:
         # torchvision draws from the global generator, which is left as it was.

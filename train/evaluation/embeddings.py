@@ -60,10 +60,11 @@ def embed(
         workers=workers,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        device=device,
     )
     rows = torch.empty(0, device=device)
     for number, (images, _) in enumerate(batches):
-        encoded = encode(images.to(device))
+        encoded = encode(images)
         if number == 0:
             # Filled batch by batch: a list of them, put together at the end, takes twice the memory.
             rows = encoded.new_empty(len(batches) * EMBED_BATCH_SIZE, *encoded.shape[1:])
