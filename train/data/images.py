@@ -164,19 +164,21 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
             crops = [self._cut(self._whole(index), place) for index, place in batch]
         return torch.stack(crops), self.labels[[index for index, _ in batch]]
 
-    def _whole(self, index: int) -> Image.Image | Tensor:
+    def _whole(self, index: int) -> Tensor:
         images = self.split.images
         if isinstance(images, ImageFiles):
-            return images.decode(index)
+            # Cut and resized as a tensor, which takes a third of Pillow's time.
+            return transforms.pil_to_tensor(images.decode(index))
         return images[index] if self.split.originals is None else self.split.originals[index]
 
-    def _cut(self, image: Image.Image | Tensor, place: tuple[int, int]) -> Tensor:
+    def _cut(self, image: Tensor, place: tuple[int, int]) -> Tensor:
         views = []
         for view in range(self.num_views):
             torch.default_generator.manual_seed(seed_of(self.seed, *place, view))
             box = RandomResizedCrop.get_params(image, [self.min_area, 1.0], [3 / 4, 4 / 3])
-            crop = transforms.resized_crop(image, *box, [self.size, self.size], antialias=True)
-            views.append(crop if isinstance(crop, Tensor) else transforms.pil_to_tensor(crop))
+            views.append(
+                transforms.resized_crop(image, *box, [self.size, self.size], antialias=True)
+            )
         return torch.stack(views)
 
 

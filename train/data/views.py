@@ -124,8 +124,10 @@ def training_images(config: PretrainConfig, data: ImageData) -> Split | Crops:
 
 def _traits(name: str, config: PretrainConfig, data: ImageData) -> list[str]:
     found = []
-    if isinstance(training_images(config, data), Crops):
-        found.append("crops of whole images")
+    images = training_images(config, data)
+    if isinstance(images, Crops):
+        in_files = isinstance(images.split.images, ImageFiles)
+        found.append("crops of whole images" + ", resized as tensors" * in_files)
     if name in POLICIES:
         found.append("the authors' policy, drawn at once")
     if name.startswith("simclr") and data.channels == 1:
