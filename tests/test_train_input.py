@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from data import batches as loading
@@ -18,7 +19,7 @@ from data.views import training_images
 from pretend_cuda import pretend_cuda
 from run.config import PretrainConfig
 from run.errors import UserError
-from run.processes import Ranks
+from run.processes import Ranks, joined
 from run.requeue import Requests, Requeue
 from train_fixtures import write_images
 
@@ -98,6 +99,26 @@ def test_copies_to_the_device_are_of_pinned_memory_and_wait_for_nothing(config):
         ((images, _),) = on_device_ahead([(ready, ready)], CUDA)
         assert images.is_cuda and len(device.pinned) == 5  # it was not copied once more
     assert torch.equal(found[0].inner, split[list(range(10))][0])
+
+
+def test_processes_of_gpus_agree_over_gloo(monkeypatch):
+    asked = []
+
+    def init(backend, **options):
+        asked.append(backend)
+        raise UserError("far enough")
+
+    store = dist.HashStore()
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr(dist, "rendezvous", lambda *url, **options: iter([(store, 0, 2)]))
+    monkeypatch.setattr("run.processes._of_this_start", lambda store, *rest: store)
+    monkeypatch.setattr(dist, "init_process_group", init)
+    with pytest.raises(UserError, match="far enough"), joined(CUDA, timeout_minutes=1):
+        pass
+    assert asked == ["cpu:gloo,cuda:nccl"]
 
 
 def test_processes_ask_for_signals_every_few_steps(tmp_path):

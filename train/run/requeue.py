@@ -1,7 +1,7 @@
 """Leaving when the scheduler asks: a signal is noted, and acted on between two steps.
 
 SIGTERM and SIGUSR1 are what Slurm, Kubernetes and torchrun send ahead of SIGKILL. A signal to one
-of several processes stops all of them after the same step.
+of several processes stops all of them after the same step, at most eight later.
 """
 
 import signal
