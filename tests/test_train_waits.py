@@ -1,5 +1,6 @@
 """Where the host would wait for a GPU: nowhere in a step, counted on tensors that pretend to be on one."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,11 @@ import train_fixtures  # noqa: F401  puts train/ on the path
 from data.sources import load_data
 from data.views import build_views
 from pretend_cuda import PretendCuda, pretend_cuda
+from run.checkpoint import RunState
+from run.clock import PhaseClock
 from run.config import PretrainConfig
+from run.errors import UserError
+from run.records import STEPS_PER_FLUSH, Report
 from supcon_kernels import LabelQueue, supcon_loss
 from training.trainer import Trainer
 
@@ -64,6 +69,25 @@ def test_policies_take_few_operations_whatever_the_batch(name):
         device.reset()
         views.pipeline[-1](images)
         assert device.kernels < 250 and device.waits == {}
+
+
+def test_records_are_read_every_few_steps_and_before_a_checkpoint(tmp_path):
+    with pretend_cuda() as device:
+        loss = torch.zeros(()).to(CUDA)
+        optimizer = torch.optim.SGD([loss], lr=0.1)
+        trainer = SimpleNamespace(optimizer=optimizer, gradient_norm=loss)
+        state = RunState(raw_pixels=0.0, untrained=0.0, accuracy=0.0)
+        with Report(tmp_path, None, 99, config_of({}), PhaseClock(CUDA), writes=False) as report:
+            device.reset()
+            for _ in range(STEPS_PER_FLUSH - 1):
+                state.step += 1
+                report.step(state, trainer, loss)
+            assert sum(device.waits.values()) == 0
+            report.step(state, trainer, loss)
+            assert sum(device.waits.values()) == 1
+            report.step(state, trainer, loss * torch.inf)
+            with pytest.raises(UserError, match="the loss is nan"):
+                report.sync(state)
 
 
 def waits_of(device: PretendCuda, act: Any) -> int:
