@@ -196,30 +196,8 @@ def test_other_sizes_leave_the_committed_rows_alone(
     assert bench_loss.main([*small, "--providers", "dense"]) == 0
     assert not (tmp_path / "RESULTS").exists()
     assert (tmp_path / "TRIALS" / "loss_cpu_float32.csv").exists()
-    with pytest.raises(SystemExit):
-        bench_loss.main([*small, "--update-readme", str(tmp_path / "README.md")])
     assert rows.results_path("rows.csv", None, update=True).parent == rows.RESULTS
 
-
-def test_readme_block_is_checked_and_replaced_idempotently(
-    bench: Callable[[str], int], tmp_path: Path
-) -> None:
-    assert bench("dense,matmuls") == 0
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
-    table = ["--table", str(tmp_path / "trial.csv"), "--update-readme", str(readme)]
-    assert bench_loss.main([*table, "--check"]) == 1
-    assert readme.read_text() == README
-    assert bench_loss.main(table) == 0
-    assert bench_loss.main([*table, "--check"]) == 0
-    by_name = ["--output-dir", str(tmp_path), "--name", "trial", *table[2:]]
-    assert bench_loss.main([*by_name, "--check"]) == 0
-    written = readme.read_text()
-    assert bench_loss.main(table) == 0
-    assert readme.read_text() == written
-    assert "old numbers" not in written
-    assert written.startswith("# Title\n")
-    assert written.endswith("\n\nThe end.\n")
 
 
 def test_peak_memory_is_that_of_the_provider_alone() -> None:
