@@ -48,7 +48,9 @@ def main() -> None:
     rows = []
     for provider in PROVIDERS:
         began = time.monotonic()
-        found = largest_batch(provider, Workload(FIRST_ROWS, args.dim), args.budget_mib, args.threads)
+        found = largest_batch(
+            provider, Workload(FIRST_ROWS, args.dim), args.budget_mib, args.threads
+        )
         rows.append(
             {
                 "provider": provider,

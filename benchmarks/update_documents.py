@@ -55,8 +55,8 @@ def summary() -> str:
             [
                 "**supcon_kernels**" if provider == NATIVE else provider,
                 f"{int(batch['largest_rows']):,}",
-                *(number(result and result.time_ms) for result in found),
-                number(found[-1] and found[-1].peak_mib),
+                *(number(result.time_ms if result else None) for result in found),
+                number(found[-1].peak_mib if found[-1] else None),
             ]
         )
     return f"{render_table(cells, markdown=True)}\n\n{describe(report)}\n\n{whole_step()}"
@@ -105,7 +105,9 @@ def variants() -> str:
             dense, native = (report.find(size, name, "both") for name in ("dense", NATIVE))
             if dense and native and dense.time_ms and native.time_ms:
                 ratio = f"{dense.time_ms / native.time_ms:.1f}"
-                cells.append([call, f"{size}", number(dense.time_ms), number(native.time_ms), ratio])
+                cells.append(
+                    [call, f"{size}", number(dense.time_ms), number(native.time_ms), ratio]
+                )
     return render_table(cells, markdown=True)
 
 

@@ -33,8 +33,6 @@ from reporting import rows
 from reporting.rows import read_report, write_report
 
 VARIANTS = [(s, d) for s in ("out", "in") for d in ("all", "one_positive", "only_negatives")]
-BEGIN, END = "<!-- bench_loss:begin -->", "<!-- bench_loss:end -->"
-README = f"# Title\n\n{BEGIN}\nold numbers\n{END}\n\nThe end.\n"
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +195,6 @@ def test_other_sizes_leave_the_committed_rows_alone(
     assert not (tmp_path / "RESULTS").exists()
     assert (tmp_path / "TRIALS" / "loss_cpu_float32.csv").exists()
     assert rows.results_path("rows.csv", None, update=True).parent == rows.RESULTS
-
 
 
 def test_peak_memory_is_that_of_the_provider_alone() -> None:
