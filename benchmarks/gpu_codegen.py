@@ -16,7 +16,7 @@ from pathlib import Path
 
 from codegen.chips import SHARED_KIB
 from codegen.compiler import compile_all, fingerprint
-from codegen.kernels import DIMS, DTYPES, OURS_CSV, PEERS_CSV, Compiled, ints, shipped
+from codegen.kernels import DIMS, DTYPES, OURS_CSV, PEERS_CSV, Compiled, Source, ints, shipped
 from codegen.peers import peer_sources
 from codegen.tables import codegen_block, full_table, name_of, peers_block
 from measuring.machine import describe_machine
@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(full_table(rows))
     is_stale = False
     if args.check:
-        is_stale = differs_from(csv_path, rows)
+        is_stale = differs_from(csv_path, rows, _possible(args.peers))
     elif not args.table:
-        write_rows(csv_path, merged(rows, known) if args.resume else rows)
+        write_rows(csv_path, merged(rows, known, _possible(args.peers)) if args.resume else rows)
         _say(f"wrote {csv_path}")
     if args.update_docs or args.check:
         is_stale |= update_docs(args.docs, only_check=args.check)
@@ -58,6 +58,12 @@ def _compile_wanted(args: argparse.Namespace, known: Sequence[Compiled]) -> list
     return [
         replace(row, commit=commit, dirty=dirty) for row in compile_all(sources, args.jobs, known)
     ]
+
+
+def _possible(peers: Path | None) -> list[Source]:
+    """All that the CSV may hold a row of."""
+    archs = tuple(SHARED_KIB)
+    return peer_sources(peers, DIMS, archs) if peers else shipped(DTYPES, DIMS, archs)
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -100,19 +106,20 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
-def merged(rows: Sequence[Compiled], known: Sequence[Compiled]) -> list[Compiled]:
-    """All that is shipped, in its order, of what is new and what still holds of the rest."""
+def merged(
+    rows: Sequence[Compiled], known: Sequence[Compiled], sources: Sequence[Source]
+) -> list[Compiled]:
+    """New rows and the known ones that are still of the sources' code, in the order of the sources."""
     by_key = {row.key: row for row in (*known, *rows)}
-    sources = shipped(DTYPES, DIMS, tuple(SHARED_KIB))
     found = [(by_key[source.key], source) for source in sources if source.key in by_key]
     return [row for row, source in found if row.fingerprint == fingerprint(source)]
 
 
-def differs_from(csv_path: Path, rows: Sequence[Compiled]) -> bool:
+def differs_from(csv_path: Path, rows: Sequence[Compiled], sources: Sequence[Source]) -> bool:
     """Whether the CSV says something else of these kernels, or nothing; another Triton may."""
     all_known = read_rows(csv_path, Compiled)
     known = {row.key: row for row in all_known}
-    outdated = len(all_known) - len(merged([], all_known))
+    outdated = len(all_known) - len(merged([], all_known, sources))
     if outdated and rows and all_known[0].triton == rows[0].triton:
         _say(f"STALE: {outdated} rows of {csv_path.name} are of other code than is shipped now")
         return True
