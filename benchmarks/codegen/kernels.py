@@ -140,7 +140,3 @@ def read_compiled() -> list[Compiled]:
     return [
         row for path in (OURS_CSV, PEERS_CSV) if path.exists() for row in read_rows(path, Compiled)
     ]
-
-
-def ints(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
