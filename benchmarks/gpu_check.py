@@ -1,4 +1,4 @@
-"""All that needs a GPU: is it right, how fast, and where does the time go. For a card that is there for minutes.
+"""Measures everything that needs a GPU, in minutes: is it right, how fast, where does the time go.
 
 python benchmarks/gpu_check.py                          facts, speed, tiles, counters, behaviour: 9 minutes
 python benchmarks/gpu_check.py cases driver sanitizers  the rest, in a second command: 9 minutes
@@ -89,7 +89,12 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="Fashion-MNIST, for the driver stage; default: digits",
     )
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, (os.cpu_count() or 2) - 1),
+        help="processes that compile or compare at once; default: one less than cores",
+    )
     rehearsal = parser.add_argument_group("to rehearse without a card")
     rehearsal.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     rehearsal.add_argument("--backend", default="triton")

@@ -1,9 +1,8 @@
 """A model, not a measurement: the least time that forward and backward can take on a card.
 
-It counts what a scheme must do for N rows of D features (products, exponentials, instructions,
-bytes, launches) and divides by the card's rates, published or (--rates) measured. A program of a
-kernel does one thing after another, so its times add up; as many programs as a multiprocessor holds
-overlap, down to the slowest unit. python benchmarks/roofline.py writes benchmarks/results/roofline.csv.
+It counts the work for N rows of D features (products, exponentials, instructions, bytes, launches)
+and divides it by the card's rates, published or measured (--rates). The model itself stands in
+codegen/model.py. python benchmarks/roofline.py writes benchmarks/results/roofline.csv.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A kernel to compile, and the row of what it compiled to: which faults forbid it to ship."""
+"""A kernel to compile, the row that says what it compiled to, and the faults that such a row shows."""
 
 from __future__ import annotations
 
