@@ -122,7 +122,7 @@ def rows_of(options: argparse.Namespace, batch_size: int) -> list[dict[str, obje
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--data-root", help="the folder of Fashion-MNIST")
+    parser.add_argument("--data-root", metavar="DIR", help="the folder of Fashion-MNIST")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 768, 1536, 3072, 6144])
     parser.add_argument("--chunk-rows", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)

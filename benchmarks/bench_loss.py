@@ -29,7 +29,7 @@ from measuring.workloads import (
     make_problem,
 )
 from reporting.loss import full_table
-from reporting.rows import add_output_options, read_report, results_path, write_report
+from reporting.rows import add_output_options, ints, names, read_report, results_path, write_report
 
 DEFAULT_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 
@@ -56,7 +56,7 @@ def _make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     call = parser.add_argument_group("the call that is measured")
-    call.add_argument("--sizes", type=_ints, default=DEFAULT_SIZES, help="rows N, as 256,512")
+    call.add_argument("--sizes", type=ints, default=DEFAULT_SIZES, help="rows N, as 256,512")
     call.add_argument("--dim", type=int, default=Workload.dim)
     call.add_argument("--num-cols", type=int, default=0, help="contrast with M other rows")
     call.add_argument("--classes", type=int, default=Workload.num_classes)
@@ -67,7 +67,7 @@ def _make_parser() -> argparse.ArgumentParser:
     call.add_argument("--dtype", choices=tuple(ERROR_BOUND), default="float32")
     call.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     how = parser.add_argument_group("how it is measured")
-    how.add_argument("--providers", type=_names, help="as dense,matmuls; None: all that are here")
+    how.add_argument("--providers", type=names, help="as dense,matmuls; None: all that are here")
     how.add_argument("--seconds", type=float, default=10.0, help="time budget of each size")
     how.add_argument("--threads", type=int, default=torch.get_num_threads())
     how.add_argument("--no-memory", action="store_true", help="measure time only")
@@ -77,14 +77,6 @@ def _make_parser() -> argparse.ArgumentParser:
     out.add_argument("--markdown", action="store_true", help="print the table as markdown")
     out.add_argument("--table", type=Path, metavar="CSV", help="measure nothing, show this file")
     return parser
-
-
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
 
 
 def _refuse_contradictions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

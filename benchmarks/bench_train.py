@@ -321,14 +321,18 @@ def goals(row: dict[str, str]) -> list[tuple[str, bool]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--data-root", help="the folder of Fashion-MNIST; without: digits")
+    parser.add_argument(
+        "--data-root", metavar="DIR", help="the folder of Fashion-MNIST; default: digits"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[16])
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--workers", type=int, default=2, help="of the plain loops")
-    parser.add_argument("--steps", type=int, default=20, help="of a round")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="DataLoader workers of the plain loops"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="steps in a round")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--options", action="store_true", help="time the driver's options instead")
     add_output_options(parser)

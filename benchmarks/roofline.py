@@ -1,9 +1,8 @@
 """A model, not a measurement: the least time that forward and backward can take on a card.
 
-It counts what a scheme must do for N rows of D features (products, exponentials, instructions,
-bytes, launches) and divides by the card's rates, published or (--rates) measured. A program of a
-kernel does one thing after another, so its times add up; as many programs as a multiprocessor holds
-overlap, down to the slowest unit. python benchmarks/roofline.py writes benchmarks/results/roofline.csv.
+It counts the work for N rows of D features (products, exponentials, instructions, bytes, launches)
+and divides it by the card's rates, published or measured (--rates). The model itself stands in
+codegen/model.py. python benchmarks/roofline.py writes benchmarks/results/roofline.csv.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from codegen.kernels import ints, read_compiled
+from codegen.kernels import read_compiled
 from codegen.model import CARDS, PHASES, SCHEMES, Bound, Card, bound, find_card, with_rates
 from gpu.journal import read_rows as read_journal
 from measuring.workloads import Workload
 from reporting.documents import DOCS, render_table, update_document
-from reporting.rows import RESULTS, read_rows, write_rows
+from reporting.rows import RESULTS, ints, read_rows, write_rows
 
 CSV = RESULTS / "roofline.csv"
 NUM_ROWS = (1024, 4096, 8192, 32768, 131072)
@@ -52,20 +51,28 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=ints, default=NUM_ROWS, help="numbers of rows, as 4096,8192")
-    parser.add_argument("--dims", type=ints, default=(128,), help="as 128,256")
+    parser.add_argument(
+        "--rows", type=ints, default=NUM_ROWS, help="numbers of rows, such as 4096,8192"
+    )
+    parser.add_argument("--dims", type=ints, default=(128,), help="such as 128,256; default: 128")
     parser.add_argument("--dtypes", nargs="+", default=("bfloat16", "float32"))
     parser.add_argument(
         "--rates",
         type=Path,
         metavar="FILE",
-        help="rows of gpu_check.py: its card, as measured there",
+        help="rows.jsonl of gpu_check.py: use the rates that it measured on its card",
     )
     parser.add_argument("--output", type=Path, default=CSV)
-    parser.add_argument("--table", action="store_true", help="compute nothing, show the CSV")
-    parser.add_argument("--update-docs", action="store_true", help="renew the document's table")
+    parser.add_argument("--table", action="store_true", help="compute nothing, print the CSV")
+    parser.add_argument(
+        "--update-docs", action="store_true", help="update the table in the document"
+    )
     parser.add_argument("--document", type=Path, default=DOCS / "gpu.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 where stale")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit 1 if the CSV or the document is out of date",
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""A kernel to compile, and the row of what it compiled to: which faults forbid it to ship."""
+"""A kernel to compile, the row that says what it compiled to, and the faults that such a row shows."""
 
 from __future__ import annotations
 
@@ -140,7 +140,3 @@ def read_compiled() -> list[Compiled]:
     return [
         row for path in (OURS_CSV, PEERS_CSV) if path.exists() for row in read_rows(path, Compiled)
     ]
-
-
-def ints(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))

@@ -1,7 +1,7 @@
-"""A model of time on a card: what a scheme must do for N rows of D features over the card's rates.
+"""A model of the time that a loss takes on a card: the work of its kernels over the card's rates.
 
-A program of a kernel does one thing after another, so its times add up; as many programs as a
-multiprocessor holds overlap, down to the slowest unit.
+Within a program of a kernel times add up. The programs that a multiprocessor holds at once overlap,
+down to the slowest unit. Not a measurement.
 """
 
 from __future__ import annotations
