@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--budget-mib", type=float, default=256.0, help="above the inputs")
+    parser.add_argument("--budget-mib", type=float, default=128.0, help="above the inputs")
     parser.add_argument("--dim", type=int, default=Workload.dim)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     add_output_options(parser)
