@@ -83,7 +83,7 @@ struct Call {
   double temperature;
   bool normalize;
   std::string summation, denominator;
-  bool is_double;
+  bool is_double, is_bfloat16;
   std::string isa;
   int threads;
 
@@ -95,8 +95,8 @@ struct Call {
 
   template <typename Real>
   supcon::Problem<Real> problem() const {
-    return {pointer<const Real>(rows),
-            pointer<const Real>(cols),
+    return {pointer<const void>(rows),
+            pointer<const void>(cols),
             pointer<const int64_t>(row_labels),
             pointer<const int64_t>(col_labels),
             pointer<const double>(row_soft),
@@ -113,7 +113,8 @@ struct Call {
             summation == "in" ? supcon::Summation::kIn : supcon::Summation::kOut,
             denominator == "all"            ? supcon::Denominator::kAll
             : denominator == "one_positive" ? supcon::Denominator::kOnePositive
-                                            : supcon::Denominator::kOnlyNegatives};
+                                            : supcon::Denominator::kOnlyNegatives,
+            is_bfloat16};
   }
 };
 
@@ -167,6 +168,8 @@ void define(py::module_ module) {
   module.attr("threading") = "std::thread";
 #endif
   module.def("isa_names", isa_names);
+  module.def("multiplies_bfloat16",
+             [](const std::string& isa) { return isa_of(isa).bfloat16 != nullptr; });
   // For benchmarks/bench_threads.py: a call with threads = 0 counts what a team would share.
   module.def("take_shared_seconds", [] { return std::exchange(shared_seconds, 0.0); });
   module.def("scheduled_jobs", [](int64_t num_rows, int64_t num_cols, bool square, bool to_cols,
@@ -195,18 +198,19 @@ void define(py::module_ module) {
                        int64_t num_rows, int64_t num_cols, int64_t dim, int64_t ignore_label,
                        int64_t self_offset, double temperature, bool normalize,
                        const std::string& summation, const std::string& denominator, bool is_double,
-                       const std::string& isa, int threads) {
+                       bool is_bfloat16, const std::string& isa, int threads) {
              return Call{rows,      cols,         row_labels,  col_labels,  row_soft,
                          col_soft,  num_soft,     square,      num_rows,    num_cols,
                          dim,       ignore_label, self_offset, temperature, normalize,
-                         summation, denominator,  is_double,   isa,         threads};
+                         summation, denominator,  is_double,   is_bfloat16, isa,
+                         threads};
            }),
            py::kw_only(), py::arg("rows"), py::arg("cols"), py::arg("row_labels"),
            py::arg("col_labels"), py::arg("row_soft"), py::arg("col_soft"), py::arg("num_soft"),
            py::arg("square"), py::arg("num_rows"), py::arg("num_cols"), py::arg("dim"),
            py::arg("ignore_label"), py::arg("self_offset"), py::arg("temperature"),
            py::arg("normalize"), py::arg("summation"), py::arg("denominator"), py::arg("is_double"),
-           py::arg("isa"), py::arg("threads"))
+           py::arg("is_bfloat16"), py::arg("isa"), py::arg("threads"))
       .def(
           "forward",
           [](const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,

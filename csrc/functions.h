@@ -13,12 +13,14 @@ template <typename Real>
 constexpr Functions<Real> functions() {
   constexpr int kPanel = kVectors * Simd<Real>::kLanes;
   return {kPanel,
-          tile_forward<Real>,
-          tile_weigh<Real>,
+          tile_forward<Products<Real>>,
+          tile_weigh<Products<Real>>,
           add_to_rows<Real>,
           add_to_cols<Real>,
+          widen_row<Real>,
           embed_row<Real>,
           pack_rows<Real, kPanel>,
+          nullptr,
           dots_of_tile<Real>,
           dot<Real, Real>,
           dot<Real, double>,

@@ -84,7 +84,7 @@ struct Upstream {
 
   // Takes the pull of positives that are looked at one by one from the classes to the tiles.
   void pull_in_tiles(const Sides<Real>& sides, const Side<Real>& side) {
-    const bool all = !positives_by_class(sides.problem), of_cols = &side != &sides.rows;
+    const bool all = all_pull_in_tiles(sides), of_cols = &side != &sides.rows;
     for (const Segment& segment : side.segments) {
       if (!all && !sides.few_positives(segment, of_cols)) continue;
       for (int64_t k = segment.begin; k < segment.end; ++k) {
@@ -176,13 +176,27 @@ template <typename Real>
 class SideGradient {
  public:
   SideGradient(const Side<Real>& side, int64_t num_copies, const Team& team, Real start)
-      : size_(side.padded * side.stride), num_copies_(num_copies), memory_(size_ * num_copies) {
+      : side_(side),
+        size_(side.padded * side.stride),
+        num_copies_(num_copies),
+        memory_(size_ * num_copies) {
     fill(team, memory_.get(), size_ * num_copies, start);
   }
 
   Real* get() { return memory_.get(); }
-  // Adds all copies to the first.
+  // Adds all copies to the first, which then is of the embeddings, whatever was multiplied.
   void add_up(const Team& team) {
+    add_copies(team);
+    parallel_ranges(team, side_.factor.size(), 64, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const Real inverse = 1 / side_.factor[k];
+        for (int64_t d = 0; d < side_.dim; ++d) get()[k * side_.stride + d] *= inverse;
+      }
+    });
+  }
+
+ private:
+  void add_copies(const Team& team) {
     if (num_copies_ == 1) return;
     parallel_ranges(team, size_, 1 << 14, [&](int64_t begin, int64_t end) {
       for (int64_t c = 1; c < num_copies_; ++c)
@@ -190,7 +204,7 @@ class SideGradient {
     });
   }
 
- private:
+  const Side<Real>& side_;
   const int64_t size_, num_copies_;
   Array<Real> memory_;
 };

@@ -1,5 +1,7 @@
 // Which of the compiled instruction sets this CPU runs.
 
+#include <algorithm>
+#include <chrono>
 #include <vector>
 
 #include "supcon.h"
@@ -8,6 +10,39 @@ namespace supcon {
 
 #if defined(__x86_64__)
 extern const Isa kAvx512, kAvx2, kBaseline;
+#ifdef SUPCON_BFLOAT16
+extern const Functions<float> kBfloat16OfAvx512;
+
+namespace {
+
+bool runs_bfloat16() {
+#ifdef SUPCON_EMULATE_AVX512
+  return true;
+#else
+  return __builtin_cpu_supports("avx512bf16");
+#endif
+}
+
+// Whether registers multiply bfloat16 faster than float32, which not all CPUs with the instruction
+// do. The rates are equal or two to one, so that noise does not decide.
+bool bfloat16_is_faster(const Isa& isa) {
+  typedef std::chrono::steady_clock Clock;
+  const auto rate = [](const Functions<float>& functions) {
+    float values[] = {1, 0.999f, 1e-3f, 0};
+    const Clock::time_point start = Clock::now();
+    const double operations = functions.multiply_in_registers(1 << 12, values);
+    return operations / std::chrono::duration<double>(Clock::now() - start).count();
+  };
+  double of_bfloat16 = 0, of_f32 = 0;
+  for (int repetition = 0; repetition < 8; ++repetition) {
+    of_f32 = std::max(of_f32, rate(isa.f32));
+    of_bfloat16 = std::max(of_bfloat16, rate(*isa.bfloat16));
+  }
+  return of_bfloat16 > 1.5 * of_f32;
+}
+
+}  // namespace
+#endif
 
 const std::vector<const Isa*>& available_isas() {
   static const std::vector<const Isa*> isas = [] {
@@ -21,6 +56,11 @@ const std::vector<const Isa*>& available_isas() {
         avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
 #endif
     if (avx512) found.push_back(&kAvx512);
+#ifdef SUPCON_BFLOAT16
+    static const Isa bf16 = {"avx512_bf16", kAvx512.f32, kAvx512.f64, &kBfloat16OfAvx512};
+    if (avx512 && runs_bfloat16())
+      found.insert(bfloat16_is_faster(bf16) ? found.begin() : found.end(), &bf16);
+#endif
     if (avx2) found.push_back(&kAvx2);
     found.push_back(&kBaseline);
     return found;

@@ -20,6 +20,12 @@ bool positives_by_class(const Problem<Real>& problem) {
   return problem.summation == Summation::kOut && problem.denominator != Denominator::kOnePositive;
 }
 
+// Whether the backward takes the pull of every positive off H, pair by pair.
+template <typename Real>
+bool all_pull_in_tiles(const Sides<Real>& sides) {
+  return !positives_by_class(sides.problem) || sides.multiplies_bfloat16();
+}
+
 // Of every sorted row, the number of its positives.
 template <typename Real>
 std::vector<double> count_positives(const Sides<Real>& sides) {
@@ -111,8 +117,10 @@ std::vector<double> mean_exponents(const Sides<Real>& sides,
     const Segment positives = sides.cols_of(segment);
     for (int64_t k = segment.begin; k < segment.end; ++k) {
       const auto total = [&](int64_t begin, int64_t end) {
-        return functions.dots_of_tile(rows.row(k), cols.row(begin), cols.stride, end - begin,
-                                      rows.dim);
+        if (begin == end) return 0.0;
+        const int64_t i = k / rows.tile, j = begin / cols.tile;
+        return functions.dots_of_tile(sides.pair(i, j), k - rows.tile_begin(i),
+                                      begin - cols.tile_begin(j), end - begin);
       };
       const int64_t own = positives.contains(sides.own(k)) ? sides.own(k) : positives.end;
       const double before = total(positives.begin, own);

@@ -82,7 +82,7 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
   Real* const grad_cols = sides.square ? grad_rows : wants_cols ? of_col_side.get() : nullptr;
 
   if (sides.finite) {
-    PerThread<Real> scratch(team, kScratch);
+    PerThread<Real> scratch(team, sides.multiplies_bfloat16() ? 2 * kScratch : kScratch);
     sides.schedule.run(team, true, grad_cols != nullptr, [&] {
       return Differentiator<Real>(sides, upstream, of_cols, grad_rows, grad_cols, scratch.claim());
     });
@@ -91,7 +91,7 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
     if (problem.row_soft != nullptr) {
       attract_soft(sides, upstream.pull_by_class, grad_rows, grad_cols);
       if (apart) attract_soft_to_cols(sides, apart->pull_by_class, grad_rows);
-    } else if (positives_by_class(problem)) {
+    } else if (!all_pull_in_tiles(sides)) {
       attract_classes(sides, upstream.pull_by_class, apart ? &apart->pull_by_class : nullptr,
                       grad_rows, grad_cols);
     }

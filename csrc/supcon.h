@@ -12,7 +12,7 @@
 namespace supcon {
 
 // Changes whenever the Python module's functions take or return something else.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 enum class Summation { kOut, kIn };
 enum class Denominator { kAll, kOnePositive, kOnlyNegatives };
@@ -23,8 +23,8 @@ enum class Denominator { kAll, kOnePositive, kOnlyNegatives };
 // ignored, summation is kOut and denominator kAll.
 template <typename Real>
 struct Problem {
-  const Real* rows;           // (N, D), contiguous
-  const Real* cols;           // (M, D), contiguous; unused where square
+  const void* rows;           // (N, D), contiguous, of Real, or of bfloat16 (below)
+  const void* cols;           // (M, D), contiguous; unused where square
   const int64_t* row_labels;  // (N,)
   const int64_t* col_labels;  // (M,); unused where square
   const double* row_soft;     // (N, C), or null
@@ -40,6 +40,7 @@ struct Problem {
   bool normalize;
   Summation summation;
   Denominator denominator;
+  bool bfloat16 = false;  // rows and cols are bfloat16, and Real is float
 };
 
 // Runs body(context) once on each of at most `threads` threads, in parallel. The core does
@@ -125,6 +126,17 @@ struct PerLine {
 template <typename Real>
 using Class = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
 
+// A pair of tiles as the products in bfloat16 take it: of rows that are not normalised, times a
+// power of two each. A word holds two numbers that are multiplied and added up in one step.
+template <typename Real>
+struct Bfloat16Tiles {
+  const uint32_t* a_packed;  // (panel, dim / 2, panel width): features d and d + dim / 2 of a row
+  const uint32_t* b_packed;
+  const uint32_t* a_paired;  // (rows / 2, stride): rows i and i + half of a panel
+  const uint32_t* b_paired;
+  PerLine<Real> factor;  // times both factors, the product of two rows is their similarity
+};
+
 // One pair of tiles. Similarities are base-2 exponents: both sides are scaled by sqrt(log2(e)/tau).
 template <typename Real>
 struct TilePair {
@@ -140,7 +152,7 @@ struct TilePair {
   PerLine<Class<Real>> classes;  // equal ones are positives; null rows: the tiles share none
   Pairs pairs;
   bool shifted;   // exponents are so large that sums of 2^x need a shift for each row and column
-  Real* scratch;  // (kMaxTile, kScratchStride)
+  Real* scratch;  // (kMaxTile, kScratchStride); of bfloat16 as much again for H in words
   // Forward: a row's result is written, a column's where `square`. Backward: columns are anchors
   // where `square`.
   Term term;
@@ -154,6 +166,7 @@ struct TilePair {
   PerLine<Real> weight, normalizer, pull;
   Real* grad_a;
   Real* grad_b;
+  Bfloat16Tiles<Real> bfloat16;  // where the functions multiply it
 };
 
 constexpr int kMaxTile = 192;
@@ -169,14 +182,20 @@ struct Functions {
   void (*weigh)(const TilePair<Real>&);        // G + G^T, into the scratch tile
   void (*add_to_rows)(const TilePair<Real>&);  // grad_a += scratch b
   void (*add_to_cols)(const TilePair<Real>&);  // grad_b += scratch^T a
+  // out = x times a power of two, which is returned; given as 0: one that brings out near 1.
+  Real (*widen)(const uint16_t* x, int64_t dim, Real power, Real* out);
   // out = x, normalised if asked, times unit; x = out / unit * norm * scale. Whether all is finite.
   bool (*embed)(const Real* x, int64_t dim, bool normalize, Real unit, Real* out, Real* scale,
                 Real* norm);
   // A panel of rows transposed; dim is a multiple of the panel.
   void (*pack)(const Real* rows, ptrdiff_t stride, int64_t dim, Real* packed);
-  // The sum of the products of a row with `count` columns, each rounded as tiles round it.
-  double (*dots_of_tile)(const Real* row, const Real* cols, ptrdiff_t stride, int64_t count,
-                         int64_t dim);
+  // The same of rows of bfloat16, in both layouts of Bfloat16Tiles. Not null: tiles are multiplied
+  // in bfloat16, and what they add to a row's gradient is times the row's factor.
+  void (*pack_bfloat16)(const Real* rows, ptrdiff_t stride, int64_t dim, uint32_t* packed,
+                        uint32_t* paired);
+  // The sum of the similarities of row i with `count` columns from j on, each rounded as tiles
+  // round it. The columns may go on in the tiles that follow.
+  double (*dots_of_tile)(const TilePair<Real>& t, int i, int j, int count);
   double (*dot)(const Real* a, const Real* b, int64_t dim);
   double (*dot_sum)(const Real* a, const double* sum, int64_t dim);
   // sum += weight x
@@ -194,6 +213,7 @@ struct Isa {
   const char* name;
   Functions<float> f32;
   Functions<double> f64;
+  const Functions<float>* bfloat16 = nullptr;  // null: bfloat16 is widened
 
   const Functions<float>& functions(float) const { return f32; }
   const Functions<double>& functions(double) const { return f64; }

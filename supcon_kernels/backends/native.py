@@ -1,8 +1,8 @@
 """The compiled core of csrc/ on CPU tensors: float32 and float64.
 
 It takes integer labels or none in every variant, soft labels in the default loss, and no masks.
-This file hands it pointers; docs/kernels.md says what it does with them. 16-bit features are
-widened to float32 on the way in.
+This file hands it pointers; docs/kernels.md says what it does with them. float16 features are
+widened to float32 on the way in, bfloat16 ones where this CPU does not multiply them faster.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from supcon_kernels._version import __version__
 from supcon_kernels.problem import Problem
 
 # That of csrc/supcon.h: a core that was compiled before it changed takes other arguments.
-INTERFACE = 1
+INTERFACE = 2
 
 
 def _load_core() -> tuple[Any, str]:
@@ -52,7 +52,11 @@ def unavailable() -> str | None:
 
 def description() -> str:
     """What the core was built with and runs on here."""
-    return f"{isa} of {', '.join(core.isa_names())}; threads by {core.threading}"
+    products = "16 bits" if core.multiplies_bfloat16(isa) else "float32"
+    return (
+        f"{isa} of {', '.join(core.isa_names())}; bfloat16 multiplied in {products}; "
+        f"threads by {core.threading}"
+    )
 
 
 def why_not(problem: Problem) -> str | None:
@@ -129,8 +133,12 @@ def _call(problem: Problem) -> Any:
     """The problem as the core takes it, with the tensors whose memory it points into."""
     assert problem.row_labels is not None
     tau = problem.temperature_tensor
-    rows = problem.rows.to(problem.dtype).contiguous()
-    cols = rows if problem.cols is None else problem.cols.to(problem.dtype).contiguous()
+    is_bfloat16 = all(
+        x.dtype == torch.bfloat16 for x in (problem.rows, problem.cols) if x is not None
+    )
+    dtype = torch.bfloat16 if is_bfloat16 else problem.dtype
+    rows = problem.rows.to(dtype).contiguous()
+    cols = rows if problem.cols is None else problem.cols.to(dtype).contiguous()
     of_rows, of_cols = problem.row_labels, problem.col_labels
     of_cols = of_rows if of_cols is None else of_cols
     soft = not problem.has_integer_labels
@@ -162,6 +170,7 @@ def _call(problem: Problem) -> Any:
         summation=problem.summation,
         denominator=problem.denominator,
         is_double=problem.dtype == torch.float64,
+        is_bfloat16=is_bfloat16,
         isa=isa,
         threads=num_threads(),
     )
