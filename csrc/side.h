@@ -141,6 +141,7 @@ struct Sides {
   Sides(const Problem<Real>& problem, const Isa& isa, const Team& team)
       : problem(problem),
         functions(isa.functions(Real())),
+        doubles(isa.f64),
         team(team),
         square(problem.square),
         rows(problem.rows, problem.row_labels, problem.num_rows, problem, functions, team),
@@ -228,6 +229,7 @@ struct Sides {
 
   const Problem<Real>& problem;
   const Functions<Real>& functions;
+  const Functions<double>& doubles;
   const Team& team;
   const bool square;
   const Side<Real> rows;

@@ -523,6 +523,10 @@ void tile_forward(const TilePair<Real>& t) {
       return reduce<Real, false, SumNotQ>(t);
     case Term::kQTimesNotQ:
       return reduce<Real, false, SumQTimesNotQ>(t);
+    // Of pairs with weights only, which weighted.h deals with.
+    case Term::kMaximumQ:
+    case Term::kMean:
+      return;
   }
 }
 
