@@ -85,15 +85,15 @@ template <typename Real>
 class SoftSums {
  public:
   // Args:
-  //   labels, largest: of the side's rows, and the largest of each.
+  //   labels, norms: of the side's rows.
   //   weights: of each row, or null.
   SoftSums(const Sides<Real>& sides, const Side<Real>& side, const Matrix& labels,
-           const std::vector<double>& largest, const std::vector<double>* weights)
+           const std::vector<double>& norms, const std::vector<double>* weights)
       : sides_(sides),
         side_(side),
         labels_(labels),
         weights_(weights),
-        unit_(unit_near(this->largest(largest))),
+        unit_(unit_near(largest(norms))),
         size_(labels.num_cols * side.stride),
         sums_(size_) {
     const int64_t num_class_tiles = (labels.num_cols + kMaxTile - 1) / kMaxTile;
@@ -125,10 +125,10 @@ class SoftSums {
  private:
   static constexpr int64_t kJobs = 16;
 
-  double largest(const std::vector<double>& of_rows) const {
+  double largest(const std::vector<double>& norms) const {
     double largest = 0;
     for (int64_t p = 0; p < side_.size; ++p)
-      largest = std::max(largest, of_rows[p] * std::abs(weight(p)));
+      largest = std::max(largest, norms[p] * std::abs(weight(p)));
     return largest;
   }
   double weight(int64_t p) const { return weights_ == nullptr ? 1.0 : (*weights_)[p]; }
@@ -160,7 +160,7 @@ class SoftSums {
 // (dim) in that unit.
 template <typename Real, typename Take>
 void multiply_by_sums(const Sides<Real>& sides, const Side<Real>& side, const Matrix& labels,
-                      const std::vector<double>& largest, const SoftSums<Real>& sums, Take take) {
+                      const std::vector<double>& norms, const SoftSums<Real>& sums, Take take) {
   PerThread<Real> memory(sides.team, LabelTile<Real>::size(side));
   PerThread<double> products(sides.team, kMaxTile * side.stride);
   std::atomic<int64_t> next{0};
@@ -173,13 +173,13 @@ void multiply_by_sums(const Sides<Real>& sides, const Side<Real>& side, const Ma
       tile.clear();
       for (int64_t label = 0; label < labels.num_cols; label += kMaxTile) {
         tile.load(begin, size, label, std::min<int64_t>(kMaxTile, labels.num_cols - label),
-                  [&](int64_t i) { return 1 / unit_near(largest[i]); });
+                  [&](int64_t i) { return 1 / unit_near(norms[i]); });
         tile.add_to_rows(sums.of(label));
         if (label / kMaxTile % kTilesInReal == kTilesInReal - 1) tile.flush(size, product);
       }
       tile.flush(size, product);
       for (int64_t r = 0; r < size; ++r)
-        take(begin + r, product + r * side.stride, unit_near(largest[begin + r]) * sums.unit());
+        take(begin + r, product + r * side.stride, unit_near(norms[begin + r]) * sums.unit());
     }
   });
 }
@@ -192,9 +192,9 @@ std::vector<double> mean_soft_exponents(const Weights<Real>& weights) {
   const Functions<Real>& functions = sides.functions;
   const AnchorWeights& of = weights.rows();
   std::vector<double> mean(rows.size, 0.0);
-  const SoftSums<Real> sums(sides, cols, soft_cols(sides.problem), weights.largest_of_cols(),
+  const SoftSums<Real> sums(sides, cols, soft_cols(sides.problem), weights.norms_of_cols(),
                             nullptr);
-  multiply_by_sums(sides, rows, sides.problem.row_soft, weights.largest_of_rows(), sums,
+  multiply_by_sums(sides, rows, sides.problem.row_soft, weights.norms_of_rows(), sums,
                    [&](int64_t i, const double* product, double unit) {
                      double total = functions.dot_sum(rows.row(i), product, rows.dim) * unit;
                      if (of.own[i] > 0)
@@ -216,31 +216,31 @@ void attract_soft(const Weights<Real>& weights, const std::vector<double>& pull,
   const AnchorWeights& anchors = weights.rows();
   // Line k of a side is pulled towards the product of its labels with sums over the other side.
   const auto attract = [&](const Side<Real>& side, const Matrix& labels,
-                           const std::vector<double>& largest, const SoftSums<Real>& sums,
-                           Real* grad, auto weight_and_own) {
-    multiply_by_sums(sides, side, labels, largest, sums,
+                           const std::vector<double>& norms, const SoftSums<Real>& sums, Real* grad,
+                           auto weight_and_own) {
+    multiply_by_sums(sides, side, labels, norms, sums,
                      [&](int64_t k, const double* product, double unit) {
                        const Pull<Real> of = weight_and_own(k);
                        sides.functions.attract(of.weight * unit, product, of.own_weight / unit,
                                                of.own, side.dim, grad + k * side.stride);
                      });
   };
-  const SoftSums<Real> col_sums(sides, cols, of_cols, weights.largest_of_cols(), nullptr);
-  attract(rows, of_rows, weights.largest_of_rows(), col_sums, grad_rows, [&](int64_t i) {
+  const SoftSums<Real> col_sums(sides, cols, of_cols, weights.norms_of_cols(), nullptr);
+  attract(rows, of_rows, weights.norms_of_rows(), col_sums, grad_rows, [&](int64_t i) {
     const bool among = anchors.own[i] > 0;
     return Pull<Real>{pull[i], anchors.own[i], among ? cols.row(sides.own(i)) : nullptr};
   });
   if (grad_cols != nullptr) {
-    const SoftSums<Real> pulled(sides, rows, of_rows, weights.largest_of_rows(), &pull);
-    attract(cols, of_cols, weights.largest_of_cols(), pulled, grad_cols, [&](int64_t j) {
+    const SoftSums<Real> pulled(sides, rows, of_rows, weights.norms_of_rows(), &pull);
+    attract(cols, of_cols, weights.norms_of_cols(), pulled, grad_cols, [&](int64_t j) {
       const int64_t i = sides.row_of(j);
       const bool among = i >= 0 && anchors.own[i] > 0;
       return Pull<Real>{1.0, among ? pull[i] * anchors.own[i] : 0.0, among ? rows.row(i) : nullptr};
     });
   }
   if (col_pull != nullptr) {
-    const SoftSums<Real> pulled(sides, cols, of_cols, weights.largest_of_cols(), col_pull);
-    attract(rows, of_rows, weights.largest_of_rows(), pulled, grad_rows,
+    const SoftSums<Real> pulled(sides, cols, of_cols, weights.norms_of_cols(), col_pull);
+    attract(rows, of_rows, weights.norms_of_rows(), pulled, grad_rows,
             [](int64_t) { return Pull<Real>{1.0, 0.0, nullptr}; });
   }
 }

@@ -4,8 +4,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -36,55 +39,67 @@ struct SoftTotals {
   std::vector<double> own;  // its product with itself, 0 where it is no point
 };
 
-// The largest soft label of each line.
+// The norm of each line's soft labels.
 template <typename Real>
-std::vector<double> largest_labels(const Sides<Real>& sides, const Matrix& labels) {
-  std::vector<double> largest(labels.num_rows);
+std::vector<double> label_norms(const Sides<Real>& sides, const Matrix& labels) {
+  std::vector<double> norms(labels.num_rows);
   parallel_ranges(sides.team, labels.num_rows, 128, [&](int64_t begin, int64_t end) {
     std::vector<double> line(labels.num_cols);
     for (int64_t i = begin; i < end; ++i) {
       sides.doubles.read(labels, i, 0, labels.num_cols, line.data());
-      largest[i] = *std::max_element(line.begin(), line.end());
+      norms[i] = std::sqrt(sides.doubles.dot(line.data(), line.data(), labels.num_cols));
     }
   });
-  return largest;
+  return norms;
 }
 
-// Where point i + offset is line i itself, it is not taken off a total: where labels are nearly
-// one-hot, nothing but roundings would be left. The totals before and after it are added up apart.
+// What a line itself weighs is taken off a total of all points, unless it is more than so many
+// times the rest.
+constexpr double kLargestOwn = 4.0;
+
+// Point i + offset may be line i itself, and is left out. Where labels are nearly one-hot, nothing
+// but roundings would be left of a total that it is taken off: if there is one such line, the
+// totals before and after each line are added up apart.
 template <typename Real>
 class SoftTotaller {
  public:
   // Args:
-  //   point_weights: what each point counts, or null.
-  SoftTotaller(const Sides<Real>& sides, const Matrix& lines, const Matrix& points, bool leave_out,
-               int64_t offset, const double* point_weights)
+  //   lines, points: their soft labels.
+  //   offset: point i + offset is line i; none: no point is.
+  //   point_weights: what each point counts; null: 1.
+  SoftTotaller(const Sides<Real>& sides, const Matrix& lines, const Matrix& points,
+               std::optional<int64_t> offset, const double* point_weights = nullptr)
       : sides_(sides),
         lines_(lines),
         points_(points),
         point_weights_(point_weights),
         num_soft_(lines.num_cols),
-        // Points that are lines themselves.
-        begin_(leave_out ? std::clamp<int64_t>(offset, 0, points.num_rows) : 0),
-        end_(leave_out ? std::clamp<int64_t>(offset + lines.num_rows, begin_, points.num_rows) : 0),
-        offset_(leave_out ? offset : 0) {}
+        offset_(offset.value_or(0)),
+        begin_(offset_),
+        end_(offset ? offset_ + lines.num_rows : offset_) {}
 
   SoftTotals totals() {
     SoftTotals out(lines_.num_rows);
     const std::vector<double> outside = outside_sum();
     const int64_t num_chunks = (lines_.num_rows + kChunk - 1) / kChunk;
-    // Of each chunk first the sum over its own points, then over all points before it and after it.
-    std::vector<double> before(num_chunks * num_soft_, 0.0);
+    std::vector<double> of_chunks(num_chunks * num_soft_, 0.0);
     parallel_for(sides_.team, num_chunks, [&](int64_t c) {
       std::vector<double> label(num_soft_);
-      add_points(own_begin(c), own_begin(c + 1), &label, &before[c * num_soft_]);
+      add_points(own_begin(c), own_begin(c + 1), &label, &of_chunks[c * num_soft_]);
     });
-    std::vector<double> after(before);
-    std::vector<double> sum(outside), next(num_soft_, 0.0);
-    for (int64_t c = 0; c < num_chunks; ++c) exchange_and_add(&before[c * num_soft_], &sum);
-    for (int64_t c = num_chunks - 1; c >= 0; --c) exchange_and_add(&after[c * num_soft_], &next);
-    parallel_for(sides_.team, num_chunks,
-                 [&](int64_t c) { total(c, &before[c * num_soft_], &after[c * num_soft_], &out); });
+    // What chunks before each hold, and chunks after it.
+    std::vector<double> before(of_chunks), after(std::move(of_chunks));
+    std::vector<double> all(outside), rest(num_soft_, 0.0);
+    for (int64_t c = 0; c < num_chunks; ++c) exchange_and_add(&before[c * num_soft_], &all);
+    for (int64_t c = num_chunks - 1; c >= 0; --c) exchange_and_add(&after[c * num_soft_], &rest);
+    std::atomic<bool> cancels{false};
+    parallel_for(sides_.team, num_chunks, [&](int64_t c) {
+      if (!take_off(c, all.data(), &out)) cancels = true;
+    });
+    if (cancels)
+      parallel_for(sides_.team, num_chunks, [&](int64_t c) {
+        add_apart(c, &before[c * num_soft_], &after[c * num_soft_], &out);
+      });
     return out;
   }
 
@@ -126,32 +141,59 @@ class SoftTotaller {
     }
   }
 
-  void total(int64_t c, double* before, double* after, SoftTotals* out) const {
-    const int64_t begin = c * kChunk, end = std::min(lines_.num_rows, begin + kChunk);
+  // The chunk's lines with all points but themselves; whether that is exact.
+  bool take_off(int64_t c, const double* all, SoftTotals* out) const {
     std::vector<double> line(num_soft_), point(num_soft_);
-    for (int64_t i = begin; i < end; ++i) {
+    bool is_exact = true;
+    for (int64_t i = c * kChunk; i < chunk_end(c); ++i) {
       sides_.doubles.read(lines_, i, 0, num_soft_, line.data());
-      out->others[i] = sides_.doubles.dot(line.data(), before, num_soft_);
+      out->others[i] = sides_.doubles.dot(line.data(), all, num_soft_);
       if (!is_own(i)) continue;
-      sides_.doubles.read(points_, i + offset_, 0, num_soft_, point.data());
-      out->own[i] = sides_.doubles.dot(line.data(), point.data(), num_soft_);
-      sides_.doubles.add(weight(i + offset_), point.data(), num_soft_, before);
+      const double* const own = read_own(i, line, &point);
+      out->own[i] = sides_.doubles.dot(line.data(), own, num_soft_);
+      const double own_weight = out->own[i] * weight(i + offset_);
+      out->others[i] -= own_weight;
+      is_exact &= own_weight <= kLargestOwn * out->others[i];
     }
-    for (int64_t i = end - 1; i >= begin; --i) {
-      sides_.doubles.read(lines_, i, 0, num_soft_, line.data());
-      out->others[i] += sides_.doubles.dot(line.data(), after, num_soft_);
-      if (!is_own(i)) continue;
-      sides_.doubles.read(points_, i + offset_, 0, num_soft_, point.data());
-      sides_.doubles.add(weight(i + offset_), point.data(), num_soft_, after);
-    }
+    return is_exact;
   }
 
+  void add_apart(int64_t c, double* before, double* after, SoftTotals* out) const {
+    std::vector<double> line(num_soft_), point(num_soft_);
+    const auto add_one = [&](int64_t i, double* sum) {
+      sides_.doubles.read(lines_, i, 0, num_soft_, line.data());
+      out->others[i] += sides_.doubles.dot(line.data(), sum, num_soft_);
+      if (is_own(i))
+        sides_.doubles.add(weight(i + offset_), read_own(i, line, &point), num_soft_, sum);
+    };
+    for (int64_t i = c * kChunk; i < chunk_end(c); ++i) out->others[i] = 0;
+    for (int64_t i = c * kChunk; i < chunk_end(c); ++i) add_one(i, before);
+    for (int64_t i = chunk_end(c) - 1; i >= c * kChunk; --i) add_one(i, after);
+  }
+
+  const double* read_own(int64_t i, const std::vector<double>& line,
+                         std::vector<double>* point) const {
+    if (&lines_ == &points_) return line.data();
+    sides_.doubles.read(points_, i + offset_, 0, num_soft_, point->data());
+    return point->data();
+  }
+
+  int64_t chunk_end(int64_t c) const { return std::min(lines_.num_rows, (c + 1) * kChunk); }
   bool is_own(int64_t i) const { return begin_ <= i + offset_ && i + offset_ < end_; }
 
   const Sides<Real>& sides_;
   const Matrix &lines_, &points_;
   const double* const point_weights_;
-  const int64_t num_soft_, begin_, end_, offset_;
+  const int64_t num_soft_, offset_;
+  const int64_t begin_, end_;  // points that are lines
+};
+
+// A side with its soft labels and their norms.
+template <typename Real>
+struct LabelledSide {
+  const Side<Real>& side;
+  const Matrix& labels;
+  const std::vector<double>& norms;
 };
 
 // Of every anchor of a side: what its positives weigh in all, and which anchors are looked at pair
@@ -182,15 +224,13 @@ class Weights {
       rows_.total = mask_totals();
       rows_.by_pair.assign(sides.rows.size, true);
     } else if (problem_.row_soft.data != nullptr) {
-      const int64_t offset = sides.own_offset();
-      if (sums_soft_classes(problem_)) {
-        largest_of_rows_ = largest_labels(sides, problem_.row_soft);
-        if (!sides.square) largest_of_cols_ = largest_labels(sides, problem_.col_soft);
+      if (sums_soft_classes(problem_) && !sides.square) {
+        norms_of_rows_ = label_norms(sides, problem_.row_soft);
+        norms_of_cols_ = label_norms(sides, problem_.col_soft);
       }
-      rows_ = of_soft(sides.rows, problem_.row_soft, sides.cols, soft_cols(problem_), offset >= 0,
-                      offset);
-      if (cols_are_anchors)
-        cols_ = of_soft(sides.cols, problem_.col_soft, sides.rows, problem_.row_soft, false, 0);
+      const int64_t own = sides.own_offset();
+      rows_ = of_soft(false, own < 0 ? std::nullopt : std::optional<int64_t>(own));
+      if (cols_are_anchors) cols_ = of_soft(true, std::nullopt);
     } else {
       return;
     }
@@ -203,10 +243,10 @@ class Weights {
   const AnchorWeights& rows() const { return rows_; }
   // Of the columns where they are anchors.
   const AnchorWeights& cols() const { return sides_.square ? rows_ : cols_; }
-  // The largest soft label of each row and column, where sums over classes are made.
-  const std::vector<double>& largest_of_rows() const { return largest_of_rows_; }
-  const std::vector<double>& largest_of_cols() const {
-    return sides_.square ? largest_of_rows_ : largest_of_cols_;
+  // The norms of each row's and column's soft labels, where sums over classes are made.
+  const std::vector<double>& norms_of_rows() const { return norms_of_rows_; }
+  const std::vector<double>& norms_of_cols() const {
+    return sides_.square ? norms_of_rows_ : norms_of_cols_;
   }
   // Whether a pass looks at the weights of any pair, or of this pair of tiles. Soft labels weigh
   // no pair less than 0, and where every other pair is in the denominator, that is all it asks.
@@ -242,9 +282,7 @@ class Weights {
   }
 
  private:
-  // A sum over each soft class, less an anchor's own part, is good to roundings of the anchor's own
-  // weight times so much; and to float32's range.
-  static constexpr double kLargestOwn = 4.0, kSmallestTotal = 0x1p-60;
+  static constexpr double kSmallestTotal = 0x1p-60;  // of a product of two labels, by their norms
 
   bool logarithms() const { return problem_.summation == Summation::kIn; }
 
@@ -272,47 +310,51 @@ class Weights {
     return totals;
   }
 
-  AnchorWeights of_soft(const Side<Real>& lines, const Matrix& of_lines, const Side<Real>& points,
-                        const Matrix& of_points, bool leave_out, int64_t offset) const {
-    SoftTotals found =
-        SoftTotaller<Real>(sides_, of_lines, of_points, leave_out, offset, nullptr).totals();
+  // The rows' or the columns' soft labels.
+  LabelledSide<Real> labelled(bool cols) const {
+    if (cols) return {sides_.cols, soft_cols(problem_), norms_of_cols()};
+    return {sides_.rows, problem_.row_soft, norms_of_rows()};
+  }
+
+  AnchorWeights of_soft(bool cols, std::optional<int64_t> offset) {
+    const LabelledSide<Real> lines = labelled(cols), points = labelled(!cols);
+    SoftTotals found = SoftTotaller<Real>(sides_, lines.labels, points.labels, offset).totals();
     AnchorWeights out;
     const bool by_sums = sums_soft_classes(problem_);
-    out.by_pair.assign(lines.size, !by_sums);
+    out.by_pair.assign(lines.side.size, !by_sums);
     if (by_sums) {
+      for (size_t k = 0; sides_.square && k < found.own.size(); ++k)
+        norms_of_rows_.push_back(std::sqrt(found.own[k]));
+      mark_anchors(found, lines, points, offset, &out.by_pair);
       out.own = std::move(found.own);
-      mark_anchors(found.others, lines, of_lines, points, of_points, leave_out, offset, &out);
     }
     out.total = std::move(found.others);
     return out;
   }
 
-  void mark_anchors(const std::vector<double>& totals, const Side<Real>& lines,
-                    const Matrix& of_lines, const Side<Real>& points, const Matrix& of_points,
-                    bool leave_out, int64_t offset, AnchorWeights* out) const {
-    // Where rows have norms, these count, too.
-    std::vector<double> norms(points.size, 1.0), lengths;
-    if (!problem_.normalize) {
-      for (int64_t p = 0; p < points.size; ++p)
-        norms[p] = std::sqrt(sides_.functions.dot(points.row(p), points.row(p), points.dim));
-      lengths = SoftTotaller<Real>(sides_, of_lines, of_points, leave_out, offset, norms.data())
-                    .totals()
-                    .others;
-    }
-    const std::vector<double>& of_line =
-        &lines == &sides_.rows ? largest_of_rows() : largest_of_cols();
-    const std::vector<double>& of_point =
-        &points == &sides_.rows ? largest_of_rows() : largest_of_cols();
+  // Looks at an anchor pair by pair where a sum over each soft class, less its own part, would be
+  // little but roundings of that part, or of no size for float32.
+  void mark_anchors(const SoftTotals& totals, const LabelledSide<Real>& lines,
+                    const LabelledSide<Real>& points, std::optional<int64_t> offset,
+                    std::vector<bool>* by_pair) const {
     double highest = 0;
-    for (double label : of_point) highest = std::max(highest, label);
-    for (int64_t i = 0; i < lines.size; ++i) {
-      const double own = leave_out ? out->own[i] : 0.0;
-      const bool is_large =
-          own > kLargestOwn * totals[i] ||
-          (own > 0 && !problem_.normalize && own * norms[i + offset] > kLargestOwn * lengths[i]);
-      const bool is_small = totals[i] < kSmallestTotal * of_line[i] * highest;
-      out->by_pair[i] = totals[i] > 0 && (is_large || is_small);
-    }
+    for (double norm : points.norms) highest = std::max(highest, norm);
+    for (int64_t i = 0; i < lines.side.size; ++i)
+      (*by_pair)[i] =
+          totals.others[i] > 0 && (totals.own[i] > kLargestOwn * totals.others[i] ||
+                                   totals.others[i] < kSmallestTotal * lines.norms[i] * highest);
+    if (problem_.normalize || !offset) return;
+    // Rows that are longer than others have a larger part.
+    const Side<Real>& side = points.side;
+    std::vector<double> lengths(side.size);
+    for (int64_t p = 0; p < side.size; ++p)
+      lengths[p] = std::sqrt(sides_.functions.dot(side.row(p), side.row(p), side.dim));
+    const SoftTotals of_lengths =
+        SoftTotaller<Real>(sides_, lines.labels, points.labels, offset, lengths.data()).totals();
+    for (int64_t i = 0; i < lines.side.size; ++i)
+      if (totals.others[i] > 0 && totals.own[i] > 0 &&
+          totals.own[i] * lengths[i + *offset] > kLargestOwn * of_lengths.others[i])
+        (*by_pair)[i] = true;
   }
 
   static void mark_tiles(const Side<Real>& side, AnchorWeights* of) {
@@ -404,7 +446,7 @@ class Weights {
   const Sides<Real>& sides_;
   const Problem<Real>& problem_;
   AnchorWeights rows_, cols_;
-  std::vector<double> largest_of_rows_, largest_of_cols_;
+  std::vector<double> norms_of_rows_, norms_of_cols_;
 };
 
 // Memory for every thread of the team.
