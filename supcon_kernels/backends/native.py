@@ -132,7 +132,11 @@ def _call(problem: Problem) -> Any:
         soft_rows = soft_cols = None
     else:
         # Every row takes part, and is of the one class that the core then sees.
-        held = [rows, cols, *(torch.zeros(len(x), dtype=torch.int64, device="cpu") for x in (rows, cols))]
+        held = [
+            rows,
+            cols,
+            *(torch.zeros(len(x), dtype=torch.int64, device="cpu") for x in (rows, cols)),
+        ]
         soft_rows, soft_cols = of_rows, of_cols
     call = core.Call(
         rows=held[0].data_ptr(),
