@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -74,10 +76,33 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// The address of a matrix, the name of its elements' type as torch has it, its shape and its
+// strides.
+typedef std::optional<std::tuple<uintptr_t, std::string, int64_t, int64_t, int64_t, int64_t>>
+    MatrixAt;
+
+supcon::Matrix matrix_at(const MatrixAt& at) {
+  using supcon::Element;
+  if (!at) return {};
+  static const std::map<std::string, Element> elements = {
+      {"bool", Element::kUint8},     {"uint8", Element::kUint8},       {"int8", Element::kInt8},
+      {"int16", Element::kInt16},    {"int32", Element::kInt32},       {"int64", Element::kInt64},
+      {"float16", Element::kHalf},   {"bfloat16", Element::kBfloat16}, {"float32", Element::kFloat},
+      {"float64", Element::kDouble},
+  };
+  const auto& [address, element, num_rows, num_cols, row_stride, col_stride] = *at;
+  return {pointer<const void>(address),
+          elements.at(element),
+          num_rows,
+          num_cols,
+          row_stride,
+          col_stride};
+}
+
 // A supcon::Problem whose pointers are addresses, of either element type.
 struct Call {
-  uintptr_t rows, cols, row_labels, col_labels, row_soft, col_soft;
-  int64_t num_soft;
+  uintptr_t rows, cols, row_labels, col_labels;
+  supcon::Matrix row_soft, col_soft, mask;
   bool square;
   int64_t num_rows, num_cols, dim, ignore_label, self_offset;
   double temperature;
@@ -99,9 +124,9 @@ struct Call {
             pointer<const void>(cols),
             pointer<const int64_t>(row_labels),
             pointer<const int64_t>(col_labels),
-            pointer<const double>(row_soft),
-            pointer<const double>(col_soft),
-            num_soft,
+            row_soft,
+            col_soft,
+            mask,
             square,
             num_rows,
             num_cols,
@@ -194,19 +219,35 @@ void define(py::module_ module) {
   // Attributes may be set on it: the caller hangs the tensors there whose memory it points into.
   py::class_<Call>(module, "Call", py::dynamic_attr())
       .def(py::init([](uintptr_t rows, uintptr_t cols, uintptr_t row_labels, uintptr_t col_labels,
-                       uintptr_t row_soft, uintptr_t col_soft, int64_t num_soft, bool square,
-                       int64_t num_rows, int64_t num_cols, int64_t dim, int64_t ignore_label,
-                       int64_t self_offset, double temperature, bool normalize,
-                       const std::string& summation, const std::string& denominator, bool is_double,
-                       bool is_bfloat16, const std::string& isa, int threads) {
-             return Call{rows,      cols,         row_labels,  col_labels,  row_soft,
-                         col_soft,  num_soft,     square,      num_rows,    num_cols,
-                         dim,       ignore_label, self_offset, temperature, normalize,
-                         summation, denominator,  is_double,   is_bfloat16, isa,
+                       const MatrixAt& row_soft, const MatrixAt& col_soft, const MatrixAt& mask,
+                       bool square, int64_t num_rows, int64_t num_cols, int64_t dim,
+                       int64_t ignore_label, int64_t self_offset, double temperature,
+                       bool normalize, const std::string& summation, const std::string& denominator,
+                       bool is_double, bool is_bfloat16, const std::string& isa, int threads) {
+             return Call{rows,
+                         cols,
+                         row_labels,
+                         col_labels,
+                         matrix_at(row_soft),
+                         matrix_at(col_soft),
+                         matrix_at(mask),
+                         square,
+                         num_rows,
+                         num_cols,
+                         dim,
+                         ignore_label,
+                         self_offset,
+                         temperature,
+                         normalize,
+                         summation,
+                         denominator,
+                         is_double,
+                         is_bfloat16,
+                         isa,
                          threads};
            }),
            py::kw_only(), py::arg("rows"), py::arg("cols"), py::arg("row_labels"),
-           py::arg("col_labels"), py::arg("row_soft"), py::arg("col_soft"), py::arg("num_soft"),
+           py::arg("col_labels"), py::arg("row_soft"), py::arg("col_soft"), py::arg("mask"),
            py::arg("square"), py::arg("num_rows"), py::arg("num_cols"), py::arg("dim"),
            py::arg("ignore_label"), py::arg("self_offset"), py::arg("temperature"),
            py::arg("normalize"), py::arg("summation"), py::arg("denominator"), py::arg("is_double"),

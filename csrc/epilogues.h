@@ -248,6 +248,10 @@ void tile_forward(const TilePair<typename P::Real>& t) {
       return reduce<P, false, SumNotQ>(t);
     case Term::kQTimesNotQ:
       return reduce<P, false, SumQTimesNotQ>(t);
+    // Of pairs with weights only, which weighted.h deals with.
+    case Term::kMaximumQ:
+    case Term::kMean:
+      return;
   }
 }
 

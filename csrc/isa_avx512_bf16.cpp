@@ -33,5 +33,9 @@ const Functions<float> kBfloat16OfAvx512 = {kPanel,
                                             add_row<float>,
                                             attract_row<float>,
                                             finish_row<float>,
+                                            nullptr,  // masks and soft labels are not its own
+                                            nullptr,
+                                            nullptr,
+                                            nullptr,
                                             multiply_words_in_registers};
 }  // namespace supcon

@@ -176,6 +176,7 @@ struct Sides {
   Sides(const Problem<Real>& problem, const Isa& isa, const Team& team)
       : problem(problem),
         functions(functions_for(problem, isa)),
+        doubles(isa.f64),
         team(team),
         square(problem.square),
         rows(problem.rows, problem.row_labels, problem.num_rows, problem, functions, team),
@@ -268,6 +269,7 @@ struct Sides {
 
   const Problem<Real>& problem;
   const Functions<Real>& functions;
+  const Functions<double>& doubles;
   const Team& team;
   const bool square;
   const Side<Real> rows;
@@ -290,7 +292,8 @@ struct Sides {
 
   static const Functions<Real>& functions_for(const Problem<Real>& problem, const Isa& isa) {
     if constexpr (std::is_same_v<Real, float>)
-      if (problem.bfloat16 && problem.row_soft == nullptr && isa.bfloat16 != nullptr)
+      if (problem.bfloat16 && problem.row_soft.data == nullptr && problem.mask.data == nullptr &&
+          isa.bfloat16 != nullptr)
         return *isa.bfloat16;
     return isa.functions(Real());
   }

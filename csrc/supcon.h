@@ -12,25 +12,38 @@
 namespace supcon {
 
 // Changes whenever the Python module's functions take or return something else.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 enum class Summation { kOut, kIn };
 enum class Denominator { kAll, kOnePositive, kOnlyNegatives };
 
+// The types of a mask's numbers, and of soft labels'.
+enum class Element { kUint8, kInt8, kInt16, kInt32, kInt64, kHalf, kBfloat16, kFloat, kDouble };
+
+// A matrix of the caller's, read where it is. No data: there is none.
+struct Matrix {
+  const void* data = nullptr;
+  Element element = Element::kFloat;
+  int64_t num_rows = 0, num_cols = 0;
+  int64_t row_stride = 0, col_stride = 0;  // in elements
+};
+
 // A call: N rows (anchors) against M columns (contrasts), or against each other where square.
-// Labels are integers; equal ones are positives, `ignore_label` takes no part. Soft labels, if any,
-// say instead by their products which pairs are positives, with which weight; then no label is
-// ignored, summation is kOut and denominator kAll.
+// Labels are integers; equal ones are positives, `ignore_label` takes no part. A mask, or soft
+// labels, say instead what weight each pair has; then all integer labels are the same, and none is
+// ignored.
 template <typename Real>
 struct Problem {
   const void* rows;           // (N, D), contiguous, of Real, or of bfloat16 (below)
   const void* cols;           // (M, D), contiguous; unused where square
   const int64_t* row_labels;  // (N,)
   const int64_t* col_labels;  // (M,); unused where square
-  const double* row_soft;     // (N, C), or null
-  const double* col_soft;     // (M, C)
-  int64_t num_soft;           // C
-  bool square;                // the columns are the rows
+  // The weight of a pair is the product of its soft labels, where there are any, or the element
+  // (row modulo n, column modulo m) of the mask: > 0 a positive, 0 a negative, < 0 takes no part.
+  Matrix row_soft;  // (N, C)
+  Matrix col_soft;  // (M, C); unused where square
+  Matrix mask;      // (n, m)
+  bool square;      // the columns are the rows
   int64_t num_rows;
   int64_t num_cols;
   int64_t dim;
@@ -99,6 +112,8 @@ enum class Pairs { kAll, kNegatives, kPositives };
 // the column) and q = 1 / (1 + 2^(l - x)), the probability of a positive among the negatives:
 enum class Term {
   kMaximum,    // the largest x
+  kMaximumQ,   // the largest log2(q); weighted pairs only
+  kMean,       // the sum of x; weighted pairs only
   kExp,        // the sum of 2^(x - shift)
   kLogQ,       // the sum of log2(q)
   kQ,          // the sum of q 2^-shift
@@ -137,6 +152,17 @@ struct Bfloat16Tiles {
   PerLine<Real> factor;  // times both factors, the product of two rows is their similarity
 };
 
+// Weights w of pairs, each to be taken relative to a total W of its anchor's. Their code is above 0
+// for a positive, 0 for a negative, below 0 for a pair that takes no part. A positive's is w / W,
+// or -log2(w / W); at least the smallest normal number, which changes neither.
+struct PairWeights {
+  const double* weights;
+  const double* totals;
+  ptrdiff_t total_stride;  // 0: all pairs are of one anchor
+  int count;
+  ptrdiff_t out_stride;
+};
+
 // One pair of tiles. Similarities are base-2 exponents: both sides are scaled by sqrt(log2(e)/tau).
 template <typename Real>
 struct TilePair {
@@ -150,6 +176,9 @@ struct TilePair {
   bool triangle;         // the tiles are one and the same: only columns j > i
   const int32_t* own;    // column of this tile that is the row itself, or negative; null: none
   PerLine<Class<Real>> classes;  // equal ones are positives; null rows: the tiles share none
+  // (num_rows, kScratchStride) weight of each pair for its row and for its column, as `encode` has
+  // it; null: labels are integers. Pairs that take no part are told by their weight alone.
+  PerLine<Real> pair_weights;
   Pairs pairs;
   bool shifted;   // exponents are so large that sums of 2^x need a shift for each row and column
   Real* scratch;  // (kMaxTile, kScratchStride); of bfloat16 as much again for H in words
@@ -206,6 +235,13 @@ struct Functions {
   // out = (grad - along row) factor / scale
   void (*finish)(const Real* grad, Real along, const Real* row, Real factor, Real scale,
                  int64_t dim, Real* out);
+  // `count` elements of a row of the matrix, in float64.
+  void (*read)(const Matrix& from, int64_t row, int64_t col, int64_t count, double* out);
+  // out = x factor, zero where it would be denormal, in a row of the scratch tile
+  void (*scale)(const double* x, double factor, int64_t count, Real* out);
+  // sum += x
+  void (*accumulate)(const Real* x, int64_t count, double* sum);
+  void (*encode)(const PairWeights& weights, bool logarithms, Real* out);
   double (*multiply_in_registers)(int64_t k_size, Real* out);
 };
 

@@ -94,13 +94,23 @@ def test_another_default_device_changes_nothing():
         assert torch.equal(found[0], expected[0])
 
 
-def test_what_it_leaves_to_others():
-    features, soft, mask = torch.randn(4, 3), torch.rand(4, 2), torch.ones(4, 4)
-    with pytest.raises(ValueError, match="it takes labels or none"):
-        native_loss(features, mask=mask)
-    for option in ({"summation": "in"}, {"denominator": "only_negatives"}):
-        with pytest.raises(ValueError, match="it takes soft labels with"):
-            native_loss(features, soft, **option)
+MASK_DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+MASK_DTYPES += [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
+def test_a_mask_is_read_where_it_is(dtype):
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(70, 8, generator=g)
+    values = torch.randint(2 if dtype == torch.bool else 4, (70, 70), generator=g).to(dtype)
+    if dtype.is_floating_point:
+        values -= 1
+        values[0, 1] = values[1, 0] = torch.finfo(dtype).smallest_normal / 4
+    expected = supcon_loss(features, mask=values, backend="reference", reduction="none")
+    for mask in (values, values.T.contiguous().T, values.repeat(2, 2)[:70, ::2].expand(70, 70)):
+        other = supcon_loss(features, mask=mask, backend="reference", reduction="none")
+        torch.testing.assert_close(native_loss(features, mask=mask, reduction="none"), other)
+    torch.testing.assert_close(native_loss(features, mask=values, reduction="none"), expected)
 
 
 def test_a_row_whose_square_overflows_has_no_loss_unless_normalised():
@@ -195,8 +205,9 @@ def threads():
 
 
 @pytest.mark.parametrize("variant", [("out", "all"), ("in", "one_positive")], ids="/".join)
+@pytest.mark.parametrize("targets", ["labels", "soft labels", "mask"])
 @pytest.mark.parametrize("num_cols", [None, 800])
-def test_the_same_bits_from_any_number_of_threads(num_cols, variant, threads):
+def test_the_same_bits_from_any_number_of_threads(num_cols, targets, variant, threads):
     # So many products that the core does take a second thread.
     g = torch.Generator().manual_seed(0)
     arguments = {
@@ -205,8 +216,17 @@ def test_the_same_bits_from_any_number_of_threads(num_cols, variant, threads):
         "summation": variant[0],
         "denominator": variant[1],
     }
-    if num_cols is not None:
+    if targets == "soft labels":
+        arguments["labels"] = torch.randn(600, 300, generator=g).mul(3).softmax(1)
+    if targets == "mask":
+        arguments["mask"] = torch.rand(600, num_cols or 600, generator=g) < 0.1
+        del arguments["labels"]
+    if num_cols is not None and targets == "mask":
+        arguments["contrast_features"] = torch.randn(num_cols, 32, generator=g)
+    elif num_cols is not None:
         names = torch.randint(7, (num_cols,), generator=g)
+        if targets == "soft labels":
+            names = torch.rand(num_cols, 300, generator=g)
         names[100:700] = arguments["labels"]
         arguments["contrast_features"] = torch.randn(num_cols, 32, generator=g)
         arguments |= {"contrast_labels": names, "self_offset": 100}
@@ -342,9 +362,23 @@ def calls(draw):
     return arguments
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(calls())
-def test_any_call_is_right_or_refused(arguments):
+@st.composite
+def weighted_calls(draw):
+    """The same with soft labels or a mask."""
+    arguments = draw(calls()) | {"normalize": True, "reduction": "mean"}
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    if draw(st.booleans()):
+        for name in ("labels", "contrast_labels"):
+            if name in arguments:
+                arguments[name] = torch.rand(len(arguments[name]), 3, generator=g)
+        return arguments
+    arguments = {k: x for k, x in arguments.items() if not k.endswith("labels")}
+    cols = arguments.get("contrast_features", arguments["features"])
+    shape = len(arguments["features"]), len(cols)
+    return arguments | {"mask": torch.randint(-1, 3, shape, generator=g)}
+
+
+def assert_right_or_refused(arguments):
     dtype = arguments["features"].dtype
     try:
         native_loss(**arguments)
@@ -356,3 +390,15 @@ def test_any_call_is_right_or_refused(arguments):
         if name in arguments:
             arguments[name] = arguments[name].double()
     assert_close(native_loss, arguments, dtype)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(calls())
+def test_any_call_is_right_or_refused(arguments):
+    assert_right_or_refused(arguments)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(weighted_calls())
+def test_any_weights_are_right_or_refused(arguments):
+    assert_right_or_refused(arguments)
