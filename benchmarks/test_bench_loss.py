@@ -19,6 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 import bench_loss
+import bench_targets
 import results
 from peak_memory import measure_peak_mib
 from providers import FACTORIES, Provider, Unavailable, dense_loss, make_provider, provider_names
@@ -221,3 +222,10 @@ def test_peak_memory_is_that_of_the_provider_alone() -> None:
     matrix_mib = 2048**2 * 4 / 2**20
     peak = measure_peak_mib("matmuls", workload, num_threads=1)
     assert matrix_mib <= peak.both <= 1.5 * matrix_mib + 8
+
+
+def test_every_kind_of_targets_is_measured(tmp_path: Path) -> None:
+    small = ["--num-rows", "96", "--dim", "8", "--widths", "3", "--rounds", "1"]
+    assert bench_targets.main([*small, "--output-dir", str(tmp_path)]) == 0
+    rows = (tmp_path / bench_targets.RESULTS).read_text().splitlines()
+    assert len(rows) == 1 + len(bench_targets.targets(96, [3]))
