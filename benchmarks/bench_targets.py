@@ -14,10 +14,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from machine import describe_machine
-from results import add_output_options, results_path, write_table
+from measuring.machine import describe_machine
+from measuring.workloads import ERROR_BOUND, SEED
+from reporting.rows import add_output_options, results_path, write_table
 from supcon_kernels import supcon_loss
-from workloads import ERROR_BOUND, SEED
 
 RESULTS = "targets_cpu_float32.csv"
 NUM_CLASSES = 10  # of integer labels, and of the mask

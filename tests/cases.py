@@ -243,6 +243,13 @@ def tiny_weights(g):
     return {"features": randn(g, 6, 4), "labels": (90 * rows).softmax(dim=1)}
 
 
+@case("two samples share a class of labels of 1e-42, far below all others")
+def tiny_class(g):
+    labels = torch.eye(3, dtype=torch.float64)[torch.tensor([0, 0, 1, 1, 0, 2, 2])]
+    labels[5:] *= 1e-42
+    return {"features": randn(g, 7, 4), "labels": labels}
+
+
 @case("labels that are not scaled: the weight of a pair is 1e50, beyond float32")
 def huge_weights(g):
     return {"features": randn(g, 12, 4), "labels": torch.rand(12, 3, generator=g) * 1e25}

@@ -17,6 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import bench_loss
+import bench_targets
 from measuring import admission
 from measuring.peak_memory import measure_peak_mib
 from measuring.providers import (
@@ -203,3 +204,10 @@ def test_peak_memory_is_that_of_the_provider_alone() -> None:
     matrix_mib = 2048**2 * 4 / 2**20
     peak = measure_peak_mib("matmuls", workload, num_threads=1)
     assert matrix_mib <= peak.both <= 1.5 * matrix_mib + 8
+
+
+def test_every_kind_of_targets_is_measured(tmp_path: Path) -> None:
+    small = ["--num-rows", "96", "--dim", "8", "--widths", "3", "--rounds", "1"]
+    assert bench_targets.main([*small, "--output-dir", str(tmp_path)]) == 0
+    rows = (tmp_path / bench_targets.RESULTS).read_text().splitlines()
+    assert len(rows) == 1 + len(bench_targets.targets(96, [3]))

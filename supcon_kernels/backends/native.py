@@ -178,4 +178,4 @@ def _matrix(x: Tensor | None) -> tuple[int, str, int, int, int, int] | None:
     """Where a matrix is, what it holds, its shape and its strides."""
     if x is None:
         return None
-    return x.data_ptr(), str(x.dtype).removeprefix("torch."), *x.shape, *x.stride()  # type: ignore[return-value]
+    return x.data_ptr(), str(x.dtype).removeprefix("torch."), *x.shape, *x.stride()
