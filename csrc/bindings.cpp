@@ -210,11 +210,15 @@ void define(py::module_ module) {
   });
   module.def(
       "peak_flops",
-      [](const std::string& isa, bool is_double, int threads) {
-        const auto measure = is_double ? supcon::peak_flops<double> : supcon::peak_flops<float>;
-        return measure(isa_of(isa), team_of(threads));
+      [](const std::string& name, const std::string& dtype, int threads) {
+        const supcon::Isa& isa = isa_of(name);
+        const supcon::Team team = team_of(threads);
+        constexpr int64_t kIterations = 1 << 22;
+        if (dtype == "float64") return supcon::peak_flops(isa.f64, team, kIterations);
+        const bool in_16_bits = dtype == "bfloat16" && isa.bfloat16 != nullptr;
+        return supcon::peak_flops(in_16_bits ? *isa.bfloat16 : isa.f32, team, kIterations);
       },
-      py::arg("isa"), py::arg("is_double"), py::arg("threads"),
+      py::arg("isa"), py::arg("dtype"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
   // Attributes may be set on it: the caller hangs the tensors there whose memory it points into.
   py::class_<Call>(module, "Call", py::dynamic_attr())

@@ -1,7 +1,5 @@
 // Which of the compiled instruction sets this CPU runs.
 
-#include <algorithm>
-#include <chrono>
 #include <vector>
 
 #include "supcon.h"
@@ -26,19 +24,10 @@ bool runs_bfloat16() {
 // Whether registers multiply bfloat16 faster than float32, which not all CPUs with the instruction
 // do. The rates are equal or two to one, so that noise does not decide.
 bool bfloat16_is_faster(const Isa& isa) {
-  typedef std::chrono::steady_clock Clock;
-  const auto rate = [](const Functions<float>& functions) {
-    float values[] = {1, 0.999f, 1e-3f, 0};
-    const Clock::time_point start = Clock::now();
-    const double operations = functions.multiply_in_registers(1 << 12, values);
-    return operations / std::chrono::duration<double>(Clock::now() - start).count();
-  };
-  double of_bfloat16 = 0, of_f32 = 0;
-  for (int repetition = 0; repetition < 8; ++repetition) {
-    of_f32 = std::max(of_f32, rate(isa.f32));
-    of_bfloat16 = std::max(of_bfloat16, rate(*isa.bfloat16));
-  }
-  return of_bfloat16 > 1.5 * of_f32;
+  const Team alone = {1, [](int, void (*body)(void*), void* context) { body(context); }};
+  constexpr int64_t kIterations = 1 << 13;
+  return peak_flops(*isa.bfloat16, alone, kIterations) >
+         1.5 * peak_flops(isa.f32, alone, kIterations);
 }
 
 }  // namespace

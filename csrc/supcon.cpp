@@ -102,17 +102,15 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
 }
 
 template <typename Real>
-double peak_flops(const Isa& isa, const Team& team) {
+double peak_flops(const Functions<Real>& functions, const Team& team, int64_t iterations) {
   typedef std::chrono::steady_clock Clock;
-  constexpr int64_t kIterations = 1 << 22;
   double best = 0;
   for (int repetition = 0; repetition < 5; ++repetition) {
     std::atomic<int64_t> total{0};
     const Clock::time_point start = Clock::now();
     on_all(team, [&] {
       Real values[] = {Real(1), Real(0.999), Real(1e-3), Real(0)};
-      auto* const multiply = isa.functions(Real()).multiply_in_registers;
-      total += static_cast<int64_t>(multiply(kIterations, values));
+      total += static_cast<int64_t>(functions.multiply_in_registers(iterations, values));
     });
     const std::chrono::duration<double> elapsed = Clock::now() - start;
     best = std::max(best, static_cast<double>(total) / elapsed.count());
@@ -134,7 +132,7 @@ std::vector<std::vector<ScheduledPair>> scheduled_jobs(int64_t num_rows, int64_t
 }
 
 #define SUPCON_INSTANTIATE(Real)                                                              \
-  template double peak_flops<Real>(const Isa&, const Team&);                                  \
+  template double peak_flops(const Functions<Real>&, const Team&, int64_t);                   \
   template void forward(const Problem<Real>&, const Isa&, const Team&, const Results<Real>&); \
   template void backward(const Problem<Real>&, const Isa&, const Team&, const Gradients<Real>&);
 SUPCON_INSTANTIATE(float)

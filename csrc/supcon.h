@@ -255,9 +255,10 @@ struct Isa {
   const Functions<double>& functions(double) const { return f64; }
 };
 
-// Floating-point operations a second that all threads do with registers alone.
+// Floating-point operations a second that all threads do with registers alone, the best of a few
+// runs of so many iterations.
 template <typename Real>
-double peak_flops(const Isa& isa, const Team& team);
+double peak_flops(const Functions<Real>& functions, const Team& team, int64_t iterations);
 
 // A pair of tiles as the schedule hands it out: which counters it waits for, at which turns. -1:
 // the tile is not there, or nothing is added to it. Unless both are there nothing is computed.

@@ -40,8 +40,14 @@ def value_and_gradients(arguments):
     return [loss.detach(), *torch.autograd.grad(loss, [*leaves.values(), temperature])]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("isa", ISAS)
+def dtypes_of(isa):
+    """What an instruction set multiplies with functions of its own."""
+    return [torch.bfloat16] if isa == "avx512_bf16" else [torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize(
+    "isa, dtype", [(isa, dtype) for isa in ISAS for dtype in dtypes_of(isa)], ids=str
+)
 def test_every_instruction_set(isa, dtype, monkeypatch):
     monkeypatch.setattr(native, "isa", isa)
     for k, case in enumerate(CASES):
@@ -49,6 +55,48 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
         if takes("native", arguments):
             assert_close(native_loss, arguments, dtype)
             assert_close(native_loss, case.arguments(), dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_bfloat16_is_multiplied_or_widened_as_the_report_says(isa, monkeypatch):
+    # Widened, its results have the bits of float32 features of the same values.
+    monkeypatch.setattr(native, "isa", isa)
+    features = by_id("several_tiles").arguments()["features"].bfloat16()
+    labels = by_id("several_tiles").arguments()["labels"]
+    narrow, wide = (
+        value_and_gradients({"features": x, "labels": labels}) for x in (features, features.float())
+    )
+    multiplied = native.core.multiplies_bfloat16(isa)
+    assert multiplied == (isa == "avx512_bf16")
+    assert ("in 16 bits" in native.description()) == multiplied
+    assert torch.equal(narrow[1], wide[1].bfloat16()) != multiplied
+    torch.testing.assert_close(narrow[0], wide[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_bfloat16_rows_of_any_size(isa, monkeypatch):
+    # Their products over- and underflow in 16 bits unless each row is brought near 1.
+    monkeypatch.setattr(native, "isa", isa)
+    arguments = by_id("several_tiles").arguments()
+    sizes = torch.logspace(-38, 37, len(arguments["features"]), dtype=torch.float64)
+    arguments["features"] = arguments["features"] * sizes[:, None]
+    assert_close(native_loss, arguments, torch.bfloat16)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_bfloat16_gradient_of_classes_that_have_nearly_converged(isa, monkeypatch):
+    # Softmax and attraction nearly cancel: rounded apart, their roundings are most of the gradient.
+    monkeypatch.setattr(native, "isa", isa)
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(6, (600,), generator=g)
+    centres = 3 * torch.randn(6, 64, generator=g)
+    features = centres[labels] + 0.05 * torch.randn(600, 64, generator=g)
+    leaf = features.bfloat16().requires_grad_()
+    exact = leaf.detach().double().requires_grad_()
+    options = {"labels": labels, "temperature": 0.05}
+    found = torch.autograd.grad(native_loss(leaf, **options), leaf)[0].double()
+    truth = torch.autograd.grad(supcon_loss(exact, **options, backend="reference"), exact)[0]
+    assert (found - truth).abs().max() < 0.05 * truth.abs().max()
 
 
 def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
@@ -207,11 +255,12 @@ def threads():
 @pytest.mark.parametrize("variant", [("out", "all"), ("in", "one_positive")], ids="/".join)
 @pytest.mark.parametrize("targets", ["labels", "soft labels", "mask"])
 @pytest.mark.parametrize("num_cols", [None, 800])
-def test_the_same_bits_from_any_number_of_threads(num_cols, targets, variant, threads):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_from_any_number_of_threads(dtype, num_cols, targets, variant, threads):
     # So many products that the core does take a second thread.
     g = torch.Generator().manual_seed(0)
     arguments = {
-        "features": torch.randn(600, 32, generator=g),
+        "features": torch.randn(600, 32, generator=g).to(dtype),
         "labels": torch.randint(7, (600,), generator=g),
         "summation": variant[0],
         "denominator": variant[1],
@@ -222,13 +271,13 @@ def test_the_same_bits_from_any_number_of_threads(num_cols, targets, variant, th
         arguments["mask"] = torch.rand(600, num_cols or 600, generator=g) < 0.1
         del arguments["labels"]
     if num_cols is not None and targets == "mask":
-        arguments["contrast_features"] = torch.randn(num_cols, 32, generator=g)
+        arguments["contrast_features"] = torch.randn(num_cols, 32, generator=g).to(dtype)
     elif num_cols is not None:
         names = torch.randint(7, (num_cols,), generator=g)
         if targets == "soft labels":
             names = torch.rand(num_cols, 300, generator=g)
         names[100:700] = arguments["labels"]
-        arguments["contrast_features"] = torch.randn(num_cols, 32, generator=g)
+        arguments["contrast_features"] = torch.randn(num_cols, 32, generator=g).to(dtype)
         arguments |= {"contrast_labels": names, "self_offset": 100}
     results = []
     for count in (1, 2, 3, 1):

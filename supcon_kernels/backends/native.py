@@ -127,9 +127,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def _call(problem: Problem) -> Any:
     """The problem as the core takes it, with the tensors whose memory it points into."""
     tau = problem.temperature_tensor
-    is_bfloat16 = all(
-        x.dtype == torch.bfloat16 for x in (problem.rows, problem.cols) if x is not None
-    )
+    is_bfloat16 = problem.rows.dtype == torch.bfloat16
     dtype = torch.bfloat16 if is_bfloat16 else problem.dtype
     rows = problem.rows.to(dtype).contiguous()
     cols = rows if problem.cols is None else problem.cols.to(dtype).contiguous()
