@@ -82,9 +82,10 @@ struct Upstream {
       shifted_weight[k] = static_cast<Real>(weight * std::exp2(rounding(lse[k], exact)));
       plain_weight[k] = static_cast<Real>(weight * std::exp2(-exact));
     }
+    if (!(total > 0)) return;
     if (summation_ == Summation::kOut) {
       pull_by_class[k] = grad / normalizes;
-    } else if (total > 0) {
+    } else {
       normalizes -= std::log2(total);
       normalizer[k] = static_cast<Real>(normalizes);
       shifted_pull[k] = static_cast<Real>(grad * std::exp2(rounding(normalizer[k], normalizes)));

@@ -161,6 +161,14 @@ def test_a_mask_is_read_where_it_is(dtype):
     torch.testing.assert_close(native_loss(features, mask=values, reduction="none"), expected)
 
 
+def test_what_a_long_row_adds_to_its_own_sum_comes_off_again():
+    arguments = by_id("outlier").arguments() | {"reduction": "none"}
+    arguments["labels"] = 0.7 * torch.nn.functional.one_hot(arguments["labels"]) + 0.1
+    exact = supcon_loss(**arguments, backend="reference")
+    loss = native_loss(**arguments | {"features": arguments["features"].float()})
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_a_row_whose_square_overflows_has_no_loss_unless_normalised():
     features = torch.tensor([[1.0, 2.0], [3.0, 1.0], [0.5, 1.5], [3e19, -2e19]])
     labels = torch.tensor([0, 0, 1, 1])
