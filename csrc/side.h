@@ -292,8 +292,8 @@ struct Sides {
 
   static const Functions<Real>& functions_for(const Problem<Real>& problem, const Isa& isa) {
     if constexpr (std::is_same_v<Real, float>)
-      if (problem.bfloat16 && problem.row_soft.data == nullptr && problem.mask.data == nullptr &&
-          isa.bfloat16 != nullptr)
+      if (problem.bfloat16 && problem.dim >= 16 && problem.row_soft.data == nullptr &&
+          problem.mask.data == nullptr && isa.bfloat16 != nullptr)
         return *isa.bfloat16;
     return isa.functions(Real());
   }
