@@ -29,8 +29,9 @@ from typing import Any
 import sass
 from machine import REPOSITORY, describe_machine
 from results import read_rows, render_table, update_document, write_rows
-from supcon_kernels.triton_launch import Launch, shipped_launches
+from supcon_kernels.triton_launch import Launch
 from supcon_kernels.triton_run import source_of
+from supcon_kernels.triton_shipped import shipped_launches
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 DOCS = REPOSITORY / "docs"

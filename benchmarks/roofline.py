@@ -17,7 +17,7 @@ from pathlib import Path
 from gpu.journal import read_rows as read_journal
 from gpu_codegen import DOCS, RESULTS, SHARED_KIB, Compiled, ints
 from results import read_rows, render_table, update_document, write_rows
-from supcon_kernels.triton_launch import padded_dim, slice_of
+from supcon_kernels.triton_tiles import padded_dim, slice_of
 from workloads import Workload
 
 CSV = RESULTS / "roofline.csv"

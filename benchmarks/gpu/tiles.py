@@ -17,7 +17,7 @@ from gpu.place import Items, Place, Row, Skipped
 from gpu.processes import in_processes
 from gpu.timing import time_interleaved
 from supcon_kernels import available_backends, supcon_loss
-from supcon_kernels.triton_launch import Tile
+from supcon_kernels.triton_tiles import Tile
 from workloads import Workload, make_problem
 
 NUM_ROWS = (8192, 32768)
