@@ -373,7 +373,7 @@ def _compile_wanted(args: argparse.Namespace, known: Sequence[Compiled]) -> list
         sources = peer_sources(args.peers, args.dims, args.archs)
     else:
         sources = shipped(args.dtypes, args.dims, args.archs)
-        sources = [source for source in sources if args.labels in source.label]
+        sources = [source for source in sources if re.search(args.labels, source.label)]
     machine = describe_machine("cpu")
     origin = {name: machine[name] for name in ("commit", "dirty")}
     # What is known has this commit's fingerprint, so it is a row of this commit as well.
@@ -388,7 +388,7 @@ def _make_parser() -> argparse.ArgumentParser:
     what.add_argument("--dtypes", type=_names, default=DTYPES, help="as bfloat16,float32")
     what.add_argument("--dims", type=ints, default=DIMS, help="as 64,128")
     what.add_argument("--archs", type=ints, default=tuple(SHARED_KIB), help="as 80,90")
-    what.add_argument("--labels", default="", metavar="TEXT", help="only labels with it: out/all")
+    what.add_argument("--labels", default="", metavar="REGEX", help="only labels with it: out/all$")
     what.add_argument(
         "--peers",
         type=Path,

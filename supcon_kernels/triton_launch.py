@@ -72,24 +72,10 @@ class Launch:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     @functools.cached_property
-    def code(self) -> Code:
-        """All that decides what is compiled."""
-        launch = dataclasses.replace(self, grid=(1, 1, 1), loaded={})
-        pairs = (*launch.signature.items(), *launch.constexprs.items(), *launch.options.items())
-        return Code((launch.kernel, *launch.divisible_by_16, *pairs), launch)
-
-
-@dataclasses.dataclass(frozen=True)
-class Code:
-    """A launch without its grid, equal to others that compile to the same.
-
-    Attributes:
-        key: what it is compared by.
-        launch: the launch.
-    """
-
-    key: tuple[object, ...]
-    launch: Launch = dataclasses.field(compare=False)
+    def code(self) -> tuple[object, ...]:
+        """All that decides what is compiled: equal where the grid alone differs."""
+        pairs = (*self.signature.items(), *self.constexprs.items(), *self.options.items())
+        return (self.kernel, *self.divisible_by_16, *pairs)
 
 
 def powers_fit(temperature: float) -> bool:
@@ -112,7 +98,8 @@ _ARGUMENT_TYPES = {
 # Tensors of the caller, which may begin anywhere.
 _UNALIGNED = "features gradient upstream peak temperature labels anchor_labels contrast_labels"
 
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def _remembered(planned: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -278,11 +265,7 @@ class Plan:
             "_forward_kernel",
             "rows cols row_ids col_ids col_valid first_sums temperature sums padded_rows "
             "num_blocks num_tiles group share max_pieces own_offset host_temperature",
-            {
-                **self._pairs(running),
-                "SECOND": second,
-                **self._tile(tile),
-            },
+            {**self._pairs(running, tile), "SECOND": second},
             self.forward_shares(running).num_programs,
             tile=tile,
         )
@@ -298,10 +281,9 @@ class Plan:
             "rows cols row_ids col_ids row_weights col_weights temperature slices padded_rows "
             "padded_cols num_blocks num_tiles group share own_offset host_temperature",
             {
-                **self._pairs(running),
+                **self._pairs(running, tile),
                 "ROWS_ANCHOR": not of_columns,
                 "COLS_ANCHOR": of_columns or self.square or both_anchor,
-                **self._tile(tile),
                 "SLICE": self._slice,
             },
             self.backward_shares(running, of_columns=of_columns).num_programs,
@@ -344,16 +326,12 @@ class Plan:
     def _variant(self) -> dict[str, Constexpr]:
         return {"OUT": self.summation == "out", "DENOMINATOR": self.denominator}
 
-    def _pairs(self, running: bool) -> dict[str, Constexpr]:
+    def _pairs(self, running: bool, tile: Tile) -> dict[str, Constexpr]:
         return {
             "ON_DEVICE": self.fits is None,
             "EITHER": len(self.running) == 2,
             "RUNNING": running,
             **self._variant,
-        }
-
-    def _tile(self, tile: Tile) -> dict[str, Constexpr]:
-        return {
             "PADDED_DIM": padded_dim(self.dim),
             "ROWS": tile.rows,
             "COLS": tile.cols,
@@ -393,9 +371,7 @@ class Plan:
             or (kind.startswith("*") and name.removesuffix("_ptr") not in _UNALIGNED.split())
         )
         whole_grid = (grid[0], grid[1] if grid[1:] else 1, 1)
-        if tile is None:
-            return Launch(kernel, signature, constexprs, aligned, num_warps, 1, whole_grid)
-        depth = (tile.num_warps, tile.num_stages)
+        depth = (tile.num_warps, tile.num_stages) if tile else (num_warps, 1)
         return Launch(kernel, signature, constexprs, aligned, *depth, whole_grid)
 
     def _type_of(self, name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from supcon_kernels.triton_launch import Launch, Plan
 from supcon_kernels.triton_tiles import Target
 
@@ -19,30 +21,27 @@ def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, L
         its own. Sizes stand in grids alone, so that one number of rows stands for all.
     """
     launches: dict[object, tuple[str, Launch]] = {}
-    for summation in ("out", "in"):
-        for denominator in ("all", "one_positive", "only_negatives"):
-            for normalize, fits in (
-                (True, True),
-                (True, False),
-                (True, None),
-                (False, False),
-                (False, None),
-            ):
-                for num_cols in (None, 16384):
-                    plan = Plan(
-                        dtype="float32" if dtype == "tf32" else dtype,
-                        dim=dim,
-                        num_rows=8192,
-                        num_cols=num_cols,
-                        target=Target(capability, 100),
-                        fits=fits,
-                        summation=summation,
-                        denominator=denominator,
-                        normalize=normalize,
-                        tf32=dtype == "tf32",
-                    )
-                    for label, launch in _launches_of(plan):
-                        launches.setdefault(launch.code, (label, launch))
+    options = itertools.product(
+        ("out", "in"),
+        ("all", "one_positive", "only_negatives"),
+        ((True, True), (True, False), (True, None), (False, False), (False, None)),
+        (None, 16384),
+    )
+    for summation, denominator, (normalize, fits), num_cols in options:
+        plan = Plan(
+            dtype="float32" if dtype == "tf32" else dtype,
+            dim=dim,
+            num_rows=8192,
+            num_cols=num_cols,
+            target=Target(capability, 100),
+            fits=fits,
+            summation=summation,
+            denominator=denominator,
+            normalize=normalize,
+            tf32=dtype == "tf32",
+        )
+        for label, launch in _launches_of(plan):
+            launches.setdefault(launch.code, (label, launch))
     return list(launches.values())
 
 
@@ -64,16 +63,15 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
                 (f"backward of both {call}", plan.backward(running, both_anchor=True)),
                 (f"backward of columns {call}", plan.backward(running, of_columns=True)),
             ]
-    found.append((f"weights {loss}{tau}{given}", plan.weights(n)))
     for reduction in ("mean", "positive_mean", "sum", "none"):
         found.append((f"loss {loss}, {reduction}", plan.loss(reduction)))
-    for sort in (False, True):
-        for anchors in (True, False):
-            side = f"{shape}{'' if anchors else ', not counted'}{', sorted' if sort else ''}"
-            launch = plan.prepare(n, anchors=anchors, sort=sort)
-            found.append((f"prepare{tau}{given}{side}", launch))
-    for dots in (False, True):
-        label = f"gradient{given}{', dots' if dots else ''}"
-        found.append((label, plan.gradient(n, dots=dots)))
-    found.append((f"temperature{tau}{given}", plan.temperature_gradient()))
-    return found
+    for sort, anchors in itertools.product((False, True), (True, False)):
+        side = f"{shape}{'' if anchors else ', not counted'}{', sorted' if sort else ''}"
+        found.append((f"prepare{tau}{given}{side}", plan.prepare(n, anchors=anchors, sort=sort)))
+    return [
+        *found,
+        (f"weights {loss}{tau}{given}", plan.weights(n)),
+        (f"gradient{given}", plan.gradient(n, dots=False)),
+        (f"gradient{given}, dots", plan.gradient(n, dots=True)),
+        (f"temperature{tau}{given}", plan.temperature_gradient()),
+    ]

@@ -1,7 +1,4 @@
-"""What a program of a pair kernel works on at a time: tables of tiles, by architecture, width and dtype.
-
-Nothing here needs triton, torch or a device.
-"""
+"""What a program of a pair kernel works on at a time: tables of tiles, by architecture, width and dtype."""
 
 from __future__ import annotations
 

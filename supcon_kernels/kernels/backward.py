@@ -29,46 +29,45 @@ def softmax(x, power, weight, lse, RUNNING: tl.constexpr):
 
 
 @triton.jit
-def pull(
+def weights_of(weights_ptr, i, padded, AXIS: tl.constexpr, USES_LSE: tl.constexpr):
+    """What anchors ``i`` weigh along AXIS of a tile, by (4, padded) of the weights kernel."""
+    weight = tl.expand_dims(tl.load(weights_ptr + i), AXIS)
+    pull_weight = tl.expand_dims(tl.load(weights_ptr + 2 * padded + i), AXIS)
+    lse = weight
+    pos_lse = weight
+    if USES_LSE:
+        lse = tl.expand_dims(tl.load(weights_ptr + padded + i), AXIS)
+        pos_lse = tl.expand_dims(tl.load(weights_ptr + 3 * padded + i), AXIS)
+    return weight, lse, pull_weight, pos_lse
+
+
+@triton.jit
+def seen_by(
+    weights,  # of the anchors; for "one_positive" lse is 2^lse, and in the pull's weight, unless RUNNING
     x,  # exponents (ROWS, COLS)
     power,  # 2^x, unless RUNNING
-    lse,  # of the anchors' denominators, broadcastable to the tile; their 2^lse unless RUNNING
-    weight,  # of the anchors' positives; of "one_positive" times 2^lse unless RUNNING
-    pos_lse,
     RUNNING: tl.constexpr,
     OUT: tl.constexpr,
     DENOMINATOR: tl.constexpr,
 ):
-    """What a positive takes off the derivative of its pair."""
-    if DENOMINATOR == "one_positive":
-        if RUNNING:
-            _, q, not_q = sigmoid(x - lse)
-            taken = weight * not_q
-            if not OUT:  # q by its logarithm, of which 1 / (1 + t) is no part that could underflow
-                taken *= tl.exp2(tl.minimum(x - lse, 0.0) - pos_lse) * tl.maximum(q, not_q)
-        else:
-            inverse = reciprocal(power + lse)
-            taken = weight * inverse
-            if not OUT:
-                taken *= tl.exp2(x - pos_lse) * inverse
+    """The derivative of a pair by its exponent, and what a positive takes off it."""
+    weight, lse, pull_weight, pos_lse = weights
+    h = softmax(x, power, weight, lse, RUNNING)
+    if DENOMINATOR == "one_positive" and RUNNING:
+        _, q, not_q = sigmoid(x - lse)
+        pull = pull_weight * not_q
+        if not OUT:  # q by its logarithm, of which 1 / (1 + t) is no part that could underflow
+            pull *= tl.exp2(tl.minimum(x - lse, 0.0) - pos_lse) * tl.maximum(q, not_q)
+    elif DENOMINATOR == "one_positive":
+        inverse = reciprocal(power + lse)
+        pull = pull_weight * inverse
+        if not OUT:
+            pull *= tl.exp2(x - pos_lse) * inverse
     elif OUT:
-        taken = tl.broadcast_to(weight, x.shape)
+        pull = tl.broadcast_to(pull_weight, x.shape)
     else:
-        taken = softmax(x, power, weight, pos_lse, RUNNING)
-    return taken
-
-
-@triton.jit
-def weights_of(weights_ptr, i, padded, USES_LSE: tl.constexpr):
-    """What anchors ``i`` weigh, by (4, padded) of the weights kernel, and what it is divided by."""
-    weight = tl.load(weights_ptr + i)
-    pull_weight = tl.load(weights_ptr + 2 * padded + i)
-    lse = weight
-    pos_lse = weight
-    if USES_LSE:
-        lse = tl.load(weights_ptr + padded + i)
-        pos_lse = tl.load(weights_ptr + 3 * padded + i)
-    return weight, lse, pull_weight, pos_lse
+        pull = softmax(x, power, pull_weight, pos_lse, RUNNING)
+    return h, pull
 
 
 @triton.jit
@@ -134,7 +133,7 @@ def _backward_kernel(
         a = tl.load(a_ptrs)
         row_id = tl.load(row_ids_ptr + i)
         if ROWS_ANCHOR:
-            u, lse, v, pos_lse = weights_of(row_weights_ptr, i, padded_rows, USES_LSE)
+            row_weights = weights_of(row_weights_ptr, i, padded_rows, 1, USES_LSE)
         gradient = tl.zeros((ROWS, SLICE), tl.float32)
 
         # The tiles before those that hold a row itself, those, and the tiles after them.
@@ -143,50 +142,21 @@ def _backward_kernel(
                 j = tile * COLS + k
                 tile_ptr = cols_ptr + tl.cast(tile, tl.int64) * (COLS * PADDED_DIM)
                 col_id = tl.load(col_ids_ptr + j)
+                b_ptrs = tile_ptr + b_offsets
                 x = exponents(
-                    a,
-                    a_ptrs,
-                    tile_ptr + b_offsets,
-                    scale,
-                    ROWS,
-                    COLS,
-                    NUM_CHUNKS,
-                    CHUNK,
-                    PRECISION,
-                    RUNNING,
+                    a, a_ptrs, b_ptrs, scale, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION, RUNNING
                 )
                 power = x
                 if not RUNNING:
                     power = tl.exp2(x)
                 if ROWS_ANCHOR:
-                    h = softmax(x, power, u[:, None], lse[:, None], RUNNING)
-                    pulled = pull(
-                        x,
-                        power,
-                        lse[:, None],
-                        v[:, None],
-                        pos_lse[:, None],
-                        RUNNING,
-                        OUT,
-                        DENOMINATOR,
-                    )
+                    h, pull = seen_by(row_weights, x, power, RUNNING, OUT, DENOMINATOR)
                 if COLS_ANCHOR:
-                    of_cols = weights_of(col_weights_ptr, j, padded_cols, USES_LSE)
-                    col_u, col_lse, col_v, col_pos_lse = of_cols
-                    of_col = softmax(x, power, col_u[None, :], col_lse[None, :], RUNNING)
-                    h = h + of_col if ROWS_ANCHOR else of_col
-                    of_col = pull(
-                        x,
-                        power,
-                        col_lse[None, :],
-                        col_v[None, :],
-                        col_pos_lse[None, :],
-                        RUNNING,
-                        OUT,
-                        DENOMINATOR,
-                    )
-                    pulled = pulled + of_col if ROWS_ANCHOR else of_col
-                of_positive = h - pulled if DENOMINATOR == "all" else -pulled
+                    col_weights = weights_of(col_weights_ptr, j, padded_cols, 0, USES_LSE)
+                    col_h, col_pull = seen_by(col_weights, x, power, RUNNING, OUT, DENOMINATOR)
+                    h = h + col_h if ROWS_ANCHOR else col_h
+                    pull = pull + col_pull if ROWS_ANCHOR else col_pull
+                of_positive = h - pull if DENOMINATOR == "all" else -pull
                 h = tl.where(row_id[:, None] == col_id[None, :], of_positive, h)
                 if part == 1:
                     h = tl.where(j[None, :] != (own_offset + i)[:, None], h, 0.0)

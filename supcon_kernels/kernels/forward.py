@@ -77,8 +77,6 @@ def _forward_kernel(
             return
     scale = 1.0 / (tau * LN2)
     NUM_CHUNKS: tl.constexpr = PADDED_DIM // CHUNK
-    # Without a maximum each thread has sums of its own: adding along rows comes last.
-    PLACES: tl.constexpr = not RUNNING
     padded_rows = padded_rows.to(tl.int64)
     k = tl.arange(0, COLS)
     d = tl.arange(0, CHUNK)
@@ -98,16 +96,13 @@ def _forward_kernel(
                 first_sums_ptr, i, i >= 0, padded_rows, num_pieces, max_pieces
             )
             lse = log_sum(negatives, largest)
-        if PLACES:
-            total = tl.zeros((ROWS, 8), tl.float32)
-            pos_total = total
-            largest = tl.zeros((ROWS,), tl.float32)
-            pos_largest = largest
-        else:
+        # Without a maximum each thread has sums of its own: adding along rows comes last.
+        total = tl.zeros((ROWS, 8), tl.float32)
+        if RUNNING:
             total = tl.zeros((ROWS,), tl.float32)
-            pos_total = total
-            largest = tl.full((ROWS,), LOWEST, tl.float32)
-            pos_largest = tl.zeros((ROWS,), tl.float32) if OUT else largest
+        pos_total = total
+        largest = tl.full((ROWS,), LOWEST if RUNNING else 0.0, tl.float32)
+        pos_largest = tl.zeros((ROWS,), tl.float32) if OUT else largest
 
         # The tiles before those that hold a row itself, those, and the tiles after them.
         for part in tl.static_range(3):
@@ -168,7 +163,7 @@ def _forward_kernel(
                     pos_total += add_places(tl.where(positive, of_positives, 0.0))
                     total += add_places(power if SECOND else power * valid[None, :])
 
-        if PLACES:
+        if not RUNNING:
             total = tl.sum(total, axis=1)
             pos_total = tl.sum(pos_total, axis=1)
         out = sums_ptr + (run - before // share) * 4 * padded_rows + i

@@ -81,9 +81,7 @@ def _loss_kernel(
             softmax_weight = rest / normaliser
         else:
             loss += log_sum(total, largest)
-        if (
-            OUT and DENOMINATOR == "all"
-        ):  # what the positives hold, all hold: below 0 it is roundings
+        if OUT and DENOMINATOR == "all":  # all hold what positives hold: below 0 it is roundings
             loss = tl.where(loss < 0.0, 0.0, loss)
 
         loss = tl.where(contributes, loss * LN2, 0.0) + poison

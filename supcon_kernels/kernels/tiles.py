@@ -166,16 +166,14 @@ def merged(sums_ptr, i, mask, padded_rows, num_pieces, max_pieces):
         max_pieces: of any block.
     """
     largest = tl.full(i.shape, LOWEST, tl.float32)
-    for piece in range(max_pieces):
-        at = sums_ptr + (piece * 4 + 1) * padded_rows + i
-        here = tl.load(at, mask=mask & (piece < num_pieces), other=LOWEST)
-        largest = tl.maximum(largest, here)
     total = tl.zeros(i.shape, tl.float32)
     for piece in range(max_pieces):
         at = sums_ptr + piece * 4 * padded_rows + i
         here = tl.load(at, mask=mask & (piece < num_pieces), other=0.0)
         shift = tl.load(at + padded_rows, mask=mask & (piece < num_pieces), other=LOWEST)
-        total += here * tl.exp2(shift - largest)
+        new = tl.maximum(largest, shift)
+        total = total * tl.exp2(largest - new) + here * tl.exp2(shift - new)
+        largest = new
     return total, largest
 
 
