@@ -23,6 +23,8 @@ from workloads import Workload
 CSV = RESULTS / "roofline.csv"
 NUM_ROWS = (1024, 4096, 8192, 32768, 131072)
 PHASES = ("forward", "backward")
+# Where float32 by three products of TF32 is compared with chunks of the dense formula.
+WIDTHS, ROWS_OF_WIDTHS = (128, 256, 512, 1024), 8192
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ CARDS = (
 REGISTERS_PER_SM = 65536
 LAUNCH_US = 2.5
 """Assumed for one launch: what NVIDIA reports for launching a straight-line CUDA graph."""
+L2_BYTES_PER_CLOCK = 5120
+"""Of a card: the A100's, by its architecture whitepaper; assumed of its successors, too."""
+CHUNK_BYTES = 2**25
+"""Of a chunk of scores, which L2 holds on every card."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +220,43 @@ def bound(
     )
 
 
+def chunked_bound(card: Card, workload: Workload, phase: str) -> Bound:
+    """The dense formula in chunks of rows, by cuBLAS, in three products of TF32 and one fused pass.
+
+    The forward writes scores and reads them once; the backward also writes the two parts of H that
+    are multiplied, and reads them once. Kernels follow each other, so that all times add up.
+    """
+    num_rows, dim = workload.num_rows, workload.dim
+    products, passes_bytes, launches = {"forward": (1, 8, 2), "backward": (2, 24, 4)}[phase]
+    launches *= -(-4 * num_rows**2 // CHUNK_BYTES)
+    matrix_us = 1e-6 * 2 * 3 * products * num_rows**2 * dim / card.matrix_tflops["tf32"]
+    memory_us = 1e-3 * passes_bytes * num_rows**2 / (L2_BYTES_PER_CLOCK * card.clock_ghz)
+    exponential_us = 1e-3 * num_rows**2 / (card.ex2_per_sm_clock * card.sm_ghz)
+    times = {
+        "matrix_us": matrix_us,
+        "exponential_us": exponential_us,
+        "memory_us": memory_us,
+        "launch_us": LAUNCH_US * launches,
+    }
+    return Bound(
+        scheme="chunked dense",
+        card=card.name,
+        num_rows=num_rows,
+        dim=dim,
+        dtype="float32",
+        phase=phase,
+        products=products,
+        exponentials=1,
+        launches=launches,
+        programs=1,
+        instruction_us=None,
+        serial_us=matrix_us + max(memory_us, exponential_us),
+        least_us=matrix_us + max(memory_us, exponential_us) + LAUNCH_US * launches,
+        limit=max(times, key=times.__getitem__).removesuffix("_us"),
+        **times,
+    )
+
+
 def _kernel_us(
     scheme: Scheme, card: Card, kernel: PairKernel, workload: Workload, compiled: Sequence[Compiled]
 ) -> dict[str, float]:
@@ -284,6 +327,20 @@ def all_bounds(
     ]
 
 
+def float32_bounds(cards: Sequence[Card] = CARDS) -> list[Bound]:
+    """Three products of TF32 in the kernels' tiles beside chunks of the dense formula."""
+    compiled, ours = read_compiled(), SCHEMES[0]
+    calls = [
+        (card, Workload(ROWS_OF_WIDTHS, dim, dtype="float32")) for dim in WIDTHS for card in cards
+    ]
+    return [
+        each
+        for card, call in calls
+        for phase in PHASES
+        for each in (bound(ours, card, call, phase, compiled), chunked_bound(card, call, phase))
+    ]
+
+
 def find_card(device_name: str) -> Card | None:
     """The card of that name, as torch gives it: 'NVIDIA H100 80GB HBM3'."""
     return next((card for card in CARDS if card.name in device_name.split()), None)
@@ -314,6 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         cards = CARDS if args.rates is None else _measured_card(args.rates)
         bounds = all_bounds(args.rows, args.dims, args.dtypes, cards)
+        bounds += [b for b in float32_bounds(cards) if b not in bounds]
     print("A MODEL, NOT A MEASUREMENT: the least time in µs, and the limit that binds.")
     print(full_table(bounds))
     if args.check:
@@ -393,9 +451,32 @@ def document_block(bounds: Sequence[Bound]) -> str:
             products = "+".join(str(scheme.products(p, bounds[0].dim, "bfloat16")) for p in PHASES)
             times = [f"{_us(b.least_us)} ({b.limit})" for b in each]
             cells.append([str(num_rows), scheme.name, products, *times])
+    return f"{_table_of_rows(bounds[0].dim, cells)}\n\n{_table_of_widths(bounds)}"
+
+
+def _table_of_rows(dim: int, cells: Sequence[Sequence[str]]) -> str:
     return (
-        f"Model, not measured: least µs at D={bounds[0].dim}, bfloat16 (Inf-CL: widened to float32), "
+        f"Model, not measured: least µs at D={dim}, bfloat16 (Inf-CL: widened to float32), "
         f"and the limit that binds (serial: units one after another).\n\n{render_table(cells, markdown=True)}"
+    )
+
+
+def _table_of_widths(bounds: Sequence[Bound]) -> str:
+    """Forward and backward together in float32, by width."""
+    of_both: dict[tuple[int, str, str], float] = {}
+    for b in bounds:
+        if (b.dtype, b.num_rows) == ("float32", ROWS_OF_WIDTHS):
+            key = (b.dim, b.scheme, b.card)
+            of_both[key] = of_both.get(key, 0.0) + b.least_us
+    schemes = (SCHEMES[0].name, "chunked dense")
+    cells = [["D", *(f"{card.name} {scheme}" for card in CARDS for scheme in schemes)]]
+    cells += [
+        [str(dim), *(_us(of_both.get((dim, s, card.name))) for card in CARDS for s in schemes)]
+        for dim in WIDTHS
+    ]
+    return (
+        f"Model, not measured: least µs of forward and backward at N={ROWS_OF_WIDTHS}, float32 in "
+        f"three products of TF32.\n\n{render_table(cells, markdown=True)}"
     )
 
 
