@@ -24,7 +24,7 @@ from reporting.rows import add_output_options, results_path, write_table
 from supcon_kernels import op, supcon_loss
 from supcon_kernels.backends import native, triton
 from supcon_kernels.problem import Problem
-from supcon_kernels.triton_launch import Target
+from supcon_kernels.triton_tiles import Target
 
 RESULTS = "overhead_cpu_float32.csv"
 SIZES = (4, 256, 512, 1024, 2048)

@@ -9,6 +9,7 @@ tensor cores, or holds an atomic on global memory: python benchmarks/gpu_codegen
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -51,7 +52,7 @@ def _compile_wanted(args: argparse.Namespace, known: Sequence[Compiled]) -> list
         sources = peer_sources(args.peers, args.dims, args.archs)
     else:
         sources = shipped(args.dtypes, args.dims, args.archs)
-        sources = [source for source in sources if args.labels in source.label]
+        sources = [source for source in sources if re.search(args.labels, source.label)]
     machine = describe_machine("cpu")
     commit, dirty = machine["commit"], machine["dirty"]
     # What is known has this commit's fingerprint, so it is a row of this commit as well.
@@ -79,7 +80,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--archs", type=ints, default=tuple(SHARED_KIB), help="such as 80,90; default: all"
     )
     what.add_argument(
-        "--labels", default="", metavar="TEXT", help="only kernels whose label contains it: out/all"
+        "--labels", default="", metavar="REGEX", help="only kernels whose label has it: out/all$"
     )
     what.add_argument(
         "--peers",

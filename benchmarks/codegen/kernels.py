@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from codegen.chips import MACS, SHARED_KIB, TENSOR_MEMORY_COLUMNS
 from reporting.rows import RESULTS, read_rows
-from supcon_kernels.triton_launch import Launch, shipped_launches
+from supcon_kernels.triton_launch import Launch
+from supcon_kernels.triton_shipped import shipped_launches
 
 OURS_CSV, PEERS_CSV = RESULTS / "gpu_codegen.csv", RESULTS / "gpu_codegen_peers.csv"
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
