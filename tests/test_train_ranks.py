@@ -18,11 +18,10 @@ import torch
 import leaving_ranks
 import train_ranks
 from data.views import Views
-from network.embedder import build_model, sync_batch_norms
-from run.checkpoint import load_checkpoint
-from run.config import PretrainConfig
+from network.embedder import sync_batch_norms
 from run.errors import UserError
 from train_fixtures import TINY, TRAIN, metrics, pretrain
+from train_parts import build_model, load_checkpoint, options_of
 from train_ranks import CARRYING, OPTIONS, STEPS
 
 SECONDS = 120
@@ -91,7 +90,7 @@ def test_first_process_alone_speaks(found):
 def test_trains_as_one_process_does(found, monkeypatch, name):
     monkeypatch.setattr(Views, "random", train_ranks.plain_view)
     alone = train_ranks.train(STEPS[name])
-    begun = build_model(alone.config, channels=1).state_dict()
+    begun = build_model(options_of(**STEPS[name]), channels=1).state_dict()
     for losses, state in (of_rank[name] for of_rank in found):
         assert losses == found[0][name][0]
         assert losses == pytest.approx(alone.losses, rel=1e-5)
@@ -99,11 +98,11 @@ def test_trains_as_one_process_does(found, monkeypatch, name):
             torch.testing.assert_close(value, alone.model.state_dict()[key], rtol=1e-4, atol=1e-5)
         moved = state["model"]["head.0.weight"] - begun["head.0.weight"]
         assert moved.abs().max() > 1e-3
-        if alone.momentum_queue is not None:
-            queue = state["memory"]["queue.features"], state["memory"]["queue.labels"]
-            assert torch.equal(queue[0], found[0][name][1]["memory"]["queue.features"])
+        if "queue_size" in STEPS[name]:
+            queue = state["method"]["queue.features"], state["method"]["queue.labels"]
+            assert torch.equal(queue[0], found[0][name][1]["method"]["queue.features"])
             ours, theirs = (
-                labels.sort().values for labels in (queue[1], alone.momentum_queue.queue.labels)
+                labels.sort().values for labels in (queue[1], alone.method.queue.labels)
             )
             assert torch.equal(ours, theirs)
 
@@ -121,7 +120,7 @@ def test_evaluates_as_one_process_does(found, folder):
     trainer = train_ranks.train(STEPS["batch norm"])
     state = found[0]["batch norm"][1]
     trainer.load_state_dict(state)
-    expected = train_ranks.predictions(trainer)
+    expected = train_ranks.predictions(trainer, STEPS["batch norm"])
     assert torch.equal(found[0]["predictions"], expected)
     assert torch.equal(found[1]["predictions"], expected)
 
@@ -188,7 +187,7 @@ def test_another_number_of_processes_is_refused(found, folder):
 
 
 def test_batch_norms_become_those_of_all_processes():
-    config = PretrainConfig(model="resnet10", width=4)
+    config = options_of(model="resnet10", width=4)
     plain = build_model(config, channels=1)
     names = {name for name, part in plain.named_modules() if isinstance(part, torch.nn.BatchNorm2d)}
     state = {key: value.clone() for key, value in plain.state_dict().items()}

@@ -18,16 +18,16 @@ from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from data.batches import training_batches
-from data.sources import load_data
-from data.views import Views, build_views
-from evaluation.evaluator import Evaluation
+from data.views import Views
+from evaluation.evaluator import Evaluator
 from pretrain import pretrain
 from run.command_line import parse
-from run.config import PretrainConfig
 from run.errors import UserError
+from run.options import PretrainOptions
 from run.processes import ALONE, Ranks, joined
 from supcon_kernels import grad_cache_backward, supcon_loss
 from train_fixtures import TINY
+from train_parts import build_views, load_data, options_of, trainer_of
 from training.trainer import Trainer
 
 # Three epochs of ten steps.
@@ -52,32 +52,32 @@ STEPS: dict[str, dict[str, Any]] = {
 def run(folder: Path, ranks: Ranks, *options: object) -> Path:
     """One run of pretrain.py by processes that are there already."""
     arguments = [*TINY, *OPTIONS, f"--output_dir={folder}", *map(str, options)]
-    config = parse(PretrainConfig, arguments, prog="", description="")
+    config = parse(PretrainOptions, arguments, prog="", description="")
     return pretrain(config, torch.device("cpu"), ranks)
 
 
 def train(options: dict[str, Any], ranks: Ranks = ALONE) -> Trainer:
     """A trainer after some steps."""
-    config = PretrainConfig(
-        batch_size=64, warmup_epochs=0, learning_rate=0.05, device="cpu", **options
+    config = options_of(
+        batch_size=64, epochs=1, warmup_epochs=0, learning_rate=0.05, device="cpu", **options
     )
     data = load_data(config)
     # Without the minutes of a C++ compiler.
     with patch("torch.compile", partial(torch.compile, backend="aot_eager")):
-        trainer = Trainer(
-            config, data, steps_per_epoch=9, total_steps=9, device=torch.device("cpu"), ranks=ranks
-        )
-    place = {"rank": ranks.rank, "world_size": ranks.world_size}
-    _, batches = training_batches(data.train, batch_size=64, seed=0, workers=0, **place)
+        trainer = trainer_of(config, data, steps_per_epoch=9, ranks=ranks)
+    _, batches = training_batches(data.train, config.batches, seed=0, ranks=ranks)
     trainer.losses = []
     for step, (images, labels) in zip(range(NUM_STEPS), batches):
         trainer.losses.append(trainer.step(images, labels, step).item())
     return trainer
 
 
-def predictions(trainer: Trainer) -> torch.Tensor:
+def predictions(trainer: Trainer, options: dict[str, Any]) -> torch.Tensor:
     """Of the test images, as a run measures them."""
-    evaluation = Evaluation(trainer, load_data(trainer.config), before_batch=lambda: None)
+    config = options_of(**options)
+    evaluation = Evaluator(
+        trainer, load_data(config), config.evaluation, workers=0, before_batch=lambda: None
+    )
     state = evaluation.baselines()
     evaluation.measure(state)
     return torch.cat(
@@ -162,7 +162,7 @@ def check_all(folder: Path, ranks: Ranks) -> dict[str, Any]:
         run(folder, ranks, *options, f"--resume={resumed / 'step-12.pt'}")
     found["name taken"] = outcome(lambda: run(folder, ranks, "--name=plain"))
 
-    config = PretrainConfig(image_size=8)
+    config = options_of(image_size=8)
     images = torch.arange(4 * 64, dtype=torch.uint8).view(4, 1, 8, 8)
     views = build_views(config, load_data(config), ranks)
     found["view"] = views.random(images, step=1, view=0)
@@ -172,7 +172,7 @@ def check_all(folder: Path, ranks: Ranks) -> dict[str, Any]:
     for name, options in STEPS.items():
         trainer = train(options, ranks)
         found[name] = trainer.losses, trainer.state_dict()
-    found["predictions"] = predictions(trainer)
+    found["predictions"] = predictions(trainer, options)
     found["gradient"] = gradient_by_chunks(ranks)
     return found
 

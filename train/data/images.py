@@ -166,6 +166,7 @@ class ImageData:
 
     Attributes:
         validation: of the training images those that are held out to choose by, if any.
+        name: as --dataset has it.
     """
 
     train: Split
@@ -176,3 +177,4 @@ class ImageData:
     mean: list[float]
     std: list[float]
     validation: Split | None = None
+    name: str = ""

@@ -36,7 +36,7 @@ PATIENCE = 3.0
 REASON, SPOKEN = "reason", "spoken"
 
 
-@dataclass
+@dataclass(eq=False)
 class Ranks:
     """This process among those of its run. Every process makes the calls of all methods, in order.
 
