@@ -96,7 +96,7 @@ def test_killed_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
         child.join()
         saved = open_newest(checkpoints_in(tmp_path), lambda saved: None)
         step = saved.state.step
-        assert torch.equal(saved["model"]["weight"], torch.full((1000,), step))
+        assert torch.equal(saved.content["model"]["weight"], torch.full((1000,), step))
         for name in ("last.pt", "best.pt"):
             load_checkpoint(tmp_path / name)
         newest.append((step, abs(child.exitcode)))

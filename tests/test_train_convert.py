@@ -122,7 +122,7 @@ def test_only_with_trust_anything_else_is_unpickled(tmp_path):
     write_theirs(path, epoch=Code(str(mark)))
     argv = ["--supcontrast", str(path), "--output", str(tmp_path / "encoder.safetensors")]
     with pytest.raises(
-        UserError, match=r"more than weights and options.*mkdir.*--trust true"
+        UserError, match=r"more than weights and options.*mkdir.*--trust it"
     ) as raised:
         main(argv)
     assert "\n" not in str(raised.value) and not mark.exists()

@@ -421,7 +421,7 @@ def test_one_class_ends_with_one_line(tmp_path, capsys, dataset):
         write_fashion_mnist(tmp_path, packed=False, num_classes=1)
         options = ("--dataset", dataset, "--data_root", tmp_path)
     with pytest.raises(SystemExit) as ended:
-        run_script(lambda: pretrain(tmp_path / "runs", *options))
+        run_script(lambda: pretrain(tmp_path / "runs", *options, "--batch_size", 4))
     assert ended.value.code == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "has one class alone" in error

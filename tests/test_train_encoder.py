@@ -16,8 +16,9 @@ from torchvision.transforms.v2 import functional as transforms
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from evaluation.embeddings import encode_stored
+from network.weights import write_encoder
 from run.errors import UserError
-from run.saved_run import open_encoder, write_encoder
+from run.saved_run import open_encoder
 from train_fixtures import pretrain, weights, write_images
 from train_parts import build_model, build_views, load_data, load_first_weights, options_of
 
@@ -214,6 +215,7 @@ def test_export_rebuilds_encoder_and_input(tmp_path, channels, options):
     write_encoder(tmp_path, model.encoder, config.network, data)
 
     loaded = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()
+    loaded = loaded.to(memory_format=torch.channels_last)
     expected = model.encoder.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())

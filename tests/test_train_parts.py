@@ -276,9 +276,7 @@ def test_residual_blocks_begin_as_asked(stem, zero):
 
 def test_residual_blocks_that_a_model_lacks_are_named():
     config = options_of(model="test_vit", stem="standard", zero_init_residual=False)
-    with pytest.raises(
-        UserError, match=r"--no_zero_init_residual: --model test_vit has no such"
-    ):
+    with pytest.raises(UserError, match=r"--no_zero_init_residual: --model test_vit has no such"):
         build_model(config, channels=3)
 
 

@@ -63,7 +63,7 @@ def assert_same(run, whole):
     assert (run / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
     for name in ("last.pt", "best.pt"):
         saved, expected = (load_checkpoint(path / name) for path in (run, whole))
-        for part in ("model", "ema", "memory", "probe", "optimizer", "random_states", "state"):
+        for part in ("model", "ema", "method", "probe", "optimizer", "random_states", "state"):
             torch.testing.assert_close(saved[part], expected[part], rtol=0, atol=0)
 
 

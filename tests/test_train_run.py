@@ -112,6 +112,7 @@ def test_encoder_is_rebuilt_from_its_metadata_alone(run):
         about = json.loads(file.metadata()["encoder"])
     encoder = timm.create_model(about["model"], **about["options"])
     encoder.load_state_dict(load_file(path))
+    encoder = encoder.to(memory_format=torch.channels_last)
     size, mean, std = (about[key] for key in ("image_size", "mean", "std"))
     views = Views(nn.Identity(), image_size=size, mean=mean, std=std, seed=0)
 

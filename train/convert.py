@@ -96,11 +96,11 @@ def read_supcontrast(path: Path, *, trust: bool) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([Namespace]):
             saved = torch.load(path, map_location="cpu", weights_only=not trust)
     except UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
+        code = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
             f"--supcontrast {path} holds more than weights and options"
-            f"{f' ({named[1]})' if named else ''}: with --trust it is read all the same, and may run any code; give that to a file alone "
-            "whose makers you trust"
+            f"{f' ({code[1]})' if code else ''}: with --trust it is read all the same, and may run "
+            "any code; give that to a file alone whose makers you trust"
         ) from error
     except Exception as error:  # of whatever it unpickles
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -9,6 +9,7 @@ below FOLDER; and where FOLDER holds a folder per class `labels`, (N,), and `cla
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def embed_folder(options: EmbedOptions) -> Path:
     encode = partial(encode_stored, run.network().to(device), views)
     embeddings = embed(encode, split, device=device, workers=options.workers).float().cpu()
 
-    arrays = {
+    arrays: dict[str, Any] = {
         "embeddings": embeddings.numpy(),
         "paths": np.array([Path(path).relative_to(options.images).as_posix() for path in found]),
     }

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,11 +106,13 @@ def sequential_batches(
 def _loader(
     split: Split | Crops, batches: TrainingOrder | list[list[int]], workers: int
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    placed = isinstance(split, Crops) and isinstance(batches, TrainingOrder)
+    sampler: Any = batches
+    if isinstance(split, Crops) and isinstance(batches, TrainingOrder):
+        sampler = PlacedOrder(batches)
     return DataLoader(
         split,
         batch_size=None,
-        sampler=PlacedOrder(batches) if placed else batches,
+        sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_leave_process_group,

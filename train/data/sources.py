@@ -261,7 +261,8 @@ def _of_torchvision(
 ) -> DataSet:
     """A split of a data set, which torchvision downloads, if it may, where it is not there yet."""
     try:
-        return kind(root, download=fetch, **split)
+        found: DataSet = kind(root, download=fetch, **split)
+        return found
     except Exception as error:
         if not fetch:
             raise UserError(

@@ -251,13 +251,14 @@ def _changes(name: str, data: ImageData) -> list[nn.Module]:
 
 def _handwriting() -> nn.Module:
     """Slant, turn, shift and scale as handwriting does; a flip would make another digit."""
-    return K.RandomAffine(
+    change: nn.Module = K.RandomAffine(
         degrees=15.0,
         translate=(0.1, 0.1),
         scale=(0.8, 1.2),
         shear=torch.tensor([-10.0, 10.0, -10.0, 10.0]),
         p=1.0,
     )
+    return change
 
 
 def _colours(channels: int, *, strength: float = 0.5) -> list[nn.Module]:
@@ -277,4 +278,5 @@ def _colours(channels: int, *, strength: float = 0.5) -> list[nn.Module]:
 def _blur(size: int) -> nn.Module:
     # A tenth of the side, as SimCLR has it, rounded to an odd number.
     kernel = max(3, size // 10 // 2 * 2 + 1)
-    return K.RandomGaussianBlur((kernel, kernel), sigma=(0.1, 2.0), p=0.5)
+    blur: nn.Module = K.RandomGaussianBlur((kernel, kernel), sigma=(0.1, 2.0), p=0.5)
+    return blur

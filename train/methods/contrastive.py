@@ -6,7 +6,7 @@ Khosla et al., Supervised Contrastive Learning, arXiv 2004.11362; Chen et al., S
 import math
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -89,7 +89,7 @@ class Contrastive(Method):
             **self.contrast(),
         )
 
-    def contrast(self) -> dict[str, Tensor]:
+    def contrast(self) -> dict[str, Any]:
         """The arguments of supcon_loss that name what the views are contrasted with."""
         return {}
 

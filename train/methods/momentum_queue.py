@@ -5,6 +5,7 @@ He et al., Momentum Contrast, arXiv 1911.05722; with labels in the appendix of a
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class MomentumQueue(Contrastive):
         keys = self.encoder(torch.cat(views[1:]), step)
         self.queue.enqueue(keys, targets.repeat(len(views) - 1), group=self.ranks.group)
 
-    def contrast(self) -> dict[str, Tensor]:
+    def contrast(self) -> dict[str, Any]:
         """The keys in the queue, and their classes."""
         return {"contrast_features": self.queue.features, "contrast_labels": self.queue.labels}
 

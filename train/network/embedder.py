@@ -133,7 +133,7 @@ def build_model(
     name, arguments = encoder_recipe(options, channels=channels, image_size=image_size)
     size = image_size or 32
     # Not part of what the encoder is: weights of either beginning fit.
-    start = {} if options.zero_init_residual else {"zero_init_last": False}
+    start: dict[str, Any] = {} if options.zero_init_residual else {"zero_init_last": False}
     try:
         with out_of_memory_names(model=options.model, width=options.width, image_size=image_size):
             encoder = timm.create_model(name, **arguments, **start)

@@ -118,7 +118,7 @@ def _add_room(parser: ArgumentParser, room: type[Any]) -> None:
     types = get_type_hints(room)
     for option in fields(room):
         required = option.default is MISSING
-        how = {"required": True} if required else {"default": option.default}
+        how: dict[str, Any] = {"required": True} if required else {"default": option.default}
         how["help"] = described[option.name]
         if types[option.name] is bool:
             how |= {"action": ActionYesNo(no_prefix="no_"), "nargs": "?"}

@@ -52,7 +52,7 @@ class PretrainOptions:
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> "PretrainOptions":
         """Sort options into their rooms; those that are not named have their defaults."""
-        rooms = {room.name: room.default_factory for room in fields(cls)}
+        rooms = get_type_hints(cls)
         sorted_values: dict[str, dict[str, Any]] = {room: {} for room in rooms}
         room_of = {option.name: room for room in rooms for option in fields(rooms[room])}
         for name, value in values.items():

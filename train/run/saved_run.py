@@ -221,7 +221,7 @@ def _is_of(value: object, kind: Any) -> bool:
     if inside:
         return any(_is_of(value, one) for one in inside)
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
     return type(value) is kind
 
 

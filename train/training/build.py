@@ -1,5 +1,7 @@
 """The trainer that the options ask for: network, views, method, optimiser and schedule, put together."""
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -104,7 +106,9 @@ def _network(
     # For training alone, whose batches have one size: evaluation stays as exact as without, and
     # what it sees cannot lead to another program for training. The names of the weights are the
     # model's own.
-    network = torch.compile(model, dynamic=False) if options.step.compile else model
+    network: nn.Module = model
+    if options.step.compile:
+        network = cast(nn.Module, torch.compile(model, dynamic=False))
     if ranks.group is None:
         return network
     device = next(model.parameters()).device

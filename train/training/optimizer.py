@@ -96,4 +96,6 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 def gradient_norm(optimizer: Optimizer) -> Tensor:
     """The norm of all gradients together, a scalar on their device."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    return torch.stack([weight.grad.norm() for weight in weights if weight.grad is not None]).norm()
+    norms = [weight.grad.norm() for weight in weights if weight.grad is not None]
+    total: Tensor = torch.stack(norms).norm()
+    return total

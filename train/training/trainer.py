@@ -212,9 +212,11 @@ class Trainer:
 
     def broadcast_statistics(self) -> None:
         """Have every process evaluate by the running statistics of rank 0."""
-        for module in (self.model, self.measured, self.probe and self.probe.classifier):
-            if module is not None:
-                self.ranks.broadcast(module.buffers())
+        modules: list[nn.Module] = [self.model, self.measured]
+        if self.probe is not None:
+            modules.append(self.probe.classifier)
+        for module in modules:
+            self.ranks.broadcast(module.buffers())
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
