@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
@@ -169,6 +170,47 @@ def test_every_option_is_in_the_help(capsys):
     for option in options_of().flat():
         described = re.split(rf"\n  --{option}\b", text)[1].split("(")[0]
         assert len(described.split()) > 2, f"--{option} is not described"
+
+
+def test_help_sorts_options_by_room(capsys):
+    with pytest.raises(SystemExit):
+        read("--help")
+    text = capsys.readouterr().out
+    for earlier, title, later in (
+        ("--std", "Batches", "--batch_size"),
+        ("--grad_cache_chunk", "Measuring the embedding", "--probe, --no_probe"),
+    ):
+        assert text.index(earlier) < text.index(f"{title}:\n") < text.index(later)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--probe"], True),
+        (["--probe", "true"], True),
+        (["--probe=false"], False),
+        (["--no_probe"], False),
+        (["--probe", "--keep", "3"], True),
+        ([], True),
+    ],
+    ids=str,
+)
+def test_boolean_is_a_flag_or_has_a_value_and_wins_over_yaml(tmp_path, words, expected):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("probe: true\n")
+    assert read("--config", path, *words).evaluation.probe is expected
+    assert read(*words).evaluation.probe is (expected and words != [])
+
+
+@pytest.mark.parametrize(("decay", "warmup"), [("[2]", 2), ("[2.5,4]", 2), ("[9]", 4), ("[0]", 0)])
+def test_default_warmup_ends_before_the_first_decay(decay, warmup):
+    assert read("--schedule", "step", "--decay_epochs", decay).schedule.warmup == warmup
+
+
+def test_no_two_rooms_share_an_option():
+    rooms = [getattr(PretrainOptions(), room.name) for room in fields(PretrainOptions)]
+    names = [option.name for room in rooms for option in fields(room)]
+    assert len(names) == len(set(names)) == len(PretrainOptions().flat())
 
 
 def test_linear_needs_a_checkpoint(capsys):

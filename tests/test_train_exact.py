@@ -203,7 +203,7 @@ def test_killed_with_averages_queue_and_probe_ends_like_one_never_killed(
     assert_same(run, carrying)
     for name in ("last.pt", "best.pt"):
         saved, expected = (load_checkpoint(folder / name) for folder in (run, carrying))
-        for part in ("ema", "memory", "probe", "optimizer"):
+        for part in ("ema", "method", "probe", "optimizer"):
             torch.testing.assert_close(saved[part], expected[part], rtol=0, atol=0)
     exported, expected = (load_file(path / "export/model.safetensors") for path in (run, carrying))
     assert all(torch.equal(exported[key], expected[key]) for key in expected)

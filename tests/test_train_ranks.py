@@ -19,7 +19,9 @@ import leaving_ranks
 import train_ranks
 from data.views import Views
 from network.embedder import sync_batch_norms
+from network.momentum_encoder import SHUFFLING
 from run.errors import UserError
+from run.seeds import seed_of
 from train_fixtures import TINY, TRAIN, metrics, pretrain
 from train_parts import build_model, load_checkpoint, options_of
 from train_ranks import CARRYING, OPTIONS, STEPS
@@ -129,6 +131,20 @@ def test_gradient_by_chunks_is_that_of_one_process(found):
     loss, expected = train_ranks.gradient_by_chunks()
     for of_rank in found:
         torch.testing.assert_close(of_rank["gradient"], (loss, expected), rtol=0, atol=1e-10)
+
+
+def test_keys_do_not_know_the_batch_of_their_queries(found):
+    shuffled, left = (torch.cat(parts) for parts in zip(*(of_rank["keys"] for of_rank in found)))
+    for own in (slice(16), slice(16, 32)):
+        # Left where their queries are, the keys of a process have the mean of its batch.
+        torch.testing.assert_close(left[own].mean(0), torch.zeros(3), rtol=0, atol=1e-6)
+        assert shuffled[own].mean(0).abs().min() > 0.1
+    # Each is that of its own row, normalised among those that a pure function of seed and step draws.
+    rows = torch.cat([train_ranks.rows_of(rank) for rank in (0, 1)])
+    generator = torch.Generator().manual_seed(seed_of(0, SHUFFLING, 5))
+    for batch in torch.randperm(32, generator=generator).split(16):
+        expected = train_ranks.BatchNorm()(rows[batch])[1]
+        torch.testing.assert_close(shuffled[batch], expected)
 
 
 def test_one_that_vanishes_ends_the_other_with_the_reason(found, folder):

@@ -197,6 +197,17 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
         os.kill(worker, signal.SIGKILL)
 
 
+def test_lock_is_taken_before_the_data_is_loaded(tmp_path, monkeypatch):
+    def load(*arguments, **options):
+        assert (tmp_path / "a/.lock").is_file()
+        raise UserError("no data")
+
+    monkeypatch.setattr("pretrain.load_data", load)
+    with pytest.raises(UserError, match="no data"):
+        pretrain(tmp_path, "--name", "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_lock_whose_file_was_removed_is_taken_anew(tmp_path, monkeypatch):
     taken, lockf = [], fcntl.lockf
 

@@ -20,6 +20,7 @@ import train_fixtures  # noqa: F401  puts train/ on the path
 from data.batches import training_batches
 from data.views import Views
 from evaluation.evaluator import Evaluator
+from network.momentum_encoder import MomentumEncoder
 from pretrain import pretrain
 from run.command_line import parse
 from run.errors import UserError
@@ -100,6 +101,32 @@ def gradient_by_chunks(ranks: Ranks = ALONE) -> tuple[torch.Tensor, list[torch.T
     return loss, [weight.grad for weight in network.parameters()]
 
 
+class BatchNorm(nn.Module):
+    """Batch norm alone, in the place of a network: keys have mean 0 in the batch that they are of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(()))
+        self.norm = nn.BatchNorm1d(3, affine=False)
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows, self.norm(rows)
+
+
+def rows_of(rank: int) -> torch.Tensor:
+    """Those that a process makes keys of."""
+    return torch.randn(16, 3, generator=torch.Generator().manual_seed(rank)) + rank
+
+
+def keys(ranks: Ranks) -> list[torch.Tensor]:
+    """The keys of this process's rows, shuffled among all and not."""
+    encoder = MomentumEncoder(BatchNorm(), momentum=0.9, ranks=ranks)
+    assert encoder.shuffles
+    shuffled = encoder(rows_of(ranks.rank), step=5)
+    encoder.shuffles = False
+    return [shuffled, encoder(rows_of(ranks.rank), step=5)]
+
+
 def outcome(act: Callable[[], object]) -> tuple[str, str]:
     """The kind and the text of the error that ends an act."""
     try:
@@ -174,6 +201,7 @@ def check_all(folder: Path, ranks: Ranks) -> dict[str, Any]:
         found[name] = trainer.losses, trainer.state_dict()
     found["predictions"] = predictions(trainer, options)
     found["gradient"] = gradient_by_chunks(ranks)
+    found["keys"] = keys(ranks)
     return found
 
 

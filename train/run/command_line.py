@@ -76,7 +76,13 @@ def _suggestion(word: str, accepted: Iterable[str]) -> str | None:
 
 def parse(kind: type[Kind], argv: list[str] | None, *, prog: str, description: str) -> Kind:
     """Read options; unknown, malformed and contradictory ones exit with code 2."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=_Help)
+    parser = _Parser(
+        prog=prog,
+        usage=f"python {prog} [--config FILE] [--OPTION VALUE ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
     rooms = _rooms(kind)
     parser.accepted = [
         "config",
