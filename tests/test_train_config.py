@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -269,6 +270,15 @@ def test_second_interrupt_ends_without_a_traceback(when, said):
         text=True,
     )
     assert (ended.returncode, ended.stderr) == (130, said)
+
+
+def test_interrupt_while_libraries_are_imported_is_one_line():
+    script = "import run.quiet_interrupt; raise KeyboardInterrupt"
+    path = {**os.environ, "PYTHONPATH": str(train_fixtures.TRAIN)}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=path, stderr=subprocess.PIPE, text=True
+    )
+    assert (abs(ended.returncode), ended.stderr) == (signal.SIGINT, "interrupted\n")
 
 
 def test_closed_pipe_ends_without_a_traceback(monkeypatch, capsys):

@@ -5,6 +5,10 @@ python train/convert.py --supcontrast ckpt_epoch_1000.pth --output encoder.safet
 Its ResNet is timm's with our small stem: the same layers under other names. The head is left out.
 """
 
+import run.quiet_interrupt  # noqa: F401  before all that takes long to import
+
+# isort: split
+
 import re
 from argparse import Namespace
 from dataclasses import dataclass

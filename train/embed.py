@@ -6,6 +6,10 @@ The file holds what numpy.load reads: `embeddings`, (N, D) float32, not normalis
 below FOLDER; and where FOLDER holds a folder per class `labels`, (N,), and `classes`, their names.
 """
 
+import run.quiet_interrupt  # noqa: F401  before all that takes long to import
+
+# isort: split
+
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

@@ -6,6 +6,10 @@ Each image is encoded once, without augmentation; the features are standardised 
 is fitted by L-BFGS. The problem is convex, so there is no learning rate or schedule to choose.
 """
 
+import run.quiet_interrupt  # noqa: F401  before all that takes long to import
+
+# isort: split
+
 import json
 from dataclasses import dataclass, replace
 from functools import partial

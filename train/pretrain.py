@@ -10,6 +10,10 @@ What it reaches there, in what time, on which hardware, with which versions and 
 benchmarks/results/digits.csv, as measured by benchmarks/bench_digits.py.
 """
 
+import run.quiet_interrupt  # noqa: F401  before all that takes long to import
+
+# isort: split
+
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
