@@ -207,8 +207,8 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
         ranks.group = cast(dist.ProcessGroup, dist.group.WORLD)
-        control = dist.new_group(backend="gloo", timeout=timeout)
-        ranks.control = cast(dist.ProcessGroup, control)
+        # No variable of this frame holds a group: it would keep the connections open.
+        ranks.control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
         with nullcontext() if ranks.is_rank_0 else _silence():
             yield ranks
     except (UserError, RuntimeError) as error:
