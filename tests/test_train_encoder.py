@@ -172,7 +172,9 @@ def test_export_of_a_small_stem_is_loaded_by_timm_to_the_bit(run, tmp_path):
     trained = load_file(run / "encoder.safetensors")
     assert loaded.keys() == trained.keys()
     assert all(torch.equal(loaded[key], trained[key]) for key in trained)
-    model = build_model(options_of(model="resnet10", width=4), channels=1).eval()
+    model = build_model(
+        options_of(model="resnet10", width=4, channels_last=False), channels=1
+    ).eval()
     model.load_state_dict(weights(run))
     assert torch.equal(output, model.encoder(torch.ones(1, 1, 8, 8)))
 
@@ -247,7 +249,7 @@ def test_export_rebuilds_encoder_and_input(tmp_path, channels, options):
     ],
 )
 def test_models_of_timm_are_built_for_the_size_and_exported(tmp_path, name):
-    config = options_of(model=name, stem="standard", image_size=32)
+    config = options_of(model=name, stem="standard", image_size=32, channels_last=False)
     model = build_model(config, channels=1).eval()
     images = torch.rand(2, 1, 32, 32)
     with torch.no_grad():
