@@ -6,6 +6,7 @@ A crop is a pure function of (seed, epoch, place in the order, view), whatever t
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,7 +30,7 @@ class ImageFiles:
         files: paths, or files within a shard.
     """
 
-    def __init__(self, files: list[str] | list[ShardFile], size: int, channels: int = 3) -> None:
+    def __init__(self, files: Sequence[str | ShardFile], size: int, channels: int = 3) -> None:
         self.files = files
         self.size = size
         self.channels = channels
@@ -58,7 +59,8 @@ class ImageFiles:
 
     def _square(self, image: Image.Image) -> Tensor:
         image = transforms.resize(image, [self.size], antialias=True)
-        return transforms.pil_to_tensor(transforms.center_crop(image, [self.size]))
+        square: Tensor = transforms.pil_to_tensor(transforms.center_crop(image, [self.size]))
+        return square
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -166,6 +168,7 @@ class ImageData:
 
     Attributes:
         validation: of the training images those that are held out to choose by, if any.
+        name: as --dataset has it.
     """
 
     train: Split
@@ -176,3 +179,4 @@ class ImageData:
     mean: list[float]
     std: list[float]
     validation: Split | None = None
+    name: str = ""
