@@ -80,7 +80,7 @@ class Bare:
         self.model = build_model(
             options.network, channels=data.channels, image_size=data.image_size
         )
-        self.model = self.model.to(device, memory_format=torch.channels_last)
+        self.model.to(device).to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(options.optimizer, self.model)
         _, loader = training_batches(data.train, options.batches, seed=seed)
         views = build_views(options.views, data, seed=seed)
