@@ -62,7 +62,9 @@ def test_every_option_of_a_command_exists():
 
 def sources_of(script: Path) -> list[Path]:
     """Where a script's options may be defined."""
-    return [script, *sorted((ROOT / "train").rglob("*.py"))] if "train" in script.parts else [script]
+    return (
+        [script, *sorted((ROOT / "train").rglob("*.py"))] if "train" in script.parts else [script]
+    )
 
 
 def is_option(word: str, source: str) -> bool:
