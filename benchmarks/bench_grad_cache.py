@@ -24,10 +24,9 @@ from reporting.rows import add_output_options, results_path, write_table
 
 sys.path.insert(0, str(REPOSITORY / "train"))
 
-from data.sources import load_data
-from data.views import build_views
-from network.embedder import build_model
-from run.config import PretrainConfig
+from data.sources import DataOptions, load_data
+from data.views import ViewOptions, build_views
+from network.embedder import NetworkOptions, build_model
 from supcon_kernels import grad_cache_backward, supcon_loss
 
 RESULTS = "grad_cache_cpu.csv"
@@ -38,15 +37,13 @@ class Step:
     """Forward, loss and backward of one batch: the same gradient from all rows at once or in chunks."""
 
     def __init__(self, data_root: str, batch_size: int) -> None:
-        config = PretrainConfig(
-            dataset="fashion_mnist", data_root=data_root, image_size=IMAGE_SIZE, augment="crop_flip"
+        data = load_data(
+            DataOptions(dataset="fashion_mnist", data_root=data_root, image_size=IMAGE_SIZE)
         )
-        data = load_data(config)
-        views = build_views(config, data)
+        views = build_views(ViewOptions(augment="crop_flip"), data, seed=0)
         images, self.labels = data.train[list(range(batch_size))]
         self.rows = torch.cat([views.random(images, step=0, view=view) for view in (0, 1)])
-        self.model = build_model(config, channels=data.channels)
-        self.model.to(memory_format=torch.channels_last)
+        self.model = build_model(NetworkOptions(), channels=data.channels)
 
     def projected(self, rows: torch.Tensor) -> torch.Tensor:
         """What the loss sees of (n, C, s, s) views, (n, D)."""
@@ -122,7 +119,7 @@ def rows_of(options: argparse.Namespace, batch_size: int) -> list[dict[str, obje
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--data-root", help="the folder of Fashion-MNIST")
+    parser.add_argument("--data-root", metavar="DIR", help="the folder of Fashion-MNIST")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 768, 1536, 3072, 6144])
     parser.add_argument("--chunk-rows", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)

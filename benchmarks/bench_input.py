@@ -44,7 +44,7 @@ sys.path.insert(0, str(REPOSITORY / "train"))
 from data.batches import training_batches
 from data.sources import load_data
 from data.views import training_images
-from run.config import PretrainConfig
+from run.options import PretrainOptions
 
 WIDTH, HEIGHT, QUALITY = 500, 400, 90
 MIN_AREA = 0.2
@@ -67,12 +67,15 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def driver_batches(folder: Path, size: int, batch_size: int, views: int) -> Iterator[Any]:
-    config = PretrainConfig(
-        dataset=f"imagefolder:{folder}", val_fraction=1e-6, image_size=size, num_views=views,
-        min_crop_area=MIN_AREA, augment="crop_flip",
+    options = PretrainOptions.from_flat(
+        {
+            "dataset": f"imagefolder:{folder}", "val_fraction": 1e-6, "image_size": size,
+            "num_views": views, "min_crop_area": MIN_AREA, "augment": "crop_flip",
+            "batch_size": batch_size,
+        }
     )  # fmt: skip
-    split = training_images(config, load_data(config))
-    order, batches = training_batches(split, batch_size=batch_size, seed=0, workers=0)
+    split = training_images(options.views, load_data(options.data, seed=0), seed=0)
+    order, batches = training_batches(split, options.batches, seed=0)
     while True:
         yield from batches
         order.begin(order.epoch + 1)

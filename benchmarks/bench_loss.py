@@ -7,7 +7,6 @@ Writes a table, a CSV and a picture: python benchmarks/bench_loss.py --help
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,35 +28,26 @@ from measuring.workloads import (
     make_checked_problem,
     make_problem,
 )
-from reporting.documents import update_document
-from reporting.loss import full_table, readme_block
-from reporting.rows import add_output_options, read_report, results_path, write_report
+from reporting.loss import full_table
+from reporting.rows import add_output_options, ints, names, read_report, results_path, write_report
 
 DEFAULT_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, or take a former run's rows; print, and bring README up to date if asked."""
+    """Run, or take a former run's rows, and print them."""
     parser = _make_parser()
     args = parser.parse_args(argv)
     _refuse_contradictions(parser, args)
     name = args.name or f"loss_{args.device}_{args.dtype}"
-    committed = args.update or args.check
-    csv_path = args.table or results_path(f"{name}.csv", args.output_dir, committed)
-    if args.table or args.check:
-        if not csv_path.exists():
-            parser.error(f"there is no {csv_path}")
-        report = read_report(csv_path)
+    if args.table:
+        if not args.table.exists():
+            parser.error(f"there is no {args.table}")
+        report = read_report(args.table)
     else:
         report = run(args)
-        save(report, csv_path)
-        print(full_table(report, args.markdown))
-    if args.update_readme:
-        is_stale = update_readme(args.update_readme, report, csv_path, only_check=args.check)
-        if args.check:
-            return int(is_stale)
-    elif args.table:
-        print(readme_block(report, str(csv_path.with_suffix(".png"))))
+        save(report, results_path(f"{name}.csv", args.output_dir, args.update))
+    print(full_table(report, args.markdown))
     return 1 if any(result.status in ("wrong", "failed") for result in report.results) else 0
 
 
@@ -66,7 +56,7 @@ def _make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     call = parser.add_argument_group("the call that is measured")
-    call.add_argument("--sizes", type=_ints, default=DEFAULT_SIZES, help="rows N, as 256,512")
+    call.add_argument("--sizes", type=ints, default=DEFAULT_SIZES, help="rows N, as 256,512")
     call.add_argument("--dim", type=int, default=Workload.dim)
     call.add_argument("--num-cols", type=int, default=0, help="contrast with M other rows")
     call.add_argument("--classes", type=int, default=Workload.num_classes)
@@ -77,7 +67,7 @@ def _make_parser() -> argparse.ArgumentParser:
     call.add_argument("--dtype", choices=tuple(ERROR_BOUND), default="float32")
     call.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     how = parser.add_argument_group("how it is measured")
-    how.add_argument("--providers", type=_names, help="as dense,matmuls; None: all that are here")
+    how.add_argument("--providers", type=names, help="as dense,matmuls; None: all that are here")
     how.add_argument("--seconds", type=float, default=10.0, help="time budget of each size")
     how.add_argument("--threads", type=int, default=torch.get_num_threads())
     how.add_argument("--no-memory", action="store_true", help="measure time only")
@@ -86,19 +76,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add_output_options(out)
     out.add_argument("--markdown", action="store_true", help="print the table as markdown")
     out.add_argument("--table", type=Path, metavar="CSV", help="measure nothing, show this file")
-    out.add_argument("--update-readme", type=Path, metavar="README", help="replace its block")
-    out.add_argument(
-        "--check", action="store_true", help="with --update-readme: measure nothing, only compare"
-    )
     return parser
-
-
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
 
 
 def _refuse_contradictions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -108,10 +86,6 @@ def _refuse_contradictions(parser: argparse.ArgumentParser, args: argparse.Names
     for name in args.providers or ():
         if name not in FACTORIES and not name.startswith(OURS):
             parser.error(f"no provider {name!r}; known here: {', '.join(provider_names())}")
-    if args.check and not args.update_readme:
-        parser.error("--check needs --update-readme README")
-    if args.update_readme and not (args.update or args.check or args.table):
-        parser.error("--update-readme needs --update, whose rows it shows, --table or --check")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
 
@@ -196,15 +170,6 @@ def save(report: Report, csv_path: Path) -> None:
             return
         draw_picture(report, csv_path.with_suffix(".png"))
         _say(f"wrote {csv_path.with_suffix('.png')}")
-
-
-def update_readme(readme: Path, report: Report, csv_path: Path, only_check: bool) -> bool:
-    """Make README's block say what the rows say, or only look; answer whether it differed."""
-    picture = os.path.relpath(csv_path.resolve().with_suffix(".png"), readme.resolve().parent)
-    differs = update_document(readme, "bench_loss", readme_block(report, picture), only_check)
-    if differs and only_check:
-        _say(f"{readme}: the bench_loss block differs from {csv_path}")
-    return differs
 
 
 def _say(text: str) -> None:

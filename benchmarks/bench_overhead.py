@@ -24,7 +24,7 @@ from reporting.rows import add_output_options, results_path, write_table
 from supcon_kernels import op, supcon_loss
 from supcon_kernels.backends import native, triton
 from supcon_kernels.problem import Problem
-from supcon_kernels.triton_launch import Target
+from supcon_kernels.triton_tiles import Target
 
 RESULTS = "overhead_cpu_float32.csv"
 SIZES = (4, 256, 512, 1024, 2048)
@@ -152,7 +152,9 @@ def main() -> int:
         "--table", action="store_true", help="measure nothing, show the committed rows"
     )
     parser.add_argument("--update-docs", type=Path, metavar="DOC", help="replace its block")
-    parser.add_argument("--gpu-host", action="store_true", help="the host's part of a GPU's call")
+    parser.add_argument(
+        "--gpu-host", action="store_true", help="measure the host's part of a call on a GPU instead"
+    )
     options = parser.parse_args()
     if options.update_docs and not (options.update or options.table):
         parser.error("--update-docs needs --update, whose rows it shows, or --table")

@@ -14,9 +14,9 @@ plain_simclr      the same with the change of colours
 
 --options times instead the driver with an option changed, beside bare and itself:
 
-driver_channels_first  --channels_last false
+driver_channels_first  --no_channels_last
 driver_bf16            --precision bf16
-driver_compiled        --compile true
+driver_compiled        --compile
 driver_bf16_compiled   both, with --device cuda
 
 A round of a plain loop holds all the work of its steps: its workers begin with it and idle after it.
@@ -56,11 +56,12 @@ from data.sources import load_data
 from data.views import build_views
 from network.embedder import build_model
 from run.checkpoint import RunState
-from run.config import PretrainConfig
+from run.options import PretrainOptions
 from run.records import Report
 from supcon_kernels import supcon_loss
+from training.build import build_trainer
+from training.divergence import DivergenceCheck
 from training.optimizer import build_optimizer
-from training.trainer import Trainer
 
 NUM_READY = 8
 TURN_STEPS = 4
@@ -71,17 +72,18 @@ DRIVER_OVER_BARE, DRIVER_OVER_PLAIN, MAX_SHARE = 0.95, 1.3, 0.03
 class Bare:
     """The least that a step can be: nothing but the network, the loss and the optimiser."""
 
-    def __init__(self, config: PretrainConfig, data: ImageData) -> None:
-        torch.manual_seed(config.seed)
-        self.temperature = config.temperature
-        device = torch.device(config.device)
-        self.model = build_model(config, channels=data.channels)
-        self.model.to(device).to(memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(self.model, config)
-        _, loader = training_batches(
-            data.train, batch_size=config.batch_size, seed=config.seed, workers=0
+    def __init__(self, options: PretrainOptions, data: ImageData) -> None:
+        seed = options.seeds.seed
+        torch.manual_seed(seed)
+        self.temperature = options.method.temperature
+        device = torch.device(options.device.device)
+        self.model = build_model(
+            options.network, channels=data.channels, image_size=data.image_size
         )
-        views = build_views(config, data)
+        self.model.to(device).to(memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(options.optimizer, self.model)
+        _, loader = training_batches(data.train, options.batches, seed=seed)
+        views = build_views(options.views, data, seed=seed)
         self.ready = cycle(
             (
                 torch.cat([views.random(images, step=step, view=v) for v in (0, 1)]).to(device),
@@ -104,26 +106,31 @@ class Bare:
 class Driver:
     """The training loop of train/pretrain.py, between its checkpoints."""
 
-    def __init__(self, config: PretrainConfig, data: ImageData, stack: ExitStack) -> None:
+    def __init__(self, options: PretrainOptions, data: ImageData, stack: ExitStack) -> None:
         self.order, self.loader = training_batches(
             data.train,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            workers=config.workers,
-            device=torch.device(config.device),
+            options.batches,
+            seed=options.seeds.seed,
+            device=torch.device(options.device.device),
         )
-        total_steps = config.epochs * len(self.order)
-        self.trainer = Trainer(
-            config,
+        self.trainer = build_trainer(
+            options,
             data,
             steps_per_epoch=len(self.order),
-            total_steps=total_steps,
-            device=torch.device(config.device),
+            device=torch.device(options.device.device),
         )
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        method = self.trainer.method
         # Its progress is written as in a run, where nobody reads it.
         with redirect_stdout(io.StringIO()):
-            report = Report(folder, None, total_steps, config, self.trainer.clock)
+            report = Report(
+                folder,
+                None,
+                total_steps=options.schedule.total_steps(len(self.order)),
+                images_per_step=options.batches.batch_size,
+                divergence=DivergenceCheck(method.collapsed_loss, scale=method.scale),
+                phases=self.trainer.clock,
+            )
         self.report = stack.enter_context(report)
         self.state = RunState(raw_pixels=0.0, untrained=0.0, accuracy=0.0)
         self.batches = self._batches()
@@ -141,7 +148,9 @@ class Driver:
             for images, labels in islice(self.batches, num_steps):
                 loss = self.trainer.step(images, labels, self.state.step)
                 self.state.step += 1
-                self.report.step(self.state, self.trainer, loss)
+                self.report.step(
+                    self.state, self.trainer.learning_rate, loss, self.trainer.gradient_norm
+                )
                 self.trainer.clock.mark("records")
         for phase, seconds in self.trainer.clock.read().items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
@@ -171,12 +180,15 @@ class PilViews(Dataset[tuple[Tensor, Tensor, int]]):
 class Plain:
     """What one writes first, in the manner of SupContrast's main_supcon.py."""
 
-    def __init__(self, config: PretrainConfig, data: ImageData, *, colours: bool) -> None:
-        torch.manual_seed(config.seed)
-        self.config = config
-        self.workload = Workload(2 * config.batch_size, temperature=config.temperature)
-        self.model = build_model(config, channels=data.channels)
-        self.optimizer = build_optimizer(self.model, config)
+    def __init__(self, options: PretrainOptions, data: ImageData, *, colours: bool) -> None:
+        torch.manual_seed(options.seeds.seed)
+        self.batches = options.batches
+        num_rows, temperature = 2 * options.batches.batch_size, options.method.temperature
+        self.workload = Workload(num_rows, temperature=temperature)
+        self.model = build_model(
+            replace(options.network, channels_last=False), channels=data.channels
+        )
+        self.optimizer = build_optimizer(options.optimizer, self.model)
         jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
         change = [transforms.RandomApply([jitter], p=0.8), transforms.RandomGrayscale(p=0.2)]
         self.dataset = PilViews(
@@ -207,11 +219,11 @@ class Plain:
     def _loader(self, num_steps: int) -> DataLoader[Any]:
         # So many batches that the workers, which stay, have nothing left to do after the round.
         if num_steps not in self.loaders:
-            num_images = num_steps * self.config.batch_size
-            workers = self.config.workers
+            num_images = num_steps * self.batches.batch_size
+            workers = self.batches.workers
             self.loaders[num_steps] = DataLoader(
                 self.dataset,
-                batch_size=self.config.batch_size,
+                batch_size=self.batches.batch_size,
                 sampler=RandomSampler(self.dataset, num_samples=num_images),
                 num_workers=workers,
                 persistent_workers=workers > 0,
@@ -223,11 +235,11 @@ Loop = Bare | Driver | Plain
 
 
 def build_loops(
-    config: PretrainConfig, data: ImageData, stack: ExitStack, *, of_options: bool
+    options: PretrainOptions, data: ImageData, stack: ExitStack, *, of_options: bool
 ) -> dict[str, Loop]:
     """The loops, each with a network of its own from one seed; the driver's load their own data."""
-    config = replace(config, augment="crop_flip")
-    alone = replace(config, workers=0)
+    options = options.changed(augment="crop_flip")
+    alone = options.changed(workers=0)
     loops: dict[str, Loop] = {
         "bare": Bare(alone, data),
         "driver_crop_flip": Driver(alone, data, stack),
@@ -238,15 +250,15 @@ def build_loops(
             "bf16": {"precision": "bf16"},
             "compiled": {"compile": True},
         }
-        if config.device == "cuda":
+        if options.device.device == "cuda":
             changes["bf16_compiled"] = {"precision": "bf16", "compile": True}
         for name, change in changes.items():
-            loops[f"driver_{name}"] = Driver(replace(alone, **change), data, stack)
+            loops[f"driver_{name}"] = Driver(alone.changed(**change), data, stack)
         return loops
     return loops | {
-        "driver_simclr": Driver(replace(alone, augment="simclr"), data, stack),
-        "plain_crop_flip": Plain(config, data, colours=False),
-        "plain_simclr": Plain(config, data, colours=True),
+        "driver_simclr": Driver(alone.changed(augment="simclr"), data, stack),
+        "plain_crop_flip": Plain(options, data, colours=False),
+        "plain_simclr": Plain(options, data, colours=True),
     }
 
 
@@ -325,14 +337,18 @@ def goals(row: dict[str, str]) -> list[tuple[str, bool]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--data-root", help="the folder of Fashion-MNIST; without: digits")
+    parser.add_argument(
+        "--data-root", metavar="DIR", help="the folder of Fashion-MNIST; default: digits"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[16])
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--workers", type=int, default=2, help="of the plain loops")
-    parser.add_argument("--steps", type=int, default=20, help="of a round")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="DataLoader workers of the plain loops"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="steps in a round")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--options", action="store_true", help="time the driver's options instead")
     add_output_options(parser)
@@ -342,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     machine = describe_machine(options.device)
     measured = []
     for size in options.image_sizes:
-        config = PretrainConfig(
+        of_driver = PretrainOptions().changed(
             dataset="fashion_mnist" if options.data_root else "digits",
             data_root=options.data_root, image_size=size,
             model=options.model, width=options.width, batch_size=options.batch_size,
@@ -350,14 +366,15 @@ def main(argv: list[str] | None = None) -> int:
             # Every loop at one rate, and a low one: weights that diverge compute in denormals.
             learning_rate=0.01, warmup_epochs=0,
         )  # fmt: skip
-        about = {"image_size": size, "model": config.model, "width": config.width}
-        about |= {"batch_size": config.batch_size, "num_views": config.num_views}
+        about = {"image_size": size, "model": options.model, "width": options.width}
+        about |= {"batch_size": options.batch_size, "num_views": of_driver.views.num_views}
         about |= {"steps_per_round": options.steps, "num_rounds": options.rounds}
-        about |= {"plain_workers": config.workers}
+        about |= {"plain_workers": options.workers}
         with ExitStack() as stack:
-            loops = build_loops(config, load_data(config), stack, of_options=options.options)
+            data = load_data(of_driver.data)
+            loops = build_loops(of_driver, data, stack, of_options=options.options)
             seconds = time_loops(loops, num_steps=options.steps, num_rounds=options.rounds)
-        rows = rows_of(loops, seconds, options.steps * config.batch_size)
+        rows = rows_of(loops, seconds, options.steps * options.batch_size)
         measured += [row | about | machine for row in rows]
         for row in rows:
             print(

@@ -1,4 +1,4 @@
-"""All that needs a GPU: is it right, how fast, and where does the time go. For a card that is there for minutes.
+"""Measures everything that needs a GPU, in minutes: is it right, how fast, where does the time go.
 
 python benchmarks/gpu_check.py                          facts, speed, tiles, counters, behaviour: 9 minutes
 python benchmarks/gpu_check.py cases driver sanitizers  the rest, in a second command: 9 minutes
@@ -74,11 +74,27 @@ def _make_parser() -> argparse.ArgumentParser:
     names = [stage.name for stage in STAGES]
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(names))
     default = BENCHMARKS.parent / "runs" / "gpu"
-    parser.add_argument("--output-dir", type=Path, default=default, help="default: runs/gpu")
-    parser.add_argument("--minutes", type=float, help="instead of the sum of the stages' shares")
-    parser.add_argument("--wheels", type=Path, help="a folder of wheels of what is not installed")
-    parser.add_argument("--data-root", default="", help="of Fashion-MNIST, for the driver")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument(
+        "--output-dir", type=Path, default=default, metavar="DIR", help="default: runs/gpu"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="time for all stages together; default: the sum of theirs"
+    )
+    parser.add_argument(
+        "--wheels", type=Path, metavar="DIR", help="a folder of .whl files, unpacked for this run"
+    )
+    parser.add_argument(
+        "--data-root",
+        default="",
+        metavar="DIR",
+        help="Fashion-MNIST, for the driver stage; default: digits",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, (os.cpu_count() or 2) - 1),
+        help="processes that compile or compare at once; default: one less than cores",
+    )
     rehearsal = parser.add_argument_group("to rehearse without a card")
     rehearsal.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     rehearsal.add_argument("--backend", default="triton")

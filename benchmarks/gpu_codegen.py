@@ -9,6 +9,7 @@ tensor cores, or holds an atomic on global memory: python benchmarks/gpu_codegen
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -16,12 +17,12 @@ from pathlib import Path
 
 from codegen.chips import SHARED_KIB
 from codegen.compiler import compile_all, fingerprint
-from codegen.kernels import DIMS, DTYPES, OURS_CSV, PEERS_CSV, Compiled, ints, shipped
+from codegen.kernels import DIMS, DTYPES, OURS_CSV, PEERS_CSV, Compiled, Source, shipped
 from codegen.peers import peer_sources
 from codegen.tables import codegen_block, full_table, name_of, peers_block
 from measuring.machine import describe_machine
 from reporting.documents import DOCS, update_document
-from reporting.rows import read_rows, write_rows
+from reporting.rows import ints, names, read_rows, write_rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(full_table(rows))
     is_stale = False
     if args.check:
-        is_stale = differs_from(csv_path, rows)
+        is_stale = differs_from(csv_path, rows, _possible(args.peers))
     elif not args.table:
-        write_rows(csv_path, merged(rows, known) if args.resume else rows)
+        write_rows(csv_path, merged(rows, known, _possible(args.peers)) if args.resume else rows)
         _say(f"wrote {csv_path}")
     if args.update_docs or args.check:
         is_stale |= update_docs(args.docs, only_check=args.check)
@@ -51,7 +52,7 @@ def _compile_wanted(args: argparse.Namespace, known: Sequence[Compiled]) -> list
         sources = peer_sources(args.peers, args.dims, args.archs)
     else:
         sources = shipped(args.dtypes, args.dims, args.archs)
-        sources = [source for source in sources if args.labels in source.label]
+        sources = [source for source in sources if re.search(args.labels, source.label)]
     machine = describe_machine("cpu")
     commit, dirty = machine["commit"], machine["dirty"]
     # What is known has this commit's fingerprint, so it is a row of this commit as well.
@@ -60,59 +61,73 @@ def _compile_wanted(args: argparse.Namespace, known: Sequence[Compiled]) -> list
     ]
 
 
+def _possible(peers: Path | None) -> list[Source]:
+    """All that the CSV may hold a row of."""
+    archs = tuple(SHARED_KIB)
+    return peer_sources(peers, DIMS, archs) if peers else shipped(DTYPES, DIMS, archs)
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_argument_group("what is compiled")
-    what.add_argument("--dtypes", type=_names, default=DTYPES, help="as bfloat16,float32")
-    what.add_argument("--dims", type=ints, default=DIMS, help="as 64,128")
-    what.add_argument("--archs", type=ints, default=tuple(SHARED_KIB), help="as 80,90")
-    what.add_argument("--labels", default="", metavar="TEXT", help="only labels with it: out/all")
+    what.add_argument(
+        "--dtypes", type=names, default=DTYPES, help="such as bfloat16,float32; default: all"
+    )
+    what.add_argument("--dims", type=ints, default=DIMS, help="such as 64,128; default: all")
+    what.add_argument(
+        "--archs", type=ints, default=tuple(SHARED_KIB), help="such as 80,90; default: all"
+    )
+    what.add_argument(
+        "--labels", default="", metavar="REGEX", help="only kernels whose label has it: out/all$"
+    )
     what.add_argument(
         "--peers",
         type=Path,
         metavar="DIR",
-        help="instead: the peers' kernels, from pip install --no-deps --target DIR memeff==0.3.1 inf-cl==1.2.1",
+        help="compile the kernels of memeff and Inf-CL instead, which are in DIR: "
+        "pip install --no-deps --target DIR memeff==0.3.1 inf-cl==1.2.1",
     )
     what.add_argument(
         "--resume",
         action="store_true",
-        help="compile only what changed since the CSV, and keep its other rows",
+        help="compile only what has changed since the CSV was written, keep its other rows",
     )
-    what.add_argument("--jobs", type=int, default=2, help="processes that compile")
-    out = parser.add_argument_group("what becomes of it")
-    out.add_argument("--output", type=Path, metavar="CSV", help="None: in benchmarks/results")
-    out.add_argument("--table", action="store_true", help="compile nothing, show the CSV")
+    what.add_argument("--jobs", type=int, default=2, help="number of processes; default: 2")
+    out = parser.add_argument_group("output")
     out.add_argument(
-        "--update-docs", action="store_true", help="renew the tables in gpu.md, kernels.md"
+        "--output", type=Path, metavar="CSV", help="default: the one in benchmarks/results"
     )
-    out.add_argument("--docs", type=Path, default=DOCS, help="the folder that holds both")
+    out.add_argument("--table", action="store_true", help="compile nothing, print the CSV")
+    out.add_argument(
+        "--update-docs", action="store_true", help="update the tables in gpu.md and kernels.md"
+    )
+    out.add_argument(
+        "--docs", type=Path, default=DOCS, metavar="DIR", help="the folder of both; default: docs"
+    )
     out.add_argument(
         "--check",
         action="store_true",
-        help="write nothing; exit 1 where the CSV (of the same Triton) or a document differs",
+        help="write nothing; exit 1 if a document is out of date, or a row compiled by the same Triton",
     )
     return parser
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def merged(rows: Sequence[Compiled], known: Sequence[Compiled]) -> list[Compiled]:
-    """All that is shipped, in its order, of what is new and what still holds of the rest."""
+def merged(
+    rows: Sequence[Compiled], known: Sequence[Compiled], sources: Sequence[Source]
+) -> list[Compiled]:
+    """New rows and the known ones that are still of the sources' code, in the order of the sources."""
     by_key = {row.key: row for row in (*known, *rows)}
-    sources = shipped(DTYPES, DIMS, tuple(SHARED_KIB))
     found = [(by_key[source.key], source) for source in sources if source.key in by_key]
     return [row for row, source in found if row.fingerprint == fingerprint(source)]
 
 
-def differs_from(csv_path: Path, rows: Sequence[Compiled]) -> bool:
+def differs_from(csv_path: Path, rows: Sequence[Compiled], sources: Sequence[Source]) -> bool:
     """Whether the CSV says something else of these kernels, or nothing; another Triton may."""
     all_known = read_rows(csv_path, Compiled)
     known = {row.key: row for row in all_known}
-    outdated = len(all_known) - len(merged([], all_known))
+    outdated = len(all_known) - len(merged([], all_known, sources))
     if outdated and rows and all_known[0].triton == rows[0].triton:
         _say(f"STALE: {outdated} rows of {csv_path.name} are of other code than is shipped now")
         return True

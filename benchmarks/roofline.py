@@ -1,9 +1,8 @@
 """A model, not a measurement: the least time that forward and backward can take on a card.
 
-It counts what a scheme must do for N rows of D features (products, exponentials, instructions,
-bytes, launches) and divides by the card's rates, published or (--rates) measured. A program of a
-kernel does one thing after another, so its times add up; as many programs as a multiprocessor holds
-overlap, down to the slowest unit. python benchmarks/roofline.py writes benchmarks/results/roofline.csv.
+It counts the work for N rows of D features (products, exponentials, instructions, bytes, launches)
+and divides it by the card's rates, published or measured (--rates). The model itself stands in
+codegen/model.py. python benchmarks/roofline.py writes benchmarks/results/roofline.csv.
 """
 
 from __future__ import annotations
@@ -15,15 +14,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from codegen.kernels import ints, read_compiled
-from codegen.model import CARDS, PHASES, SCHEMES, Bound, Card, bound, find_card, with_rates
+from codegen.kernels import read_compiled
+from codegen.model import (
+    CARDS,
+    PHASES,
+    SCHEMES,
+    Bound,
+    Card,
+    bound,
+    chunked_bound,
+    find_card,
+    with_rates,
+)
 from gpu.journal import read_rows as read_journal
 from measuring.workloads import Workload
 from reporting.documents import DOCS, render_table, update_document
-from reporting.rows import RESULTS, read_rows, write_rows
+from reporting.rows import RESULTS, ints, read_rows, write_rows
 
 CSV = RESULTS / "roofline.csv"
 NUM_ROWS = (1024, 4096, 8192, 32768, 131072)
+# Where float32 by three products of TF32 is compared with chunks of the dense formula.
+WIDTHS, ROWS_OF_WIDTHS = (128, 256, 512, 1024), 8192
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         cards = CARDS if args.rates is None else _measured_card(args.rates)
         bounds = all_bounds(args.rows, args.dims, args.dtypes, cards)
+        bounds += [b for b in float32_bounds(cards) if b not in bounds]
     print("A MODEL, NOT A MEASUREMENT: the least time in µs, and the limit that binds.")
     print(full_table(bounds))
     if args.check:
@@ -52,20 +64,28 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=ints, default=NUM_ROWS, help="numbers of rows, as 4096,8192")
-    parser.add_argument("--dims", type=ints, default=(128,), help="as 128,256")
+    parser.add_argument(
+        "--rows", type=ints, default=NUM_ROWS, help="numbers of rows, such as 4096,8192"
+    )
+    parser.add_argument("--dims", type=ints, default=(128,), help="such as 128,256; default: 128")
     parser.add_argument("--dtypes", nargs="+", default=("bfloat16", "float32"))
     parser.add_argument(
         "--rates",
         type=Path,
         metavar="FILE",
-        help="rows of gpu_check.py: its card, as measured there",
+        help="rows.jsonl of gpu_check.py: use the rates that it measured on its card",
     )
     parser.add_argument("--output", type=Path, default=CSV)
-    parser.add_argument("--table", action="store_true", help="compute nothing, show the CSV")
-    parser.add_argument("--update-docs", action="store_true", help="renew the document's table")
+    parser.add_argument("--table", action="store_true", help="compute nothing, print the CSV")
+    parser.add_argument(
+        "--update-docs", action="store_true", help="update the table in the document"
+    )
     parser.add_argument("--document", type=Path, default=DOCS / "gpu.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 where stale")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit 1 if the CSV or the document is out of date",
+    )
     return parser
 
 
@@ -94,6 +114,20 @@ def all_bounds(
         for n in num_rows
         for scheme in SCHEMES
         for phase in PHASES
+    ]
+
+
+def float32_bounds(cards: Sequence[Card] = CARDS) -> list[Bound]:
+    """Three products of TF32 in the kernels' tiles beside chunks of the dense formula."""
+    compiled, ours = read_compiled(), SCHEMES[0]
+    calls = [
+        (card, Workload(ROWS_OF_WIDTHS, dim, dtype="float32")) for dim in WIDTHS for card in cards
+    ]
+    return [
+        each
+        for card, call in calls
+        for phase in PHASES
+        for each in (bound(ours, card, call, phase, compiled), chunked_bound(card, call, phase))
     ]
 
 
@@ -132,9 +166,32 @@ def document_block(bounds: Sequence[Bound]) -> str:
             products = "+".join(str(scheme.products(p, bounds[0].dim, "bfloat16")) for p in PHASES)
             times = [f"{_us(b.least_us)} ({b.limit})" for b in each]
             cells.append([str(num_rows), scheme.name, products, *times])
+    return f"{_table_of_rows(bounds[0].dim, cells)}\n\n{_table_of_widths(bounds)}"
+
+
+def _table_of_rows(dim: int, cells: Sequence[Sequence[str]]) -> str:
     return (
-        f"Model, not measured: least µs at D={bounds[0].dim}, bfloat16 (Inf-CL: widened to float32), "
+        f"Model, not measured: least µs at D={dim}, bfloat16 (Inf-CL: widened to float32), "
         f"and the limit that binds (serial: units one after another).\n\n{render_table(cells, markdown=True)}"
+    )
+
+
+def _table_of_widths(bounds: Sequence[Bound]) -> str:
+    """Forward and backward together in float32, by width."""
+    of_both: dict[tuple[int, str, str], float] = {}
+    for b in bounds:
+        if (b.dtype, b.num_rows) == ("float32", ROWS_OF_WIDTHS):
+            key = (b.dim, b.scheme, b.card)
+            of_both[key] = of_both.get(key, 0.0) + b.least_us
+    schemes = (SCHEMES[0].name, "chunked dense")
+    cells = [["D", *(f"{card.name} {scheme}" for card in CARDS for scheme in schemes)]]
+    cells += [
+        [str(dim), *(_us(of_both.get((dim, s, card.name))) for card in CARDS for s in schemes)]
+        for dim in WIDTHS
+    ]
+    return (
+        f"Model, not measured: least µs of forward and backward at N={ROWS_OF_WIDTHS}, float32 in "
+        f"three products of TF32.\n\n{render_table(cells, markdown=True)}"
     )
 
 

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -74,16 +76,39 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// The address of a matrix, the name of its elements' type as torch has it, its shape and its
+// strides.
+typedef std::optional<std::tuple<uintptr_t, std::string, int64_t, int64_t, int64_t, int64_t>>
+    MatrixAt;
+
+supcon::Matrix matrix_at(const MatrixAt& at) {
+  using supcon::Element;
+  if (!at) return {};
+  static const std::map<std::string, Element> elements = {
+      {"bool", Element::kUint8},     {"uint8", Element::kUint8},       {"int8", Element::kInt8},
+      {"int16", Element::kInt16},    {"int32", Element::kInt32},       {"int64", Element::kInt64},
+      {"float16", Element::kHalf},   {"bfloat16", Element::kBfloat16}, {"float32", Element::kFloat},
+      {"float64", Element::kDouble},
+  };
+  const auto& [address, element, num_rows, num_cols, row_stride, col_stride] = *at;
+  return {pointer<const void>(address),
+          elements.at(element),
+          num_rows,
+          num_cols,
+          row_stride,
+          col_stride};
+}
+
 // A supcon::Problem whose pointers are addresses, of either element type.
 struct Call {
-  uintptr_t rows, cols, row_labels, col_labels, row_soft, col_soft;
-  int64_t num_soft;
+  uintptr_t rows, cols, row_labels, col_labels;
+  supcon::Matrix row_soft, col_soft, mask;
   bool square;
   int64_t num_rows, num_cols, dim, ignore_label, self_offset;
   double temperature;
   bool normalize;
   std::string summation, denominator;
-  bool is_double;
+  bool is_double, is_bfloat16;
   std::string isa;
   int threads;
 
@@ -95,13 +120,13 @@ struct Call {
 
   template <typename Real>
   supcon::Problem<Real> problem() const {
-    return {pointer<const Real>(rows),
-            pointer<const Real>(cols),
+    return {pointer<const void>(rows),
+            pointer<const void>(cols),
             pointer<const int64_t>(row_labels),
             pointer<const int64_t>(col_labels),
-            pointer<const double>(row_soft),
-            pointer<const double>(col_soft),
-            num_soft,
+            row_soft,
+            col_soft,
+            mask,
             square,
             num_rows,
             num_cols,
@@ -113,7 +138,8 @@ struct Call {
             summation == "in" ? supcon::Summation::kIn : supcon::Summation::kOut,
             denominator == "all"            ? supcon::Denominator::kAll
             : denominator == "one_positive" ? supcon::Denominator::kOnePositive
-                                            : supcon::Denominator::kOnlyNegatives};
+                                            : supcon::Denominator::kOnlyNegatives,
+            is_bfloat16};
   }
 };
 
@@ -167,6 +193,8 @@ void define(py::module_ module) {
   module.attr("threading") = "std::thread";
 #endif
   module.def("isa_names", isa_names);
+  module.def("multiplies_bfloat16",
+             [](const std::string& isa) { return isa_of(isa).bfloat16 != nullptr; });
   // For benchmarks/bench_threads.py: a call with threads = 0 counts what a team would share.
   module.def("take_shared_seconds", [] { return std::exchange(shared_seconds, 0.0); });
   module.def("scheduled_jobs", [](int64_t num_rows, int64_t num_cols, bool square, bool to_cols,
@@ -182,31 +210,52 @@ void define(py::module_ module) {
   });
   module.def(
       "peak_flops",
-      [](const std::string& isa, bool is_double, int threads) {
-        const auto measure = is_double ? supcon::peak_flops<double> : supcon::peak_flops<float>;
-        return measure(isa_of(isa), team_of(threads));
+      [](const std::string& name, const std::string& dtype, int threads) {
+        const supcon::Isa& isa = isa_of(name);
+        const supcon::Team team = team_of(threads);
+        constexpr int64_t kIterations = 1 << 22;
+        if (dtype == "float64") return supcon::peak_flops(isa.f64, team, kIterations);
+        const bool in_16_bits = dtype == "bfloat16" && isa.bfloat16 != nullptr;
+        return supcon::peak_flops(in_16_bits ? *isa.bfloat16 : isa.f32, team, kIterations);
       },
-      py::arg("isa"), py::arg("is_double"), py::arg("threads"),
+      py::arg("isa"), py::arg("dtype"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
   // Attributes may be set on it: the caller hangs the tensors there whose memory it points into.
   py::class_<Call>(module, "Call", py::dynamic_attr())
       .def(py::init([](uintptr_t rows, uintptr_t cols, uintptr_t row_labels, uintptr_t col_labels,
-                       uintptr_t row_soft, uintptr_t col_soft, int64_t num_soft, bool square,
-                       int64_t num_rows, int64_t num_cols, int64_t dim, int64_t ignore_label,
-                       int64_t self_offset, double temperature, bool normalize,
-                       const std::string& summation, const std::string& denominator, bool is_double,
-                       const std::string& isa, int threads) {
-             return Call{rows,      cols,         row_labels,  col_labels,  row_soft,
-                         col_soft,  num_soft,     square,      num_rows,    num_cols,
-                         dim,       ignore_label, self_offset, temperature, normalize,
-                         summation, denominator,  is_double,   isa,         threads};
+                       const MatrixAt& row_soft, const MatrixAt& col_soft, const MatrixAt& mask,
+                       bool square, int64_t num_rows, int64_t num_cols, int64_t dim,
+                       int64_t ignore_label, int64_t self_offset, double temperature,
+                       bool normalize, const std::string& summation, const std::string& denominator,
+                       bool is_double, bool is_bfloat16, const std::string& isa, int threads) {
+             return Call{rows,
+                         cols,
+                         row_labels,
+                         col_labels,
+                         matrix_at(row_soft),
+                         matrix_at(col_soft),
+                         matrix_at(mask),
+                         square,
+                         num_rows,
+                         num_cols,
+                         dim,
+                         ignore_label,
+                         self_offset,
+                         temperature,
+                         normalize,
+                         summation,
+                         denominator,
+                         is_double,
+                         is_bfloat16,
+                         isa,
+                         threads};
            }),
            py::kw_only(), py::arg("rows"), py::arg("cols"), py::arg("row_labels"),
-           py::arg("col_labels"), py::arg("row_soft"), py::arg("col_soft"), py::arg("num_soft"),
+           py::arg("col_labels"), py::arg("row_soft"), py::arg("col_soft"), py::arg("mask"),
            py::arg("square"), py::arg("num_rows"), py::arg("num_cols"), py::arg("dim"),
            py::arg("ignore_label"), py::arg("self_offset"), py::arg("temperature"),
            py::arg("normalize"), py::arg("summation"), py::arg("denominator"), py::arg("is_double"),
-           py::arg("isa"), py::arg("threads"))
+           py::arg("is_bfloat16"), py::arg("isa"), py::arg("threads"))
       .def(
           "forward",
           [](const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,

@@ -223,50 +223,53 @@ bool is_dense(const TilePair<Real>& t) {
          t.num_cols % (kVectors * Simd<Real>::kLanes) == 0;
 }
 
-template <typename Real, bool kDense, typename Fold>
-SUPCON_APART void reduce(const TilePair<Real>& t) {
-  Reduce<Real, kDense, Fold> pass(t);
-  for_each_similarity<Real, kDense>(t, pass);
+template <typename P, bool kDense, typename Fold>
+SUPCON_APART void reduce(const TilePair<typename P::Real>& t) {
+  Reduce<typename P::Real, kDense, Fold> pass(t);
+  for_each_similarity<P, kDense>(t, pass);
   pass.write_rows();
 }
 
-template <typename Real>
-void tile_forward(const TilePair<Real>& t) {
+template <typename P>
+void tile_forward(const TilePair<typename P::Real>& t) {
   const bool dense = is_dense(t);
   switch (t.term) {
     case Term::kMaximum:
-      return dense ? reduce<Real, true, Maximum>(t) : reduce<Real, false, Maximum>(t);
+      return dense ? reduce<P, true, Maximum>(t) : reduce<P, false, Maximum>(t);
     case Term::kExp:
-      if (t.shifted) return dense ? reduce<Real, true, SumExp>(t) : reduce<Real, false, SumExp>(t);
-      return dense ? reduce<Real, true, SumExpUnshifted>(t)
-                   : reduce<Real, false, SumExpUnshifted>(t);
+      if (t.shifted) return dense ? reduce<P, true, SumExp>(t) : reduce<P, false, SumExp>(t);
+      return dense ? reduce<P, true, SumExpUnshifted>(t) : reduce<P, false, SumExpUnshifted>(t);
     // Positives only, which a dense tile has none of.
     case Term::kLogQ:
-      return reduce<Real, false, SumLogQ>(t);
+      return reduce<P, false, SumLogQ>(t);
     case Term::kQ:
-      return reduce<Real, false, SumQ>(t);
+      return reduce<P, false, SumQ>(t);
     case Term::kNotQ:
-      return reduce<Real, false, SumNotQ>(t);
+      return reduce<P, false, SumNotQ>(t);
     case Term::kQTimesNotQ:
-      return reduce<Real, false, SumQTimesNotQ>(t);
+      return reduce<P, false, SumQTimesNotQ>(t);
+    // Of pairs with weights only, which weighted.h deals with.
+    case Term::kMaximumQ:
+    case Term::kMean:
+      return;
   }
 }
 
-template <typename Real, bool kDense, bool kShifted>
-SUPCON_APART void weigh(const TilePair<Real>& t) {
-  Weigh<Real, kDense, kShifted> pass(t);
-  for_each_similarity<Real, kDense>(t, pass);
+template <typename P, bool kDense, bool kShifted>
+SUPCON_APART void weigh(const TilePair<typename P::Real>& t) {
+  Weigh<typename P::Real, kDense, kShifted> pass(t);
+  for_each_similarity<P, kDense>(t, pass);
 }
 
-template <typename Real>
-void tile_weigh(const TilePair<Real>& t) {
+template <typename P>
+void tile_weigh(const TilePair<typename P::Real>& t) {
   if (t.triangle)
     for (int i = 0; i < t.num_rows; ++i)
       for (int j = 0; j < t.num_cols; ++j) t.scratch[i * kScratchStride + j] = 0;
   if (is_dense(t))
-    t.shifted ? weigh<Real, true, true>(t) : weigh<Real, true, false>(t);
+    t.shifted ? weigh<P, true, true>(t) : weigh<P, true, false>(t);
   else
-    t.shifted ? weigh<Real, false, true>(t) : weigh<Real, false, false>(t);
+    t.shifted ? weigh<P, false, true>(t) : weigh<P, false, false>(t);
 }
 
 }  // namespace

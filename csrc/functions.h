@@ -2,9 +2,11 @@
 
 #pragma once
 
+#include "elements.h"
 #include "epilogues.h"
 #include "row.h"
 #include "supcon.h"
+#include "weighted.h"
 
 namespace supcon {
 namespace {
@@ -13,18 +15,24 @@ template <typename Real>
 constexpr Functions<Real> functions() {
   constexpr int kPanel = kVectors * Simd<Real>::kLanes;
   return {kPanel,
-          tile_forward<Real>,
-          tile_weigh<Real>,
+          any_forward<Real>,
+          any_weigh<Real>,
           add_to_rows<Real>,
           add_to_cols<Real>,
+          widen_row<Real>,
           embed_row<Real>,
           pack_rows<Real, kPanel>,
+          nullptr,
           dots_of_tile<Real>,
           dot<Real, Real>,
           dot<Real, double>,
           add_row<Real>,
           attract_row<Real>,
           finish_row<Real>,
+          read_elements,
+          scale_elements<Real>,
+          accumulate_elements<Real>,
+          encode_weights<Real>,
           multiply_in_registers<Real>};
 }
 

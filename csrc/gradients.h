@@ -14,6 +14,7 @@
 #include "positives.h"
 #include "side.h"
 #include "supcon.h"
+#include "weights.h"
 
 namespace supcon {
 
@@ -33,7 +34,7 @@ double unit_of(const Sides<Real>& sides, const Gradients<Real>& out) {
 // logarithm. All weights and pulls, and gradients made of them, are in the given unit.
 template <typename Real>
 struct Upstream {
-  Upstream(const Sides<Real>& sides, const Side<Real>& side, const Real* grad_loss,
+  Upstream(const Weights<Real>& weights, const Side<Real>& side, const Real* grad_loss,
            const RowStatistics& statistics, double unit)
       : lse(side.padded, std::numeric_limits<Real>::infinity()),
         shifted_weight(side.padded, 0),
@@ -42,17 +43,23 @@ struct Upstream {
         shifted_pull(side.padded, 0),
         plain_pull(side.padded, 0),
         pull_by_class(side.padded, 0.0),
-        pulls_in_tile(side.num_tiles, sides.problem.summation == Summation::kIn),
-        summation_(sides.problem.summation) {
+        pulls_in_tile(side.num_tiles, weights.sides().problem.summation == Summation::kIn),
+        summation_(weights.sides().problem.summation) {
+    const Sides<Real>& sides = weights.sides();
+    const AnchorWeights& of = &side == &sides.rows ? weights.rows() : weights.cols();
     parallel_ranges(sides.team, side.size, kRange, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const int64_t i = side.order[k];
+        const double total = weights.given() ? of.total[k] : 1.0;
         weigh(k, static_cast<double>(grad_loss[i]) / unit, statistics.lse[i],
-              statistics.normalizer[i], statistics.softmax_weight[i]);
+              statistics.normalizer[i], statistics.softmax_weight[i], total);
+        if (weights.given() && of.by_pair[k] && summation_ == Summation::kOut) {
+          shifted_pull[k] = static_cast<Real>(pull_by_class[k] * total);
+          pull_by_class[k] = 0;
+        }
       }
     });
-    if (sides.problem.summation == Summation::kOut && sides.problem.row_soft == nullptr)
-      pull_in_tiles(sides, side);
+    if (sides.problem.summation == Summation::kOut && !weights.given()) pull_in_tiles(sides, side);
   }
 
   std::vector<Real> lse;             // infinite where the anchor does not contribute
@@ -65,7 +72,9 @@ struct Upstream {
   std::vector<bool> pulls_in_tile;  // whether a tile has positives that it looks at itself
 
  private:
-  void weigh(int64_t k, double grad, double exact, double normalizes, double softmax_weight) {
+  // Weights in tiles are relative to a total, which the forward may have had more of than is here.
+  void weigh(int64_t k, double grad, double exact, double normalizes, double softmax_weight,
+             double total) {
     if (!(normalizes < std::numeric_limits<double>::infinity())) return;
     const double weight = grad * softmax_weight;
     lse[k] = static_cast<Real>(exact);
@@ -73,9 +82,11 @@ struct Upstream {
       shifted_weight[k] = static_cast<Real>(weight * std::exp2(rounding(lse[k], exact)));
       plain_weight[k] = static_cast<Real>(weight * std::exp2(-exact));
     }
+    if (!(total > 0)) return;
     if (summation_ == Summation::kOut) {
       pull_by_class[k] = grad / normalizes;
     } else {
+      normalizes -= std::log2(total);
       normalizer[k] = static_cast<Real>(normalizes);
       shifted_pull[k] = static_cast<Real>(grad * std::exp2(rounding(normalizer[k], normalizes)));
       plain_pull[k] = static_cast<Real>(grad * std::exp2(-normalizes));
@@ -84,7 +95,7 @@ struct Upstream {
 
   // Takes the pull of positives that are looked at one by one from the classes to the tiles.
   void pull_in_tiles(const Sides<Real>& sides, const Side<Real>& side) {
-    const bool all = !positives_by_class(sides.problem), of_cols = &side != &sides.rows;
+    const bool all = all_pull_in_tiles(sides), of_cols = &side != &sides.rows;
     for (const Segment& segment : side.segments) {
       if (!all && !sides.few_positives(segment, of_cols)) continue;
       for (int64_t k = segment.begin; k < segment.end; ++k) {
@@ -105,7 +116,6 @@ struct Upstream {
 
 template <typename Real>
 Attraction attraction_of(const Problem<Real>& problem) {
-  if (problem.row_soft != nullptr) return Attraction::kNone;
   if (positives_by_class(problem)) return Attraction::kOne;
   if (problem.denominator != Denominator::kOnePositive) return Attraction::kExp;
   return problem.summation == Summation::kOut ? Attraction::kNotQ : Attraction::kQTimesNotQ;
@@ -116,14 +126,16 @@ Attraction attraction_of(const Problem<Real>& problem) {
 template <typename Real>
 class Differentiator {
  public:
-  Differentiator(const Sides<Real>& sides, const Upstream<Real>& of_rows,
-                 const Upstream<Real>* of_cols, Real* grad_rows, Real* grad_cols, Real* scratch)
-      : sides_(sides),
+  Differentiator(const Weights<Real>& weights, const Upstream<Real>& of_rows,
+                 const Upstream<Real>* of_cols, Real* grad_rows, Real* grad_cols,
+                 PairMemory<Real> memory)
+      : weights_(weights),
+        sides_(weights.sides()),
         of_rows_(of_rows),
         of_cols_(of_cols),
         grad_rows_(grad_rows),
         grad_cols_(grad_cols),
-        scratch_(scratch) {}
+        memory_(memory) {}
 
   void compute(int64_t i, int64_t j) {
     typedef Upstream<Real> U;
@@ -134,13 +146,15 @@ class Differentiator {
     t_ = sides_.pair(i, j);
     t_.square = of_cols_ != nullptr;
     if (sides_.own_in_tile(i, j, own_)) t_.own = own_;
-    const bool pulls = attraction != Attraction::kNone && of_rows_.pulls_in_tile[i];
-    if (!all || pulls) t_.classes = sides_.classes(i, j);
+    const bool pulls = of_rows_.pulls_in_tile[i], weighted = weights_.in_tile(i, j);
+    if ((!all || pulls) && !weights_.given()) t_.classes = sides_.classes(i, j);
+    if (weighted) weights_.set(i, j, memory_, &t_);
     t_.pairs = all ? Pairs::kAll : Pairs::kNegatives;
-    t_.attraction = pulls && t_.classes.row != nullptr ? attraction : Attraction::kNone;
-    t_.shifted = sides_.shifted || t_.attraction == Attraction::kNotQ ||
+    t_.attraction =
+        weighted || (pulls && t_.classes.row != nullptr) ? attraction : Attraction::kNone;
+    t_.shifted = sides_.shifted || weighted || t_.attraction == Attraction::kNotQ ||
                  t_.attraction == Attraction::kQTimesNotQ;
-    t_.scratch = scratch_;
+    t_.scratch = memory_.tile;
     t_.lse = lines(&U::lse);
     t_.weight = lines(t_.shifted ? &U::shifted_weight : &U::plain_weight);
     t_.normalizer = lines(&U::normalizer);
@@ -162,10 +176,12 @@ class Differentiator {
             of_cols_ == nullptr ? nullptr : (of_cols_->*of).data() + col_begin_};
   }
 
+  const Weights<Real>& weights_;
   const Sides<Real>& sides_;
   const Upstream<Real>& of_rows_;
   const Upstream<Real>* const of_cols_;
-  Real *const grad_rows_, *const grad_cols_, *const scratch_;
+  Real *const grad_rows_, *const grad_cols_;
+  const PairMemory<Real> memory_;
   TilePair<Real> t_;
   int64_t row_begin_, col_begin_;
   int32_t own_[kMaxTile];
@@ -176,13 +192,27 @@ template <typename Real>
 class SideGradient {
  public:
   SideGradient(const Side<Real>& side, int64_t num_copies, const Team& team, Real start)
-      : size_(side.padded * side.stride), num_copies_(num_copies), memory_(size_ * num_copies) {
+      : side_(side),
+        size_(side.padded * side.stride),
+        num_copies_(num_copies),
+        memory_(size_ * num_copies) {
     fill(team, memory_.get(), size_ * num_copies, start);
   }
 
   Real* get() { return memory_.get(); }
-  // Adds all copies to the first.
+  // Adds all copies to the first, which then is of the embeddings, whatever was multiplied.
   void add_up(const Team& team) {
+    add_copies(team);
+    parallel_ranges(team, side_.factor.size(), 64, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const Real inverse = 1 / side_.factor[k];
+        for (int64_t d = 0; d < side_.dim; ++d) get()[k * side_.stride + d] *= inverse;
+      }
+    });
+  }
+
+ private:
+  void add_copies(const Team& team) {
     if (num_copies_ == 1) return;
     parallel_ranges(team, size_, 1 << 14, [&](int64_t begin, int64_t end) {
       for (int64_t c = 1; c < num_copies_; ++c)
@@ -190,7 +220,7 @@ class SideGradient {
     });
   }
 
- private:
+  const Side<Real>& side_;
   const int64_t size_, num_copies_;
   Array<Real> memory_;
 };

@@ -16,7 +16,7 @@ struct Int {
 // Rows and vectors of a row of the register kernel. Sanitizers take minutes over the unrolled
 // kernel of a release; they check a smaller one, of the same source.
 #ifdef SUPCON_SMALL_KERNEL
-constexpr int kRows = 3;
+constexpr int kRows = 4;
 #else
 constexpr int kRows = SUPCON_KERNEL_ROWS;
 #endif
@@ -85,26 +85,39 @@ SUPCON_INLINE void for_each_block(int num_rows, Body body) {
   }
 }
 
+// The similarities of R rows from i on with a panel of columns. products_bfloat16.h has them of
+// bfloat16.
+template <typename T>
+struct Products {
+  typedef T Real;
+
+  template <int R, typename Finish>
+  static SUPCON_INLINE void similarities(const TilePair<Real>& t, int i, int j, Finish finish) {
+    constexpr int kPanel = kVectors * Simd<Real>::kLanes;
+    multiply<Real, R>(t.dim, t.a + i * t.stride, t.stride, 1, t.b_packed + j * t.dim, kPanel,
+                      finish);
+  }
+};
+
 // Similarities of the pair, handed to pass.finish(i, panel, vector, value) between
 // pass.begin(panel) and pass.end(panel): where the tile is dense straight from the registers,
 // elsewhere by way of the scratch tile, so that the register kernel is not compiled for every mask.
-template <typename Real, bool kDense, typename Pass>
-SUPCON_INLINE void for_each_similarity(const TilePair<Real>& t, Pass& pass) {
+template <typename P, bool kDense, typename Pass>
+SUPCON_INLINE void for_each_similarity(const TilePair<typename P::Real>& t, Pass& pass) {
+  typedef typename P::Real Real;
   typedef typename Simd<Real>::V V;
   constexpr int kLanes = Simd<Real>::kLanes;
   constexpr int kPanel = kVectors * kLanes;
   for (int j = 0; j < t.num_cols; j += kPanel) {
-    const Real* b = t.b_packed + j * t.dim;
     const int end = t.triangle && j + kPanel < t.num_rows ? j + kPanel : t.num_rows;
     if constexpr (kDense) pass.begin(j);
     for_each_block(end, [&](auto rows, int i) {
-      multiply<Real, decltype(rows)::value>(
-          t.dim, t.a + i * t.stride, t.stride, 1, b, kPanel, [&](int r, int v, V x) {
-            if constexpr (kDense)
-              pass.finish(i + r, j, v, x);
-            else
-              store(t.scratch + (i + r) * kScratchStride + j + v * kLanes, x);
-          });
+      P::template similarities<decltype(rows)::value>(t, i, j, [&](int r, int v, V x) {
+        if constexpr (kDense)
+          pass.finish(i + r, j, v, x);
+        else
+          store(t.scratch + (i + r) * kScratchStride + j + v * kLanes, x);
+      });
     });
     if constexpr (!kDense) {
       pass.begin(j);

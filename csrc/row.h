@@ -51,8 +51,29 @@ Real largest_magnitude(const Real* x, int64_t dim) {
   return largest;
 }
 
+// The exponent of the largest magnitude is what stands above its seven bits of mantissa.
+template <typename Real>
+Real widen_row(const uint16_t* x, int64_t dim, Real power, Real* out) {
+  if (power == 0) {
+    int largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t d = 0; d < dim; ++d) largest = (x[d] & 0x7fff) > largest ? x[d] & 0x7fff : largest;
+    const int exponent = (largest >> 7) - 127;
+    const int clamped = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+    power = static_cast<Real>(__builtin_ldexp(1.0, -clamped));
+  }
+#pragma omp simd
+  for (int64_t d = 0; d < dim; ++d) {
+    const uint32_t bits = static_cast<uint32_t>(x[d]) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    out[d] = static_cast<Real>(value) * power;
+  }
+  return power;
+}
+
 // The sum of squares bounds every product with the row: where it overflows, similarities may be
-// differences of infinities, which maxima and exponentials would not show.
+// differences of infinities, which maxima and exponentials would not show. May work in place.
 template <typename Real>
 bool embed_row(const Real* x, int64_t dim, bool normalize, Real unit, Real* out, Real* scale,
                Real* norm) {
@@ -67,10 +88,12 @@ bool embed_row(const Real* x, int64_t dim, bool normalize, Real unit, Real* out,
     *norm = static_cast<Real>(__builtin_sqrt(square));
     if (square > 0) unit /= *norm;
   }
-  if (*scale == 1)
+  if (*scale == 1) {
+#pragma omp simd
     for (int64_t d = 0; d < dim; ++d) out[d] = x[d] * unit;
-  else
+  } else {
     for (int64_t d = 0; d < dim; ++d) out[d] = x[d] / *scale * unit;
+  }
   const Real reach = sum_of_squares(out, dim);
   return reach - reach == 0;
 }
@@ -105,17 +128,18 @@ inline double multiply_add(double a, double b, double c) {
 // One feature after the other, as the register kernel adds them up. A few columns at a time, so
 // that additions need not wait for each other.
 template <typename Real>
-double dots_of_tile(const Real* row, const Real* cols, ptrdiff_t stride, int64_t count,
-                    int64_t dim) {
+double dots_of_tile(const TilePair<Real>& t, int i, int j, int count) {
   constexpr int kChains = 4;
+  const Real* const row = t.a + i * t.stride;
+  const Real* const cols = t.b + j * t.stride;
   double total = 0;
-  for (int64_t j = 0; j < count; j += kChains) {
+  for (int k = 0; k < count; k += kChains) {
     const Real* col[kChains];
     Real sum[kChains] = {};
-    for (int c = 0; c < kChains; ++c) col[c] = cols + (j + c < count ? j + c : j) * stride;
-    for (int64_t d = 0; d < dim; ++d)
+    for (int c = 0; c < kChains; ++c) col[c] = cols + (k + c < count ? k + c : k) * t.stride;
+    for (ptrdiff_t d = 0; d < t.dim; ++d)
       for (int c = 0; c < kChains; ++c) sum[c] = multiply_add(row[d], col[c][d], sum[c]);
-    for (int c = 0; c < kChains && j + c < count; ++c) total += static_cast<double>(sum[c]);
+    for (int c = 0; c < kChains && k + c < count; ++c) total += static_cast<double>(sum[c]);
   }
   return total;
 }

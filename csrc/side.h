@@ -41,7 +41,7 @@ struct Segment {
 // kernel.
 template <typename Real>
 struct Side {
-  Side(const Real* x, const int64_t* labels, int64_t count, const Problem<Real>& problem,
+  Side(const void* x, const int64_t* labels, int64_t count, const Problem<Real>& problem,
        const Functions<Real>& functions, const Team& team)
       : input(x),
         panel(functions.panel),
@@ -52,7 +52,7 @@ struct Side {
     tile = tile_rows(size);
     num_tiles = (size + tile - 1) / tile;
     padded = round_up(size, panel);
-    allocate();
+    allocate(functions.pack_bfloat16 != nullptr);
     embed(problem, functions, team);
   }
 
@@ -60,8 +60,11 @@ struct Side {
   int tile_size(int64_t t) const { return std::min<int64_t>(tile, size - t * tile); }
   const Real* row(int64_t k) const { return data->get() + k * stride; }
   const Real* packed_tile(int64_t t) const { return packed->get() + tile_begin(t) * dim; }
+  // From row k on, which begins a panel.
+  uint32_t* packed_words(int64_t k) const { return words->get() + k * dim / 2; }
+  uint32_t* paired_words(int64_t k) const { return words->get() + (padded * dim + k * stride) / 2; }
 
-  const Real* input;
+  const void* input;
   int64_t panel, dim, stride;
   std::vector<int64_t> order;     // sorted position -> row of the input, ignored rows left out
   std::vector<int64_t> position;  // row of the input -> sorted position, -1 where ignored
@@ -69,10 +72,14 @@ struct Side {
   int64_t size = 0;  // rows that take part
   int64_t tile = 0, num_tiles = 0, padded = 0;
   std::unique_ptr<Array<Real>> data, packed;
-  std::vector<Real> scale, norm;  // the row is input / scale / norm
+  std::unique_ptr<Array<uint32_t>> words;  // in place of packed: of bfloat16, packed and paired
+  std::vector<Real> scale, norm;           // the row is input / scale / norm
+  std::vector<Real> factor;                // the row is its words times this
   bool finite = true;
 
  private:
+  Real* writable_row(int64_t k) { return data->get() + k * stride; }
+
   void sort(const int64_t* labels, int64_t count, int64_t ignore_label) {
     order.reserve(count);
     for (int64_t k = 0; k < count; ++k)
@@ -104,29 +111,57 @@ struct Side {
     for (int64_t k : unsorted) order[next[labels[k] - lowest]++] = k;
   }
 
-  void allocate() {
+  void allocate(bool as_words) {
     data = std::make_unique<Array<Real>>(padded * stride);
-    packed = std::make_unique<Array<Real>>(padded * dim);
+    if (as_words)
+      words = std::make_unique<Array<uint32_t>>(padded * (dim + stride) / 2);
+    else
+      packed = std::make_unique<Array<Real>>(padded * dim);
     scale.assign(size, 1);
     norm.assign(size, 1);
+    factor.assign(as_words ? padded : 0, 1);
   }
 
   void embed(const Problem<Real>& problem, const Functions<Real>& functions, const Team& team) {
-    const Real unit = static_cast<Real>(std::sqrt(kLog2E / problem.temperature));
+    Real unit = static_cast<Real>(std::sqrt(kLog2E / problem.temperature));
+    // What bfloat16 is multiplied by before it is packed; 0: by what brings each row near 1.
+    Real power = words == nullptr ? Real(1) : Real(0);
+    if (words != nullptr && !problem.normalize) power = std::ldexp(Real(1), std::ilogb(unit));
+    if (power != 0) unit /= power;
     std::atomic<bool> all_finite{true};
     parallel_for(team, padded / panel, [&](int64_t p) {
-      Real* const begin = data->get() + p * panel * stride;
-      for (int64_t k = p * panel; k < (p + 1) * panel; ++k) {
-        Real* const out = data->get() + k * stride;
-        const int64_t used = k < size ? problem.dim : 0;
-        std::fill(out + used, out + stride, Real(0));
-        if (k < size && !functions.embed(input + order[k] * problem.dim, problem.dim,
-                                         problem.normalize, unit, out, &scale[k], &norm[k]))
-          all_finite = false;
-      }
-      functions.pack(begin, stride, dim, packed->get() + p * panel * dim);
+      const int64_t begin = p * panel, end = std::min(size, begin + panel);
+      for (int64_t k = begin; k < begin + panel; ++k)
+        std::fill(writable_row(k) + (k < size ? problem.dim : 0), writable_row(k + 1), Real(0));
+      if (problem.bfloat16) widen(begin, end, power, problem, functions);
+      if (words != nullptr)
+        functions.pack_bfloat16(row(begin), stride, dim, packed_words(begin), paired_words(begin));
+      for (int64_t k = begin; k < end; ++k)
+        if (!embed_row(k, unit, problem, functions)) all_finite = false;
+      if (words == nullptr) functions.pack(row(begin), stride, dim, packed->get() + begin * dim);
     });
     finite = all_finite;
+  }
+
+  void widen(int64_t begin, int64_t end, Real power, const Problem<Real>& problem,
+             const Functions<Real>& functions) {
+    for (int64_t k = begin; k < end; ++k) {
+      const auto* const x = static_cast<const uint16_t*>(input) + order[k] * problem.dim;
+      const Real by = functions.widen(x, problem.dim, power, writable_row(k));
+      if (problem.normalize) scale[k] = 1 / by;
+    }
+  }
+
+  bool embed_row(int64_t k, Real unit, const Problem<Real>& problem,
+                 const Functions<Real>& functions) {
+    const Real* const x =
+        problem.bfloat16 ? row(k) : static_cast<const Real*>(input) + order[k] * problem.dim;
+    Real scale_of_x;
+    const bool is_finite = functions.embed(x, problem.dim, problem.normalize, unit, writable_row(k),
+                                           &scale_of_x, &norm[k]);
+    scale[k] *= scale_of_x;
+    if (words != nullptr) factor[k] = norm[k] > 0 ? unit / norm[k] : unit;
+    return is_finite;
   }
 };
 
@@ -140,7 +175,8 @@ template <typename Real>
 struct Sides {
   Sides(const Problem<Real>& problem, const Isa& isa, const Team& team)
       : problem(problem),
-        functions(isa.functions(Real())),
+        functions(functions_for(problem, isa)),
+        doubles(isa.f64),
         team(team),
         square(problem.square),
         rows(problem.rows, problem.row_labels, problem.num_rows, problem, functions, team),
@@ -164,12 +200,17 @@ struct Sides {
     t.stride = rows.stride;
     t.a = rows.row(rows.tile_begin(i));
     t.b = cols.row(cols.tile_begin(j));
-    t.b_packed = cols.packed_tile(j);
+    if (!multiplies_bfloat16()) t.b_packed = cols.packed_tile(j);
     t.triangle = square && i == j;
     t.square = square;
     t.shifted = shifted;
+    if (multiplies_bfloat16()) t.bfloat16 = words(rows.tile_begin(i), cols.tile_begin(j));
     return t;
   }
+
+  // Whether tiles are multiplied in bfloat16. What H holds of a positive, less what it attracts, is
+  // then rounded once: all positives are looked at one by one.
+  bool multiplies_bfloat16() const { return functions.pack_bfloat16 != nullptr; }
 
   // Numbers of the pair's rows and columns in arrays over each side.
   PerLine<Real> lines(const std::vector<Real>& of_rows, int64_t i, int64_t j) const {
@@ -228,6 +269,7 @@ struct Sides {
 
   const Problem<Real>& problem;
   const Functions<Real>& functions;
+  const Functions<double>& doubles;
   const Team& team;
   const bool square;
   const Side<Real> rows;
@@ -246,6 +288,22 @@ struct Sides {
   bool sums_are_safe() const {
     const double reach = kLog2E / problem.temperature;
     return problem.normalize && 2 * reach < std::numeric_limits<Real>::max_exponent - 2.5;
+  }
+
+  static const Functions<Real>& functions_for(const Problem<Real>& problem, const Isa& isa) {
+    if constexpr (std::is_same_v<Real, float>)
+      if (problem.bfloat16 && problem.dim >= 16 && problem.row_soft.data == nullptr &&
+          problem.mask.data == nullptr && isa.bfloat16 != nullptr)
+        return *isa.bfloat16;
+    return isa.functions(Real());
+  }
+
+  Bfloat16Tiles<Real> words(int64_t row, int64_t col) const {
+    return {rows.packed_words(row),
+            cols.packed_words(col),
+            rows.paired_words(row),
+            cols.paired_words(col),
+            {rows.factor.data() + row, cols.factor.data() + col}};
   }
 
   void number_classes() {

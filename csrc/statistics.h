@@ -12,6 +12,7 @@
 #include "positives.h"
 #include "side.h"
 #include "supcon.h"
+#include "weights.h"
 
 namespace supcon {
 
@@ -27,27 +28,30 @@ struct Inputs {
 template <typename Real, typename Fold>
 class Reducer {
  public:
-  Reducer(const Sides<Real>& sides, Pairs pairs, Term term, const Inputs<Real>& inputs, Fold fold,
-          Real* scratch)
-      : sides_(sides),
+  Reducer(const Weights<Real>& weights, Pairs pairs, Term term, const Inputs<Real>& inputs,
+          Fold fold, PairMemory<Real> memory)
+      : weights_(weights),
+        sides_(weights.sides()),
         pairs_(pairs),
         term_(term),
         inputs_(inputs),
         fold_(fold),
-        scratch_(scratch) {}
+        memory_(memory) {}
 
   void compute(int64_t i, int64_t j) {
     row_begin_ = sides_.rows.tile_begin(i);
     col_begin_ = sides_.cols.tile_begin(j);
     t_ = sides_.pair(i, j);
-    if (pairs_ != Pairs::kAll) t_.classes = sides_.classes(i, j);
-    is_empty_ = pairs_ == Pairs::kPositives && t_.classes.row == nullptr;
+    const bool weighted = weights_.in_tile(i, j) && weights_.in_pass(pairs_);
+    if (pairs_ != Pairs::kAll && !weights_.given()) t_.classes = sides_.classes(i, j);
+    is_empty_ = pairs_ == Pairs::kPositives && !weighted && t_.classes.row == nullptr;
     if (is_empty_) return;
     if (sides_.own_in_tile(i, j, own_)) t_.own = own_;
+    if (weighted) weights_.set(i, j, memory_, &t_);
     t_.pairs = pairs_;
     t_.term = term_;
     t_.shifted = sides_.shifted || (term_ != Term::kMaximum && term_ != Term::kExp);
-    t_.scratch = scratch_;
+    t_.scratch = memory_.tile;
     if (inputs_.lse != nullptr) t_.lse = sides_.lines(*inputs_.lse, i, j);
     if (inputs_.shifts != nullptr) t_.shifts = sides_.lines(*inputs_.shifts, i, j);
     t_.row_out = row_out_;
@@ -62,12 +66,13 @@ class Reducer {
     for (int k = 0; k < (is_empty_ ? 0 : count); ++k) fold_(begin + k, out[k]);
   }
 
+  const Weights<Real>& weights_;
   const Sides<Real>& sides_;
   const Pairs pairs_;
   const Term term_;
   const Inputs<Real>& inputs_;
   const Fold fold_;
-  Real* const scratch_;
+  const PairMemory<Real> memory_;
   TilePair<Real> t_;
   bool is_empty_;
   int64_t row_begin_, col_begin_;
@@ -76,28 +81,30 @@ class Reducer {
 };
 
 template <typename Real, typename Fold>
-void reduce_pairs(const Sides<Real>& sides, Pairs pairs, Term term, const Inputs<Real>& inputs,
+void reduce_pairs(const Weights<Real>& weights, Pairs pairs, Term term, const Inputs<Real>& inputs,
                   Fold fold) {
-  PerThread<Real> scratch(sides.team, kScratch);
+  const Sides<Real>& sides = weights.sides();
+  PairMemories<Real> memory(weights);
   sides.schedule.run(sides.team, false, sides.square, [&] {
-    return Reducer<Real, Fold>(sides, pairs, term, inputs, fold, scratch.claim());
+    return Reducer<Real, Fold>(weights, pairs, term, inputs, fold, memory.claim());
   });
 }
 
-// The largest exponent of every sorted row; -infinity where it has no such pair.
+// The largest exponent of every sorted row, or log2(q); -infinity where it has no such pair.
 template <typename Real>
-std::vector<Real> maxima(const Sides<Real>& sides, Pairs pairs) {
-  std::vector<Real> largest(sides.rows.padded, -std::numeric_limits<Real>::infinity());
-  reduce_pairs(sides, pairs, Term::kMaximum, {},
+std::vector<Real> maxima(const Weights<Real>& weights, Pairs pairs, Term term = Term::kMaximum,
+                         const Inputs<Real>& inputs = {}) {
+  std::vector<Real> largest(weights.sides().rows.padded, -std::numeric_limits<Real>::infinity());
+  reduce_pairs(weights, pairs, term, inputs,
                [&](int64_t k, Real x) { largest[k] = std::max(largest[k], x); });
   return largest;
 }
 
 template <typename Real>
-std::vector<double> sums(const Sides<Real>& sides, Pairs pairs, Term term,
+std::vector<double> sums(const Weights<Real>& weights, Pairs pairs, Term term,
                          const Inputs<Real>& inputs) {
-  std::vector<double> sum(sides.rows.padded, 0.0);
-  reduce_pairs(sides, pairs, term, inputs,
+  std::vector<double> sum(weights.sides().rows.padded, 0.0);
+  reduce_pairs(weights, pairs, term, inputs,
                [&](int64_t k, Real x) { sum[k] += static_cast<double>(x); });
   return sum;
 }
@@ -115,10 +122,11 @@ std::vector<double> logarithms(const Team& team, std::vector<double> sum,
 
 // Base-2 log-sum-exp of every sorted row over such pairs; -infinity where there is none.
 template <typename Real>
-std::vector<double> log_sum_exp(const Sides<Real>& sides, Pairs pairs) {
+std::vector<double> log_sum_exp(const Weights<Real>& weights, Pairs pairs) {
+  const Sides<Real>& sides = weights.sides();
   const std::vector<Real> shift =
-      sides.shifted ? maxima(sides, pairs) : std::vector<Real>(sides.rows.padded, Real(0));
-  return logarithms(sides.team, sums(sides, pairs, Term::kExp, {nullptr, &shift}), shift);
+      sides.shifted ? maxima(weights, pairs) : std::vector<Real>(sides.rows.padded, Real(0));
+  return logarithms(sides.team, sums(weights, pairs, Term::kExp, {nullptr, &shift}), shift);
 }
 
 // As the kernels take them.
@@ -130,46 +138,71 @@ std::vector<Real> rounded(const std::vector<double>& x) {
 // What the forward knows of every sorted row, base 2 where it is a logarithm.
 template <typename Real>
 struct Statistics {
-  explicit Statistics(const Sides<Real>& sides)
-      : num_positives(count_positives(sides)), softmax_weight(sides.rows.padded, 1.0) {
-    const Problem<Real>& problem = sides.problem;
+  explicit Statistics(const Weights<Real>& weights)
+      : total_weight(weights.given() ? weights.rows().total : count_positives(weights.sides())),
+        softmax_weight(weights.sides().rows.padded, 1.0) {
+    total_weight.resize(weights.sides().rows.padded, 0.0);
+    const Problem<Real>& problem = weights.sides().problem;
     const bool all = problem.denominator == Denominator::kAll;
-    lse = log_sum_exp(sides, all ? Pairs::kAll : Pairs::kNegatives);
+    lse = log_sum_exp(weights, all ? Pairs::kAll : Pairs::kNegatives);
     if (problem.denominator == Denominator::kOnePositive)
-      one_positive(sides);
+      one_positive(weights);
     else if (problem.summation == Summation::kIn)
-      log_mean = log_sum_exp(sides, Pairs::kPositives);
+      log_mean = log_sum_exp(weights, Pairs::kPositives);
+    else
+      mean_log = mean_exponents(weights);
+    if (problem.summation == Summation::kIn && weights.given())
+      for (size_t k = 0; k < log_mean.size(); ++k) log_mean[k] += std::log2(total_weight[k]);
   }
 
-  std::vector<double> num_positives;
-  std::vector<double> lse;       // of the denominator, or of the negatives for kOnePositive
-  std::vector<double> mean_log;  // kOut: the positives' mean exponent, or log2 of probability
-  std::vector<double> log_mean;  // kIn: log-sum-exp over positives, or log2 of the sum of q
+  std::vector<double> total_weight;  // of the positives: their number, where they have no weights
+  std::vector<double> lse;           // of the denominator, or of the negatives for kOnePositive
+  std::vector<double> mean_log;      // kOut: the positives' mean exponent, or log2 of probability
+  std::vector<double> log_mean;      // kIn: log-sum-exp over positives, or log2 of the sum of q
   std::vector<double> softmax_weight;
 
  private:
-  void one_positive(const Sides<Real>& sides) {
+  std::vector<double> mean_exponents(const Weights<Real>& weights) const {
+    const Sides<Real>& sides = weights.sides();
+    if (!weights.given()) return supcon::mean_exponents(sides, total_weight);
+    std::vector<double> mean(sides.rows.padded, 0.0);
+    if (weights.any()) mean = sums(weights, Pairs::kPositives, Term::kMean, {});
+    if (!sums_soft_classes(sides.problem)) return mean;
+    const std::vector<double> by_sums = mean_soft_exponents(weights);
+    for (int64_t k = 0; k < sides.rows.size; ++k)
+      if (!weights.rows().by_pair[k]) mean[k] = by_sums[k];
+    return mean;
+  }
+
+  void one_positive(const Weights<Real>& weights) {
     const std::vector<Real> l = rounded<Real>(lse);
-    if (sides.problem.summation == Summation::kOut) {
-      mean_log = sums(sides, Pairs::kPositives, Term::kLogQ, {&l, nullptr});
-      softmax_weight = sums(sides, Pairs::kPositives, Term::kNotQ, {&l, nullptr});
-      for (size_t k = 0; k < num_positives.size(); ++k) {
-        mean_log[k] /= num_positives[k];
-        softmax_weight[k] /= num_positives[k];
+    if (weights.sides().problem.summation == Summation::kOut) {
+      mean_log = sums(weights, Pairs::kPositives, Term::kLogQ, {&l, nullptr});
+      softmax_weight = sums(weights, Pairs::kPositives, Term::kNotQ, {&l, nullptr});
+      if (weights.given()) return;  // each is divided by the total as it is
+      for (size_t k = 0; k < total_weight.size(); ++k) {
+        mean_log[k] /= total_weight[k];
+        softmax_weight[k] /= total_weight[k];
       }
       return;
     }
-    // The largest q of a row is that of its largest exponent, by the tiles' own arithmetic: no
-    // log2(q) may be far above the shift.
-    std::vector<Real> shift = maxima(sides, Pairs::kPositives);
+    const std::vector<Real> shift = largest_log_q(weights, l);
+    const std::vector<double> sum = sums(weights, Pairs::kPositives, Term::kQ, {&l, &shift});
+    softmax_weight = sums(weights, Pairs::kPositives, Term::kQTimesNotQ, {&l, &shift});
+    log_mean = logarithms(weights.sides().team, sum, shift);
+    for (size_t k = 0; k < total_weight.size(); ++k) softmax_weight[k] /= sum[k];
+  }
+
+  // By the tiles' own arithmetic: no log2(q) may be far above the shift.
+  static std::vector<Real> largest_log_q(const Weights<Real>& weights, const std::vector<Real>& l) {
+    if (weights.given()) return maxima(weights, Pairs::kPositives, Term::kMaximumQ, {&l, nullptr});
+    // The largest q of a row is that of its largest exponent.
+    std::vector<Real> shift = maxima(weights, Pairs::kPositives);
     for (size_t k = 0; k < shift.size(); ++k) {
       const double d = static_cast<double>(l[k] - shift[k]);
       shift[k] = static_cast<Real>(-std::max(d, 0.0) - std::log2(1 + std::exp2(-std::abs(d))));
     }
-    const std::vector<double> sum = sums(sides, Pairs::kPositives, Term::kQ, {&l, &shift});
-    softmax_weight = sums(sides, Pairs::kPositives, Term::kQTimesNotQ, {&l, &shift});
-    log_mean = logarithms(sides.team, sum, shift);
-    for (size_t k = 0; k < num_positives.size(); ++k) softmax_weight[k] /= sum[k];
+    return shift;
   }
 };
 
@@ -177,7 +210,7 @@ template <typename Real>
 bool contributes(const Problem<Real>& problem, const Statistics<Real>& of, int64_t k) {
   const bool some_below = problem.denominator != Denominator::kOnlyNegatives ||
                           of.lse[k] > -std::numeric_limits<double>::infinity();
-  return of.num_positives[k] > 0 && some_below;
+  return of.total_weight[k] > 0 && some_below;
 }
 
 // Writes what the caller gets of sorted row k, which contributes, and returns its loss.
@@ -189,13 +222,13 @@ double write_results(const Sides<Real>& sides, const Statistics<Real>& of, int64
   const bool mean_of_logs = problem.summation == Summation::kOut;
   const bool lse_is_below = problem.denominator != Denominator::kOnePositive;
   double loss = lse_is_below ? of.lse[k] : 0.0;
-  loss -= mean_of_logs ? of.mean_log[k] : of.log_mean[k] - std::log2(of.num_positives[k]);
+  loss -= mean_of_logs ? of.mean_log[k] : of.log_mean[k] - std::log2(of.total_weight[k]);
   loss *= kLn2;
   // What the positives hold, all hold: below zero there are only roundings.
   if (problem.denominator == Denominator::kAll) loss = std::max(loss, 0.0);
   out.loss[i] = static_cast<Real>(loss);
   out.statistics.lse[i] = of.lse[k];
-  out.statistics.normalizer[i] = mean_of_logs ? of.num_positives[k] : of.log_mean[k];
+  out.statistics.normalizer[i] = mean_of_logs ? of.total_weight[k] : of.log_mean[k];
   out.statistics.softmax_weight[i] = of.softmax_weight[k];
   return loss;
 }

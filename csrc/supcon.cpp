@@ -14,7 +14,9 @@
 #include "parallel.h"
 #include "positives.h"
 #include "side.h"
+#include "soft.h"
 #include "statistics.h"
+#include "weights.h"
 
 namespace supcon {
 
@@ -36,12 +38,8 @@ void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
       *out.total = out.loss[i] = std::numeric_limits<Real>::quiet_NaN();
     return;
   }
-  Statistics<Real> statistics(sides);
-  if (problem.row_soft != nullptr) {
-    mean_soft_exponents(sides, &statistics.num_positives, &statistics.mean_log);
-  } else if (positives_by_class(problem)) {
-    statistics.mean_log = mean_exponents(sides, statistics.num_positives);
-  }
+  const Weights<Real> weights(sides, false);
+  const Statistics<Real> statistics(weights);
   struct Part {
     double total;
     int64_t count;
@@ -68,10 +66,11 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
   const Sides<Real> sides(problem, isa, team);
   const Side<Real>&rows = sides.rows, &cols = sides.cols;
   const double unit = unit_of(sides, out);
-  const Upstream<Real> upstream(sides, rows, out.loss, out.statistics, unit);
+  const Weights<Real> weights(sides, out.col_loss != nullptr);
+  const Upstream<Real> upstream(weights, rows, out.loss, out.statistics, unit);
   std::unique_ptr<const Upstream<Real>> apart;
   if (out.col_loss != nullptr)
-    apart.reset(new Upstream<Real>(sides, cols, out.col_loss, out.col_statistics, unit));
+    apart.reset(new Upstream<Real>(weights, cols, out.col_loss, out.col_statistics, unit));
   const Upstream<Real>* const of_cols = sides.square ? &upstream : apart.get();
   const bool wants_cols = !sides.square && out.cols != nullptr;
   const Real start = sides.finite ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
@@ -82,18 +81,17 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
   Real* const grad_cols = sides.square ? grad_rows : wants_cols ? of_col_side.get() : nullptr;
 
   if (sides.finite) {
-    PerThread<Real> scratch(team, kScratch);
+    PairMemories<Real> memory(weights);
     sides.schedule.run(team, true, grad_cols != nullptr, [&] {
-      return Differentiator<Real>(sides, upstream, of_cols, grad_rows, grad_cols, scratch.claim());
+      return Differentiator<Real>(weights, upstream, of_cols, grad_rows, grad_cols, memory.claim());
     });
     of_row_side.add_up(team);
     if (wants_cols) of_col_side.add_up(team);
-    if (problem.row_soft != nullptr) {
-      attract_soft(sides, upstream.pull_by_class, grad_rows, grad_cols);
-      if (apart) attract_soft_to_cols(sides, apart->pull_by_class, grad_rows);
-    } else if (positives_by_class(problem)) {
-      attract_classes(sides, upstream.pull_by_class, apart ? &apart->pull_by_class : nullptr,
-                      grad_rows, grad_cols);
+    const std::vector<double>* const col_pull = apart ? &apart->pull_by_class : nullptr;
+    if (sums_soft_classes(problem)) {
+      attract_soft(weights, upstream.pull_by_class, col_pull, grad_rows, grad_cols);
+    } else if (!all_pull_in_tiles(sides) && !weights.given()) {
+      attract_classes(sides, upstream.pull_by_class, col_pull, grad_rows, grad_cols);
     }
   }
   const double product = finish_side(rows, sides, grad_rows, unit, problem.num_rows, out.rows);
@@ -104,17 +102,15 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
 }
 
 template <typename Real>
-double peak_flops(const Isa& isa, const Team& team) {
+double peak_flops(const Functions<Real>& functions, const Team& team, int64_t iterations) {
   typedef std::chrono::steady_clock Clock;
-  constexpr int64_t kIterations = 1 << 22;
   double best = 0;
   for (int repetition = 0; repetition < 5; ++repetition) {
     std::atomic<int64_t> total{0};
     const Clock::time_point start = Clock::now();
     on_all(team, [&] {
       Real values[] = {Real(1), Real(0.999), Real(1e-3), Real(0)};
-      auto* const multiply = isa.functions(Real()).multiply_in_registers;
-      total += static_cast<int64_t>(multiply(kIterations, values));
+      total += static_cast<int64_t>(functions.multiply_in_registers(iterations, values));
     });
     const std::chrono::duration<double> elapsed = Clock::now() - start;
     best = std::max(best, static_cast<double>(total) / elapsed.count());
@@ -136,7 +132,7 @@ std::vector<std::vector<ScheduledPair>> scheduled_jobs(int64_t num_rows, int64_t
 }
 
 #define SUPCON_INSTANTIATE(Real)                                                              \
-  template double peak_flops<Real>(const Isa&, const Team&);                                  \
+  template double peak_flops(const Functions<Real>&, const Team&, int64_t);                   \
   template void forward(const Problem<Real>&, const Isa&, const Team&, const Results<Real>&); \
   template void backward(const Problem<Real>&, const Isa&, const Team&, const Gradients<Real>&);
 SUPCON_INSTANTIATE(float)

@@ -12,25 +12,38 @@
 namespace supcon {
 
 // Changes whenever the Python module's functions take or return something else.
-constexpr int kInterface = 1;
+constexpr int kInterface = 3;
 
 enum class Summation { kOut, kIn };
 enum class Denominator { kAll, kOnePositive, kOnlyNegatives };
 
+// The types of a mask's numbers, and of soft labels'.
+enum class Element { kUint8, kInt8, kInt16, kInt32, kInt64, kHalf, kBfloat16, kFloat, kDouble };
+
+// A matrix of the caller's, read where it is. No data: there is none.
+struct Matrix {
+  const void* data = nullptr;
+  Element element = Element::kFloat;
+  int64_t num_rows = 0, num_cols = 0;
+  int64_t row_stride = 0, col_stride = 0;  // in elements
+};
+
 // A call: N rows (anchors) against M columns (contrasts), or against each other where square.
-// Labels are integers; equal ones are positives, `ignore_label` takes no part. Soft labels, if any,
-// say instead by their products which pairs are positives, with which weight; then no label is
-// ignored, summation is kOut and denominator kAll.
+// Labels are integers; equal ones are positives, `ignore_label` takes no part. A mask, or soft
+// labels, say instead what weight each pair has; then all integer labels are the same, and none is
+// ignored.
 template <typename Real>
 struct Problem {
-  const Real* rows;           // (N, D), contiguous
-  const Real* cols;           // (M, D), contiguous; unused where square
+  const void* rows;           // (N, D), contiguous, of Real, or of bfloat16 (below)
+  const void* cols;           // (M, D), contiguous; unused where square
   const int64_t* row_labels;  // (N,)
   const int64_t* col_labels;  // (M,); unused where square
-  const double* row_soft;     // (N, C), or null
-  const double* col_soft;     // (M, C)
-  int64_t num_soft;           // C
-  bool square;                // the columns are the rows
+  // The weight of a pair is the product of its soft labels, where there are any, or the element
+  // (row modulo n, column modulo m) of the mask: > 0 a positive, 0 a negative, < 0 takes no part.
+  Matrix row_soft;  // (N, C)
+  Matrix col_soft;  // (M, C); unused where square
+  Matrix mask;      // (n, m)
+  bool square;      // the columns are the rows
   int64_t num_rows;
   int64_t num_cols;
   int64_t dim;
@@ -40,6 +53,7 @@ struct Problem {
   bool normalize;
   Summation summation;
   Denominator denominator;
+  bool bfloat16 = false;  // rows and cols are bfloat16, and Real is float
 };
 
 // Runs body(context) once on each of at most `threads` threads, in parallel. The core does
@@ -98,6 +112,8 @@ enum class Pairs { kAll, kNegatives, kPositives };
 // the column) and q = 1 / (1 + 2^(l - x)), the probability of a positive among the negatives:
 enum class Term {
   kMaximum,    // the largest x
+  kMaximumQ,   // the largest log2(q); weighted pairs only
+  kMean,       // the sum of x; weighted pairs only
   kExp,        // the sum of 2^(x - shift)
   kLogQ,       // the sum of log2(q)
   kQ,          // the sum of q 2^-shift
@@ -125,6 +141,28 @@ struct PerLine {
 template <typename Real>
 using Class = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
 
+// A pair of tiles as the products in bfloat16 take it: of rows that are not normalised, times a
+// power of two each. A word holds two numbers that are multiplied and added up in one step.
+template <typename Real>
+struct Bfloat16Tiles {
+  const uint32_t* a_packed;  // (panel, dim / 2, panel width): features d and d + dim / 2 of a row
+  const uint32_t* b_packed;
+  const uint32_t* a_paired;  // (rows / 2, stride): rows i and i + half of a panel
+  const uint32_t* b_paired;
+  PerLine<Real> factor;  // times both factors, the product of two rows is their similarity
+};
+
+// Weights w of pairs, each to be taken relative to a total W of its anchor's. Their code is above 0
+// for a positive, 0 for a negative, below 0 for a pair that takes no part. A positive's is w / W,
+// or -log2(w / W); at least the smallest normal number, which changes neither.
+struct PairWeights {
+  const double* weights;
+  const double* totals;
+  ptrdiff_t total_stride;  // 0: all pairs are of one anchor
+  int count;
+  ptrdiff_t out_stride;
+};
+
 // One pair of tiles. Similarities are base-2 exponents: both sides are scaled by sqrt(log2(e)/tau).
 template <typename Real>
 struct TilePair {
@@ -138,9 +176,12 @@ struct TilePair {
   bool triangle;         // the tiles are one and the same: only columns j > i
   const int32_t* own;    // column of this tile that is the row itself, or negative; null: none
   PerLine<Class<Real>> classes;  // equal ones are positives; null rows: the tiles share none
+  // (num_rows, kScratchStride) weight of each pair for its row and for its column, as `encode` has
+  // it; null: labels are integers. Pairs that take no part are told by their weight alone.
+  PerLine<Real> pair_weights;
   Pairs pairs;
   bool shifted;   // exponents are so large that sums of 2^x need a shift for each row and column
-  Real* scratch;  // (kMaxTile, kScratchStride)
+  Real* scratch;  // (kMaxTile, kScratchStride); of bfloat16 as much again for H in words
   // Forward: a row's result is written, a column's where `square`. Backward: columns are anchors
   // where `square`.
   Term term;
@@ -154,6 +195,7 @@ struct TilePair {
   PerLine<Real> weight, normalizer, pull;
   Real* grad_a;
   Real* grad_b;
+  Bfloat16Tiles<Real> bfloat16;  // where the functions multiply it
 };
 
 constexpr int kMaxTile = 192;
@@ -169,14 +211,20 @@ struct Functions {
   void (*weigh)(const TilePair<Real>&);        // G + G^T, into the scratch tile
   void (*add_to_rows)(const TilePair<Real>&);  // grad_a += scratch b
   void (*add_to_cols)(const TilePair<Real>&);  // grad_b += scratch^T a
+  // out = x times a power of two, which is returned; given as 0: one that brings out near 1.
+  Real (*widen)(const uint16_t* x, int64_t dim, Real power, Real* out);
   // out = x, normalised if asked, times unit; x = out / unit * norm * scale. Whether all is finite.
   bool (*embed)(const Real* x, int64_t dim, bool normalize, Real unit, Real* out, Real* scale,
                 Real* norm);
   // A panel of rows transposed; dim is a multiple of the panel.
   void (*pack)(const Real* rows, ptrdiff_t stride, int64_t dim, Real* packed);
-  // The sum of the products of a row with `count` columns, each rounded as tiles round it.
-  double (*dots_of_tile)(const Real* row, const Real* cols, ptrdiff_t stride, int64_t count,
-                         int64_t dim);
+  // The same of rows of bfloat16, in both layouts of Bfloat16Tiles. Not null: tiles are multiplied
+  // in bfloat16, and what they add to a row's gradient is times the row's factor.
+  void (*pack_bfloat16)(const Real* rows, ptrdiff_t stride, int64_t dim, uint32_t* packed,
+                        uint32_t* paired);
+  // The sum of the similarities of row i with `count` columns from j on, each rounded as tiles
+  // round it. The columns may go on in the tiles that follow.
+  double (*dots_of_tile)(const TilePair<Real>& t, int i, int j, int count);
   double (*dot)(const Real* a, const Real* b, int64_t dim);
   double (*dot_sum)(const Real* a, const double* sum, int64_t dim);
   // sum += weight x
@@ -187,6 +235,13 @@ struct Functions {
   // out = (grad - along row) factor / scale
   void (*finish)(const Real* grad, Real along, const Real* row, Real factor, Real scale,
                  int64_t dim, Real* out);
+  // `count` elements of a row of the matrix, in float64.
+  void (*read)(const Matrix& from, int64_t row, int64_t col, int64_t count, double* out);
+  // out = x factor, zero where it would be denormal, in a row of the scratch tile
+  void (*scale)(const double* x, double factor, int64_t count, Real* out);
+  // sum += x
+  void (*accumulate)(const Real* x, int64_t count, double* sum);
+  void (*encode)(const PairWeights& weights, bool logarithms, Real* out);
   double (*multiply_in_registers)(int64_t k_size, Real* out);
 };
 
@@ -194,14 +249,16 @@ struct Isa {
   const char* name;
   Functions<float> f32;
   Functions<double> f64;
+  const Functions<float>* bfloat16 = nullptr;  // null: bfloat16 is widened
 
   const Functions<float>& functions(float) const { return f32; }
   const Functions<double>& functions(double) const { return f64; }
 };
 
-// Floating-point operations a second that all threads do with registers alone.
+// Floating-point operations a second that all threads do with registers alone, the best of a few
+// runs of so many iterations.
 template <typename Real>
-double peak_flops(const Isa& isa, const Team& team);
+double peak_flops(const Functions<Real>& functions, const Team& team, int64_t iterations);
 
 // A pair of tiles as the schedule hands it out: which counters it waits for, at which turns. -1:
 // the tile is not there, or nothing is added to it. Unless both are there nothing is computed.

@@ -419,8 +419,8 @@ class _Differentiable(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[k] for k in (_ROWS, _COLS, _TEMPERATURE)]
         weight = grad * (ctx.num_ranks / count).to(grad.dtype)
         problem = Problem(*inputs, *ctx.options)
-        of_all = torch.cat([stats, other_stats], dim=1)
-        if ctx.backend == "triton" and problem.square and of_all.shape[1] == len(gathered[0]):
+        if ctx.backend == "triton":
+            of_all = torch.cat([stats, other_stats], dim=1)
             grads = _gradients_at_once(problem, gathered, weight, of_all, prepared, wanted)
         else:
             grads = _gradients(problem, gathered, weight, stats, other_stats, wanted, ctx.backend)
@@ -457,8 +457,7 @@ def _gradients(
         backend: made the statistics.
     """
     wants_rows, wants_cols, wants_temperature = wanted
-    if backend != "triton":  # the others widen anyway; so the parts are rounded once, in the end
-        problem = _widened(problem)
+    problem = _widened(problem)  # as the backends do anyway: the parts are rounded once, in the end
     cols, labels = _contrasts(problem)
     *of_cols, other_rows, other_row_labels = gathered
     other_cols, other_col_labels = [x[problem.num_cols :] for x in of_cols]
@@ -499,22 +498,47 @@ def _gradients_at_once(
     prepared: Tensor,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``_gradients``, where anchors are contrasts, by the backend that masks a row among anchors.
+    """As ``_gradients``, by the backend that takes all contrasts at once, as the forward prepared them.
+
+    The gradient of contrasts that are no anchors needs the anchors of all ranks: these, and the
+    rank's own contrasts, are prepared for it.
 
     Args:
         problem, gathered, weight, wanted: as there.
         stats: (5, N) of all anchors, this rank's own first.
         prepared: what the forward made of this rank's rows and of all contrasts.
     """
-    wants_rows, _, wants_temperature = wanted
-    if len(gathered[0]) > problem.num_rows:
-        cols, labels = gathered[:2]
-        problem = dataclasses.replace(problem, cols=cols, col_labels=labels)
-    call = (weight, torch.ones_like(weight), stats[:, : problem.num_rows], prepared)
-    needs = (wants_rows, False, wants_temperature)
-    of_cols = () if problem.square else (weight, stats)
-    grads = op.backward(*call, *needs, *problem.operands(), "sum", "triton", *of_cols)
-    return tuple(grad.to(problem.dtype) for grad in grads)
+    wants_rows, wants_cols, wants_temperature = wanted
+    cols, labels, other_rows, other_row_labels = gathered
+    num_rows, num_all, one = problem.num_rows, stats.shape[1], torch.ones_like(weight)
+    whole, both = problem, False
+    if len(cols) > problem.num_cols:
+        whole = dataclasses.replace(problem, cols=cols, col_labels=labels)
+        both = problem.square and num_all == len(cols)
+    is_alone = whole is problem and num_all == num_rows
+    needs = (wants_rows, wants_cols and is_alone, wants_temperature)
+    call = (weight, one, stats[:, :num_rows], prepared, *needs)
+    of_cols = (weight, stats) if both else ()
+    grads = op.backward(*call, *whole.operands(), "sum", "triton", *of_cols)
+    grad_rows, grad_cols, grad_tau = (grad.to(problem.dtype) for grad in grads)
+    if wants_cols and not is_alone:
+        assert problem.cols is not None and problem.row_labels is not None
+        assert problem.col_labels is not None
+        # The others' anchors first, the rank's own contrasts among its anchors first: so no other
+        # anchor is in the place of one that is itself a contrast.
+        own, num_others = problem.self_offset or 0, num_all - num_rows
+        against = dataclasses.replace(
+            problem,
+            rows=torch.cat([other_rows.to(problem.rows), problem.rows]),
+            row_labels=torch.cat([other_row_labels, problem.row_labels]),
+            cols=problem.cols.roll(-own, 0),
+            col_labels=problem.col_labels.roll(-own, 0),
+            self_offset=None if problem.self_offset is None else -num_others,
+        )
+        of_all = (weight, one, stats.roll(num_others, 1), None, False, True, False)
+        _, of_own, _ = op.backward(*of_all, *against.operands(), "sum", "triton")
+        grad_cols = of_own.to(problem.dtype).roll(own, 0)
+    return grad_rows, grad_cols, grad_tau
 
 
 def _widened(problem: Problem) -> Problem:

@@ -43,7 +43,7 @@ def supcon_loss(
 
         L_i = -1/|P(i)| * sum over p in P(i) of log( exp(z_i·z_p/τ) / sum over a ≠ i of exp(z_i·z_a/τ) )
 
-    averaged over the anchors. In plain PyTorch, for features (N, D) and integer labels (N,)::
+    averaged over the anchors. In plain PyTorch, for features (N, D) and integer labels (N,):
 
         z = F.normalize(features, dim=1)
         s = (z @ z.T / temperature).fill_diagonal_(-torch.inf)

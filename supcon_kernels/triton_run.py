@@ -8,15 +8,16 @@ change from call to call, and what benchmarks/gpu_codegen.py reads is what runs.
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any
 
 import torch
 
-from supcon_kernels.triton_launch import Code, Launch
+from supcon_kernels.triton_launch import Launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+# By code and index of the device: launches of other sizes share what has been compiled.
+_compiled: dict[tuple[object, ...], tuple[Any, list[str]]] = {}
 
 
 def run(launch: Launch, device: torch.device, arguments: dict[str, Any]) -> None:
@@ -37,8 +38,11 @@ def run(launch: Launch, device: torch.device, arguments: dict[str, Any]) -> None
         kernel[launch.grid](**arguments, **launch.constexprs, **launch.options)
         return
     loaded = launch.loaded.get(device.index)
-    if loaded is None:  # launches of other sizes may have been compiled
-        loaded = launch.loaded[device.index] = _compiled(launch.code, device.index)
+    if loaded is None:
+        key = (launch.code, device.index)
+        if key not in _compiled:
+            _compiled[key] = _compile(launch)
+        loaded = launch.loaded[device.index] = _compiled[key]
     compiled, order = loaded
     compiled[launch.grid](*map(arguments.get, order))
 
@@ -53,8 +57,7 @@ def source_of(launch: Launch, kernel: Any) -> Any:
     return ASTSource(kernel, signature, dict(launch.constexprs), aligned)
 
 
-@functools.cache
-def _compiled(code: Code, device_index: int) -> tuple[Any, list[str]]:
+def _compile(launch: Launch) -> tuple[Any, list[str]]:
     """The kernel, for the current device, and the names of its arguments in order."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -65,6 +68,6 @@ def _compiled(code: Code, device_index: int) -> tuple[Any, list[str]]:
 
     from supcon_kernels import kernels
 
-    kernel = getattr(kernels, code.launch.kernel)
-    compiled = triton.compile(source_of(code.launch, kernel), options=code.launch.options)
+    kernel = getattr(kernels, launch.kernel)
+    compiled = triton.compile(source_of(launch, kernel), options=launch.options)
     return compiled, kernel.arg_names

@@ -7,6 +7,7 @@ there makes the loss NaN instead.
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -190,11 +191,7 @@ def _check_labels(name: str, labels: Any, length: int, features: Tensor) -> None
         )
     _check_no_grad(name, labels)
     _check_device(name, labels, features)
-    if (
-        labels.ndim == 2
-        and _readable(labels)
-        and not bool(((labels >= 0) & labels.isfinite()).all())
-    ):
+    if labels.ndim == 2 and _readable(labels) and not _in_range(labels, 0.0):
         raise ValueError(f"{name} must be >= 0 and finite where they are soft, got others")
 
 
@@ -217,8 +214,16 @@ def _check_mask(mask: Any, shapes: list[tuple[int, int]], features: Tensor) -> N
         raise ValueError(f"mask must be boolean, integer or floating-point, got {mask.dtype}")
     _check_no_grad("mask", mask)
     _check_device("mask", mask, features)
-    if mask.is_floating_point() and _readable(mask) and not bool(mask.isfinite().all()):
+    if mask.is_floating_point() and _readable(mask) and not _in_range(mask, -math.inf):
         raise ValueError("mask must be finite, got NaN or infinity")
+
+
+def _in_range(x: Tensor, least: float) -> bool:
+    """Whether all of ``x`` is finite and at least that, by one look at it."""
+    if x.numel() == 0:
+        return True
+    lowest, highest = (float(end) for end in torch.aminmax(x))
+    return least <= lowest and math.isfinite(lowest) and math.isfinite(highest)
 
 
 def _described(value: Any) -> str:

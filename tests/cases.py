@@ -243,9 +243,22 @@ def tiny_weights(g):
     return {"features": randn(g, 6, 4), "labels": (90 * rows).softmax(dim=1)}
 
 
+@case("two samples share a class of labels of 1e-42, far below all others")
+def tiny_class(g):
+    labels = torch.eye(3, dtype=torch.float64)[torch.tensor([0, 0, 1, 1, 0, 2, 2])]
+    labels[5:] *= 1e-42
+    return {"features": randn(g, 7, 4), "labels": labels}
+
+
 @case("labels that are not scaled: the weight of a pair is 1e50, beyond float32")
 def huge_weights(g):
     return {"features": randn(g, 12, 4), "labels": torch.rand(12, 3, generator=g) * 1e25}
+
+
+@case("more soft classes and rows than tiles take, in 16 bits; some rows are alone in their class")
+def many_soft_classes(g):
+    logits = 12.0 * torch.nn.functional.one_hot(classes(g, 330, 160), 800) + randn(g, 330, 800)
+    return {"features": randn(g, 330, 24), "labels": logits.softmax(dim=1).bfloat16()}
 
 
 @case("integer labels as a column")
@@ -273,6 +286,12 @@ def weighted_mask(g):
     mask = torch.rand(40, 40, generator=g).sub(0.6).mul(5)
     mask[mask.abs() < 1.5] = 0
     return {"features": randn(g, 20, 2, 16), "mask": mask}
+
+
+@case("an asymmetric mask of bytes, read column by column, repeated within tiles")
+def mask_of_several_tiles(g):
+    mask = torch.randint(-1, 3, (90, 90), generator=g, dtype=torch.int8).T
+    return {"features": randn(g, 90, 3, 24), "mask": mask}
 
 
 @case("a mask with only first views as anchors")
@@ -359,6 +378,22 @@ def soft_self_in_memory(g):
         "contrast_features": torch.cat((randn(g, 3, 8), features, randn(g, 4, 8))),
         "contrast_labels": torch.cat((labels[:3], labels, labels[6:10])),
         "self_offset": 3,
+    }
+
+
+@case("soft labels of many anchors in the midst of a memory, scaled by rows that are not")
+def many_soft_rows_in_memory(g):
+    features, labels = randn(g, 150, 8), torch.rand(150, 9, generator=g, dtype=torch.float64)
+    labels[::9] = torch.nn.functional.one_hot(classes(g, 17, 9), 9) + 1e-9
+    features[40] *= 50
+    return {
+        "features": features,
+        "labels": labels,
+        "contrast_features": torch.cat((randn(g, 37, 8), features, randn(g, 20, 8))),
+        "contrast_labels": torch.cat((labels[:37], labels, labels[9:29])),
+        "self_offset": 37,
+        "normalize": False,
+        "temperature": 2.0,
     }
 
 

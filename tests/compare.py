@@ -148,7 +148,8 @@ def _floor(name: str, exact: Tensor, arguments: dict[str, Any], dtype: torch.dty
     labels = arguments.get("labels")
     if arguments.get("summation") == "in" and labels is not None and labels.is_floating_point():
         weights = labels.double() @ labels.double().T  # their logarithms are part of exponents
-        reach = max(reach, weights[weights > 0].log().abs().max().item())
+        logarithms = weights[weights > 0].log().abs()
+        reach = max(reach, logarithms.max().item() if logarithms.numel() else 0.0)
     term = {"loss": 1.0, "temperature": 1.0 / tau}.get(name, 1.0 / num_anchors)
     size = exact.abs().max().item()
     working = torch.float64 if dtype == torch.float64 else torch.float32

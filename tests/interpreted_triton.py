@@ -18,7 +18,15 @@ import torch.nn.functional as F
 from cases import CASES, NOWHERE, VARIANTS, by_id
 from compare import assert_close, dense_on_rounded_rows, reference
 from supcon_kernels import loss as loss_module
-from supcon_kernels import op, supcon_loss, triton_launch, triton_run, validation
+from supcon_kernels import (
+    op,
+    supcon_loss,
+    triton_launch,
+    triton_run,
+    triton_shares,
+    triton_tiles,
+    validation,
+)
 from supcon_kernels.backends import triton as backend
 from supcon_kernels.problem import Problem
 
@@ -93,8 +101,8 @@ def test_labels_that_are_sorted(name, monkeypatch):
 @pytest.mark.parametrize("name", ["two_views", "memory"])
 def test_columns_split_among_programs(name, variant, monkeypatch):
     whole = value_and_gradients(arguments_of(name, variant))
-    monkeypatch.setattr(backend, "_target", lambda device: triton_launch.Target(0, 64))
-    monkeypatch.setattr(triton_launch, "MIN_SHARE", 1)
+    monkeypatch.setattr(backend, "_target", lambda device: triton_tiles.Target(0, 64))
+    monkeypatch.setattr(triton_shares, "MIN_SHARE", 1)
     arguments = arguments_of(name, variant)
     assert_close(triton_loss, arguments, torch.float32)
     split = value_and_gradients(arguments)

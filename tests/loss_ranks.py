@@ -6,6 +6,7 @@ for many checks, since starting them takes longer than all checks together.
 
 from __future__ import annotations
 
+import collections
 import datetime
 import functools
 import itertools
@@ -16,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import CASES, VARIANTS, Arguments, by_id, takes
 from compare import LEAVES
-from supcon_kernels import LabelQueue, SupConLoss, distributed, supcon_loss
+from supcon_kernels import LabelQueue, SupConLoss, distributed, supcon_loss, triton_run
 
 REDUCTIONS = ("mean", "positive_mean", "sum")
 # No two ranks have equally many rows, and one has none.
@@ -368,6 +370,28 @@ def a_rank_that_stays_away(group):
     return refusal(lambda: supcon_loss(torch.randn(4, 3), torch.arange(4) % 2, group=impatient))
 
 
+def launches_of_a_memory(group: Any) -> list[dict[str, int]]:
+    """Kernels by name, forward and backward, with contrasts that take no gradient and with ones that do."""
+    g = torch.Generator().manual_seed(dist.get_rank())
+    found = []
+    for needs_cols in (False, True):
+        features = torch.randn(6, 5, generator=g).requires_grad_()
+        memory = torch.randn(9, 5, generator=g).requires_grad_(needs_cols)
+        labels = torch.arange(9) % 2
+        with mock.patch.object(triton_run, "run", wraps=triton_run.run) as run:
+            loss = supcon_loss(
+                features,
+                labels[:6],
+                contrast_features=memory,
+                contrast_labels=labels,
+                backend="triton",
+                group=group,
+            )
+            loss.backward()
+        found.append(dict(collections.Counter(c.args[0].kernel for c in run.call_args_list)))
+    return found
+
+
 def main(rank: int, num_ranks: int, directory: pathlib.Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(directory / "store"), num_ranks)
@@ -377,6 +401,7 @@ def main(rank: int, num_ranks: int, directory: pathlib.Path) -> None:
     found: dict[str, Any] = {}
     if os.environ.get("TRITON_INTERPRET"):
         found["table"] = table(interpreted_plan(), rank, groups)
+        found["launches"] = launches_of_a_memory(groups[2])
     else:
         found["table"] = table(plan(), rank, groups)
         for name, world, function in CHECKS:

@@ -132,6 +132,17 @@ def test_ranks_of_interpreted_kernels(interpreted, k, call):
     compare(interpreted, k, call)
 
 
+@pytest.mark.skipif(NO_TRITON.startswith("triton is"), reason=NO_TRITON)
+def test_a_memory_that_is_shared_out_is_prepared_once(interpreted):
+    once = {"_forward_kernel": 1, "_loss_kernel": 1, "_weights_kernel": 1}
+    queue = {**once, "_prepare_kernel": 2, "_backward_kernel": 1, "_gradient_kernel": 1}
+    # The anchors of all ranks, and the contrasts whose gradient it is.
+    learned = {**once, "_weights_kernel": 2, "_prepare_kernel": 4}
+    learned |= {"_backward_kernel": 2, "_gradient_kernel": 2}
+    for of_rank in interpreted:
+        assert of_rank["launches"] == [queue, learned]
+
+
 def test_averaged_parameter_gradients_are_those_of_one_process(found):
     learner = loss_ranks.Learner()
     x, labels = loss_ranks.training_data()

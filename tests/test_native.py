@@ -40,8 +40,14 @@ def value_and_gradients(arguments):
     return [loss.detach(), *torch.autograd.grad(loss, [*leaves.values(), temperature])]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("isa", ISAS)
+def dtypes_of(isa):
+    """What an instruction set multiplies with functions of its own."""
+    return [torch.bfloat16] if isa == "avx512_bf16" else [torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize(
+    "isa, dtype", [(isa, dtype) for isa in ISAS for dtype in dtypes_of(isa)], ids=str
+)
 def test_every_instruction_set(isa, dtype, monkeypatch):
     monkeypatch.setattr(native, "isa", isa)
     for k, case in enumerate(CASES):
@@ -49,6 +55,48 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
         if takes("native", arguments):
             assert_close(native_loss, arguments, dtype)
             assert_close(native_loss, case.arguments(), dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_bfloat16_is_multiplied_or_widened_as_the_report_says(isa, monkeypatch):
+    # Widened, its results have the bits of float32 features of the same values.
+    monkeypatch.setattr(native, "isa", isa)
+    features = by_id("several_tiles").arguments()["features"].bfloat16()
+    labels = by_id("several_tiles").arguments()["labels"]
+    narrow, wide = (
+        value_and_gradients({"features": x, "labels": labels}) for x in (features, features.float())
+    )
+    multiplied = native.core.multiplies_bfloat16(isa)
+    assert multiplied == (isa == "avx512_bf16")
+    assert ("in 16 bits" in native.description()) == multiplied
+    assert torch.equal(narrow[1], wide[1].bfloat16()) != multiplied
+    torch.testing.assert_close(narrow[0], wide[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_bfloat16_rows_of_any_size(isa, monkeypatch):
+    # Their products over- and underflow in 16 bits unless each row is brought near 1.
+    monkeypatch.setattr(native, "isa", isa)
+    arguments = by_id("several_tiles").arguments()
+    sizes = torch.logspace(-38, 37, len(arguments["features"]), dtype=torch.float64)
+    arguments["features"] = arguments["features"] * sizes[:, None]
+    assert_close(native_loss, arguments, torch.bfloat16)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_bfloat16_gradient_of_classes_that_have_nearly_converged(isa, monkeypatch):
+    # Softmax and attraction nearly cancel: rounded apart, their roundings are most of the gradient.
+    monkeypatch.setattr(native, "isa", isa)
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(6, (600,), generator=g)
+    centres = 3 * torch.randn(6, 64, generator=g)
+    features = centres[labels] + 0.05 * torch.randn(600, 64, generator=g)
+    leaf = features.bfloat16().requires_grad_()
+    exact = leaf.detach().double().requires_grad_()
+    options = {"labels": labels, "temperature": 0.05}
+    found = torch.autograd.grad(native_loss(leaf, **options), leaf)[0].double()
+    truth = torch.autograd.grad(supcon_loss(exact, **options, backend="reference"), exact)[0]
+    assert (found - truth).abs().max() < 0.05 * truth.abs().max()
 
 
 def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
@@ -94,13 +142,31 @@ def test_another_default_device_changes_nothing():
         assert torch.equal(found[0], expected[0])
 
 
-def test_what_it_leaves_to_others():
-    features, soft, mask = torch.randn(4, 3), torch.rand(4, 2), torch.ones(4, 4)
-    with pytest.raises(ValueError, match="it takes labels or none"):
-        native_loss(features, mask=mask)
-    for option in ({"summation": "in"}, {"denominator": "only_negatives"}):
-        with pytest.raises(ValueError, match="it takes soft labels with"):
-            native_loss(features, soft, **option)
+MASK_DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+MASK_DTYPES += [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
+def test_a_mask_is_read_where_it_is(dtype):
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(70, 8, generator=g)
+    values = torch.randint(2 if dtype == torch.bool else 4, (70, 70), generator=g).to(dtype)
+    if dtype.is_floating_point:
+        values -= 1
+        values[0, 1] = values[1, 0] = torch.finfo(dtype).smallest_normal / 4
+    expected = supcon_loss(features, mask=values, backend="reference", reduction="none")
+    for mask in (values, values.T.contiguous().T, values.repeat(2, 2)[:70, ::2].expand(70, 70)):
+        other = supcon_loss(features, mask=mask, backend="reference", reduction="none")
+        torch.testing.assert_close(native_loss(features, mask=mask, reduction="none"), other)
+    torch.testing.assert_close(native_loss(features, mask=values, reduction="none"), expected)
+
+
+def test_what_a_long_row_adds_to_its_own_sum_comes_off_again():
+    arguments = by_id("outlier").arguments() | {"reduction": "none"}
+    arguments["labels"] = 0.7 * torch.nn.functional.one_hot(arguments["labels"]) + 0.1
+    exact = supcon_loss(**arguments, backend="reference")
+    loss = native_loss(**arguments | {"features": arguments["features"].float()})
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_whose_square_overflows_has_no_loss_unless_normalised():
@@ -195,20 +261,31 @@ def threads():
 
 
 @pytest.mark.parametrize("variant", [("out", "all"), ("in", "one_positive")], ids="/".join)
+@pytest.mark.parametrize("targets", ["labels", "soft labels", "mask"])
 @pytest.mark.parametrize("num_cols", [None, 800])
-def test_the_same_bits_from_any_number_of_threads(num_cols, variant, threads):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_from_any_number_of_threads(dtype, num_cols, targets, variant, threads):
     # So many products that the core does take a second thread.
     g = torch.Generator().manual_seed(0)
     arguments = {
-        "features": torch.randn(600, 32, generator=g),
+        "features": torch.randn(600, 32, generator=g).to(dtype),
         "labels": torch.randint(7, (600,), generator=g),
         "summation": variant[0],
         "denominator": variant[1],
     }
-    if num_cols is not None:
+    if targets == "soft labels":
+        arguments["labels"] = torch.randn(600, 300, generator=g).mul(3).softmax(1)
+    if targets == "mask":
+        arguments["mask"] = torch.rand(600, num_cols or 600, generator=g) < 0.1
+        del arguments["labels"]
+    if num_cols is not None and targets == "mask":
+        arguments["contrast_features"] = torch.randn(num_cols, 32, generator=g).to(dtype)
+    elif num_cols is not None:
         names = torch.randint(7, (num_cols,), generator=g)
+        if targets == "soft labels":
+            names = torch.rand(num_cols, 300, generator=g)
         names[100:700] = arguments["labels"]
-        arguments["contrast_features"] = torch.randn(num_cols, 32, generator=g)
+        arguments["contrast_features"] = torch.randn(num_cols, 32, generator=g).to(dtype)
         arguments |= {"contrast_labels": names, "self_offset": 100}
     results = []
     for count in (1, 2, 3, 1):
@@ -342,9 +419,23 @@ def calls(draw):
     return arguments
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(calls())
-def test_any_call_is_right_or_refused(arguments):
+@st.composite
+def weighted_calls(draw):
+    """The same with soft labels or a mask."""
+    arguments = draw(calls()) | {"normalize": True, "reduction": "mean"}
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    if draw(st.booleans()):
+        for name in ("labels", "contrast_labels"):
+            if name in arguments:
+                arguments[name] = torch.rand(len(arguments[name]), 3, generator=g)
+        return arguments
+    arguments = {k: x for k, x in arguments.items() if not k.endswith("labels")}
+    cols = arguments.get("contrast_features", arguments["features"])
+    shape = len(arguments["features"]), len(cols)
+    return arguments | {"mask": torch.randint(-1, 3, shape, generator=g)}
+
+
+def assert_right_or_refused(arguments):
     dtype = arguments["features"].dtype
     try:
         native_loss(**arguments)
@@ -356,3 +447,15 @@ def test_any_call_is_right_or_refused(arguments):
         if name in arguments:
             arguments[name] = arguments[name].double()
     assert_close(native_loss, arguments, dtype)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(calls())
+def test_any_call_is_right_or_refused(arguments):
+    assert_right_or_refused(arguments)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(weighted_calls())
+def test_any_weights_are_right_or_refused(arguments):
+    assert_right_or_refused(arguments)

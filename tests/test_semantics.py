@@ -113,7 +113,7 @@ def test_what_comes_from_above_an_idle_anchor_does_not_matter(backend):
     assert features.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("backend", [None, "tiled", "reference"])
 def test_a_mask_keeps_its_sign_however_small(backend):
     features, mask = torch.randn(4, 3), torch.ones(4, 4, dtype=torch.float64)
     mask[:, 3], mask[3] = -1e-50, 1e-50

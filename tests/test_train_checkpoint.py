@@ -5,27 +5,25 @@ import multiprocessing
 import os
 import signal
 import zipfile
-from dataclasses import asdict
 
 import pytest
 import torch
 from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
+from network.weights import load_weights
 from run.atomic_write import explain_full_disk
 from run.checkpoint import (
     DamagedCheckpoint,
     RunState,
-    check_same_run,
     checkpoints_in,
-    load_checkpoint,
-    load_newest,
-    load_weights,
     restored_from,
     save_checkpoint,
 )
-from run.config import PretrainConfig
 from run.errors import UserError
+from run.resume import check_same_run
+from run.saved_run import SavedRun, open_newest
+from train_parts import load_checkpoint, options_of
 
 # Newer Pythons warn of any fork beside threads; these children take no lock of theirs.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -33,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 
 def save(folder, step, *, keep=2, best=False, **changed):
     content = {
-        "config": asdict(PretrainConfig(image_size=16)),
+        "config": options_of(image_size=16).flat(),
         "model": {"weight": torch.full((1000,), step)},
         "machine": {"world_size": 1, "threads": 1},
         "data": {"classes": ["a", "b"], "channels": 1},
@@ -96,9 +94,9 @@ def test_killed_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
         child = multiprocessing.get_context("fork").Process(target=die_at, args=(moment,))
         child.start()
         child.join()
-        saved = load_newest(checkpoints_in(tmp_path), lambda path, saved: None)
-        step = saved["state"]["step"]
-        assert torch.equal(saved["model"]["weight"], torch.full((1000,), step))
+        saved = open_newest(checkpoints_in(tmp_path), lambda saved: None)
+        step = saved.state.step
+        assert torch.equal(saved.content["model"]["weight"], torch.full((1000,), step))
         for name in ("last.pt", "best.pt"):
             load_checkpoint(tmp_path / name)
         newest.append((step, abs(child.exitcode)))
@@ -183,7 +181,7 @@ def test_foreign_checkpoint_is_an_error_not_a_reason_to_take_an_older_one(tmp_pa
     path.unlink()
     torch.save({"weight": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=f"{path} was not written by pretrain"):
-        load_newest(checkpoints_in(tmp_path), lambda path, saved: None)
+        open_newest(checkpoints_in(tmp_path), lambda saved: None)
 
 
 def test_weights_of_another_model_are_refused_in_a_line(tmp_path):
@@ -196,20 +194,20 @@ def test_weights_of_another_model_are_refused_in_a_line(tmp_path):
 
 
 def test_checkpoint_with_unknown_options_is_named_with_them(tmp_path):
-    save(tmp_path, 1, config=asdict(PretrainConfig(image_size=16)) | {"momentum": 0.9})
+    save(tmp_path, 1, config=options_of(image_size=16).flat() | {"momentum": 0.9})
     with pytest.raises(UserError, match=r"another version.*unknown to this one: momentum$"):
         load_checkpoint(tmp_path / "last.pt")
 
 
 def test_option_that_a_checkpoint_does_not_know_has_its_default(tmp_path):
-    expected = asdict(PretrainConfig(batch_size=32, image_size=16))
+    expected = options_of(batch_size=32, image_size=16).flat()
     options = dict(expected)
     del options["optimizer"]
     save(tmp_path, 1, config=options)
     assert load_checkpoint(tmp_path / "last.pt")["config"] == expected
 
 
-CONFIG = asdict(PretrainConfig(image_size=16))
+CONFIG = options_of(image_size=16).flat()
 STATE = {"raw_pixels": 0.0, "untrained": 0.0, "accuracy": 0.0}
 DATA = {"classes": ["a", "b"], "channels": 1}
 RANDOM = {"cpu": torch.get_rng_state()}
@@ -251,8 +249,8 @@ def test_wrong_contents_are_named_and_the_one_before_is_used(tmp_path, capsys, c
     with pytest.raises(DamagedCheckpoint, match=f"^{path} is damaged: .*{message}"):
         load_checkpoint(path)
     (tmp_path / "last.pt").unlink()
-    saved = load_newest(checkpoints_in(tmp_path), lambda path, saved: None)
-    assert saved["state"]["step"] == 1
+    saved = open_newest(checkpoints_in(tmp_path), lambda saved: None)
+    assert saved.state.step == 1
     assert f"warning: {path} is damaged" in capsys.readouterr().err
 
 
@@ -271,19 +269,19 @@ def test_failure_of_the_machine_is_no_reason_to_take_an_older_one(
     def fail(*arguments, **options):
         raise error
 
-    def restore(path, saved):
-        with restored_from(path):
+    def restore(saved):
+        with restored_from(saved.path):
             fail()
 
     save(tmp_path, 1)
     save(tmp_path, 2)
     (tmp_path / "last.pt").unlink()
     with pytest.raises(kind, match=said) as raised:
-        load_newest(checkpoints_in(tmp_path), restore)
+        open_newest(checkpoints_in(tmp_path), restore)
     assert not isinstance(raised.value, DamagedCheckpoint)
     monkeypatch.setattr("torch.load", fail)
     with pytest.raises(kind, match=said) as raised:
-        load_newest(checkpoints_in(tmp_path), lambda path, saved: None)
+        open_newest(checkpoints_in(tmp_path), lambda saved: None)
     assert not isinstance(raised.value, DamagedCheckpoint)
 
 
@@ -316,10 +314,10 @@ def test_missing_checkpoint_is_named(tmp_path):
     ],
 )
 def test_another_machine_is_refused_where_its_bits_differ(tmp_path, now, then, message):
-    config = PretrainConfig()
-    saved = {"config": asdict(config), "machine": then}
+    config = options_of()
+    saved = SavedRun(tmp_path, {"config": config.flat(), "machine": then})
     if message is None:
-        check_same_run(tmp_path, saved, config, now)
+        check_same_run(saved, config, now)
         return
     with pytest.raises(UserError, match=message):
-        check_same_run(tmp_path, saved, config, now)
+        check_same_run(saved, config, now)

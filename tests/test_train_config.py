@@ -1,21 +1,25 @@
 """The command line and YAML: who wins, and what is refused."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import fields
 
 import pytest
 
 import train_fixtures
+from linear import LinearOptions
 from run.command_line import parse, run_script
-from run.config import LinearConfig, PretrainConfig, to_yaml
 from run.device import pick_device
 from run.errors import UserError
+from run.options import PretrainOptions, to_yaml
+from train_parts import options_of
 
 
 def read(*argv):
-    return parse(PretrainConfig, [str(word) for word in argv], prog="pretrain", description="")
+    return parse(PretrainOptions, [str(word) for word in argv], prog="pretrain", description="")
 
 
 @pytest.fixture
@@ -30,16 +34,16 @@ def test_command_line_wins_wherever_config_stands(recipe):
     after = read("--config", recipe, "--batch_size", 32)
     joined = read("--batch_size=32", f"--config={recipe}")
     assert before == after == joined
-    assert (before.batch_size, before.temperature) == (32, 0.2)
-    assert read("--config", recipe).batch_size == 64
-    assert read() == PretrainConfig()
+    assert (before.batches.batch_size, before.method.temperature) == (32, 0.2)
+    assert read("--config", recipe).batches.batch_size == 64
+    assert read() == options_of()
 
 
 def test_later_of_two_recipes_wins(recipe, tmp_path):
     second = tmp_path / "second.yaml"
     second.write_text("batch_size: 48\n")
     config = read("--config", recipe, "--config", second)
-    assert (config.batch_size, config.temperature) == (48, 0.2)
+    assert (config.batches.batch_size, config.method.temperature) == (48, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,11 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--decay_rate", "0.5"], "--decay_epochs and --decay_rate contradict --schedule cosine"),
         (["--schedule", "exponential", "--decay_epochs", "[1,2]"], "exponential takes one number"),
         (["--schedule", "step", "--decay_epochs", "[9,7]"], "[9.0, 7.0]: must rise"),
-        (["--schedule", "step", "--decay_epochs", "[2]"], "from --warmup_epochs 4 on"),
+        (
+            ["--schedule", "step", "--decay_epochs", "[2]", "--warmup_epochs", "4"],
+            "must rise, from --warmup_epochs 4 on",
+        ),
+        (["--probe", "maybe"], "--probe/--no_probe: true or false is accepted, not: 'maybe'"),
         (["--schedule", "step", "--decay_epochs", "[9]", "--decay_rate", "0"], "--decay_rate 0.0"),
         (["--pretrained", "true"], "--pretrained contradicts --stem small"),
         (
@@ -138,7 +146,7 @@ def test_mistakes_exit_with_code_2(argv, message, capsys):
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (2, 1), (4, 3), (5, 4), (60, 4), (700, 4)])
 def test_default_warmup_ends_before_the_run(tmp_path, epochs, warmup):
     config = read("--epochs", epochs)
-    assert config.warmup_epochs == warmup
+    assert config.schedule.warmup_epochs == warmup
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert f"warmup_epochs: {warmup}\n" in path.read_text()
@@ -160,14 +168,55 @@ def test_every_option_is_in_the_help(capsys):
         read("--help")
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for option in asdict(PretrainConfig()):
-        described = text.split(f"--{option} ")[-1].split("(type")[0]
+    for option in options_of().flat():
+        described = re.split(rf"\n  --{option}\b", text)[1].split("(")[0]
         assert len(described.split()) > 2, f"--{option} is not described"
+
+
+def test_help_sorts_options_by_room(capsys):
+    with pytest.raises(SystemExit):
+        read("--help")
+    text = capsys.readouterr().out
+    for earlier, title, later in (
+        ("--std", "Batches", "--batch_size"),
+        ("--grad_cache_chunk", "Measuring the embedding", "--probe, --no_probe"),
+    ):
+        assert text.index(earlier) < text.index(f"{title}:\n") < text.index(later)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--probe"], True),
+        (["--probe", "true"], True),
+        (["--probe=false"], False),
+        (["--no_probe"], False),
+        (["--probe", "--keep", "3"], True),
+        ([], True),
+    ],
+    ids=str,
+)
+def test_boolean_is_a_flag_or_has_a_value_and_wins_over_yaml(tmp_path, words, expected):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("probe: true\n")
+    assert read("--config", path, *words).evaluation.probe is expected
+    assert read(*words).evaluation.probe is (expected and words != [])
+
+
+@pytest.mark.parametrize(("decay", "warmup"), [("[2]", 2), ("[2.5,4]", 2), ("[9]", 4), ("[0]", 0)])
+def test_default_warmup_ends_before_the_first_decay(decay, warmup):
+    assert read("--schedule", "step", "--decay_epochs", decay).schedule.warmup == warmup
+
+
+def test_no_two_rooms_share_an_option():
+    rooms = [getattr(PretrainOptions(), room.name) for room in fields(PretrainOptions)]
+    names = [option.name for room in rooms for option in fields(room)]
+    assert len(names) == len(set(names)) == len(PretrainOptions().flat())
 
 
 def test_linear_needs_a_checkpoint(capsys):
     with pytest.raises(SystemExit) as ended:
-        parse(LinearConfig, [], prog="linear", description="")
+        parse(LinearOptions, [], prog="linear", description="")
     assert ended.value.code == 2 and "checkpoint" in capsys.readouterr().err
 
 
@@ -221,6 +270,15 @@ def test_second_interrupt_ends_without_a_traceback(when, said):
         text=True,
     )
     assert (ended.returncode, ended.stderr) == (130, said)
+
+
+def test_interrupt_while_libraries_are_imported_is_one_line():
+    script = "import run.quiet_interrupt; raise KeyboardInterrupt"
+    path = {**os.environ, "PYTHONPATH": str(train_fixtures.TRAIN)}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=path, stderr=subprocess.PIPE, text=True
+    )
+    assert (abs(ended.returncode), ended.stderr) == (signal.SIGINT, "interrupted\n")
 
 
 def test_closed_pipe_ends_without_a_traceback(monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 import os
 from argparse import Namespace
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,10 +10,8 @@ from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from convert import main
-from network.embedder import build_model
-from network.weights import load_first_weights
-from run.config import PretrainConfig
 from run.errors import UserError
+from train_parts import build_model, load_first_weights, options_of
 
 
 class TheirBlock(nn.Module):
@@ -97,7 +94,7 @@ def test_converted_encoder_embeds_as_theirs(tmp_path, capsys, bottleneck, prefix
     assert main(["--supcontrast", str(tmp_path / "ckpt.pth"), "--output", str(output)]) == output
     model = "resnet50" if bottleneck else "resnet18"
     assert f"--model {model} --width 8 --in_chans 3" in capsys.readouterr().out
-    config = PretrainConfig(model=model, width=8, init_from=str(output))
+    config = options_of(model=model, width=8, init_from=str(output))
     ours = build_model(config, channels=3).encoder
     load_first_weights(ours, config, channels=3)
     images = torch.randn(2, 3, 32, 32)
@@ -105,7 +102,7 @@ def test_converted_encoder_embeds_as_theirs(tmp_path, capsys, bottleneck, prefix
         expected, found = (network.eval()(images) for network in (theirs, ours))
     torch.testing.assert_close(found, expected)
     assert expected.std() > 0.01
-    other = PretrainConfig(**asdict(config) | {"width": 16})
+    other = config.changed(width=16)
     with pytest.raises(UserError, match="width is 8, here 16"):
         load_first_weights(ours, other, channels=3)
 
@@ -125,7 +122,7 @@ def test_only_with_trust_anything_else_is_unpickled(tmp_path):
     write_theirs(path, epoch=Code(str(mark)))
     argv = ["--supcontrast", str(path), "--output", str(tmp_path / "encoder.safetensors")]
     with pytest.raises(
-        UserError, match=r"more than weights and options.*mkdir.*--trust true"
+        UserError, match=r"more than weights and options.*mkdir.*--trust it"
     ) as raised:
         main(argv)
     assert "\n" not in str(raised.value) and not mark.exists()

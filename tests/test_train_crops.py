@@ -10,13 +10,12 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from data.batches import training_batches
+from data.batches import BatchOptions, training_batches
 from data.images import Split
-from data.sources import load_data
-from data.views import build_views, training_images
-from run.config import PretrainConfig
 from run.errors import UserError
+from run.processes import Ranks
 from train_fixtures import metrics, pretrain, weights, write_images
+from train_parts import build_views, load_data, options_of, training_images
 
 WIDTH, HEIGHT = 200, 150
 
@@ -31,17 +30,16 @@ def coordinates(tmp_path_factory):
         (folder / name).mkdir()
         for number in range(10):
             Image.fromarray(pixels).save(folder / name / f"{number}.png")
-    return PretrainConfig(dataset=f"imagefolder:{folder}", val_fraction=0.1, image_size=16)
+    return options_of(dataset=f"imagefolder:{folder}", val_fraction=0.1, image_size=16)
 
 
 def crops(config, *, workers=0, epoch=0, step=0, **place):
     """(steps * B, V, C, s, s) of an epoch, from a step on."""
     order, batches = training_batches(
         training_images(config, load_data(config)),
-        batch_size=6,
-        seed=config.seed,
-        workers=workers,
-        **place,
+        BatchOptions(batch_size=6, workers=workers),
+        seed=config.seeds.seed,
+        ranks=Ranks(**place),
     )
     order.begin(epoch, step)
     return torch.cat([images for images, _ in islice(batches, len(order))])
@@ -49,7 +47,7 @@ def crops(config, *, workers=0, epoch=0, step=0, **place):
 
 def test_crops_come_from_the_whole_image_with_the_areas_asked_for(coordinates):
     for least in (0.08, 0.5):
-        cut = crops(replace(coordinates, num_views=40, min_crop_area=least)).flatten(0, 1).float()
+        cut = crops(coordinates.changed(num_views=40, min_crop_area=least)).flatten(0, 1).float()
         width, height = (cut[:, c].amax((1, 2)) - cut[:, c].amin((1, 2)) for c in (0, 1))
         # From centre to centre of the outermost pixels it is a sixteenth less.
         area = (width * height) / (15 / 16) ** 2 / (WIDTH * HEIGHT)
@@ -65,20 +63,18 @@ def test_crops_depend_on_seed_epoch_place_and_view_alone(coordinates):
     assert torch.equal(crops(coordinates, step=1), whole[6:])
     halves = [crops(coordinates, rank=rank, world_size=2) for rank in (0, 1)]
     assert torch.equal(torch.stack(halves, dim=1).flatten(0, 1), whole)
-    for other in (crops(coordinates, epoch=1), crops(replace(coordinates, seed=1)), whole.flip(1)):
+    for other in (crops(coordinates, epoch=1), crops(coordinates.changed(seed=1)), whole.flip(1)):
         assert not torch.equal(other, whole)
 
 
 def test_image_that_comes_twice_is_cropped_twice(coordinates):
-    config = replace(coordinates, num_views=2)
+    config = coordinates.changed(num_views=2)
     data = load_data(config)
     few = data.train.take([0, 1, 10, 11, 12, 13])
     _, batches = training_batches(
         training_images(config, replace(data, train=few)),
-        batch_size=6,
+        BatchOptions(batch_size=6, classes_per_batch=2),
         seed=0,
-        workers=0,
-        classes_per_batch=2,
     )
     (images, _) = next(iter(batches))
     assert len({tuple(crop.flatten().tolist()) for crop in images.flatten(0, 1)}) == 12
@@ -93,13 +89,13 @@ def test_larger_originals_in_memory_are_cropped_alike(coordinates, monkeypatch, 
         return whole, whole, ["a", "b"]
 
     monkeypatch.setattr("data.sources._stl10", stl10)
-    config = replace(coordinates, dataset="stl10", val_fraction=None, num_views=20)
+    config = coordinates.changed(dataset="stl10", val_fraction=None, num_views=20)
     kept = load_data(config).train.take([1, 0])
     assert kept.images.shape == (2, 3, 16, 16) and kept.originals.shape == (2, 3, HEIGHT, HEIGHT)
     cut = crops(config, workers=workers)
     assert cut.shape == (18, 20, 3, 16, 16) and cut[:, :, :2].max() > HEIGHT - 5
     # At their own size they are cropped on the device, as those of other data sets.
-    assert crops(replace(config, image_size=HEIGHT)).shape[1:] == (3, HEIGHT, HEIGHT)
+    assert crops(config.changed(image_size=HEIGHT)).shape[1:] == (3, HEIGHT, HEIGHT)
 
 
 def test_cropping_leaves_the_random_state_alone(coordinates):
@@ -109,10 +105,10 @@ def test_cropping_leaves_the_random_state_alone(coordinates):
 
 
 def test_views_begin_with_the_crop_of_their_number(coordinates):
-    config = replace(coordinates, augment="crop_flip")
+    config = coordinates.changed(augment="crop_flip")
     data = load_data(config)
     views = build_views(
-        replace(config, mean=[0.0], std=[1.0]), replace(data, mean=[0] * 3, std=[1] * 3)
+        config.changed(mean=[0.0], std=[1.0]), replace(data, mean=[0] * 3, std=[1] * 3)
     )
     cut = crops(config)
     for number in (0, 1):

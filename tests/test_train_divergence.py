@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from run.config import PretrainConfig
+from methods.contrastive import MethodOptions
 from run.errors import UserError
 from supcon_kernels import supcon_loss
 from training.divergence import COLLAPSE_STEPS, MAX_SKIPPED_IN_A_ROW, DivergenceCheck
@@ -18,7 +18,7 @@ def test_not_finite_is_named_with_step_rate_and_remedy(name, value):
     measured = {"loss": 1.0, "gradient": 1.0} | {name: value}
     message = rf"the .*{name} is {value} at step 7, learning rate 0\.25: try .*--warmup_epochs"
     with pytest.raises(UserError, match=message):
-        DivergenceCheck(num_contrasts=255).check(7, 0.25, **measured)
+        DivergenceCheck(math.log(255)).check(7, 0.25, **measured)
 
 
 @pytest.mark.parametrize(
@@ -29,15 +29,15 @@ def test_collapse_is_named_once(labels, temperature, base):
     generator = torch.Generator().manual_seed(0)
     features = torch.ones(128, 2, 16) + 1e-4 * torch.randn(128, 2, 16, generator=generator)
     loss = supcon_loss(features, labels, temperature=temperature, base_temperature=base).item()
-    scale = PretrainConfig(temperature=temperature, base_temperature=base).loss_scale
-    check = DivergenceCheck(num_contrasts=255, scale=scale)
+    scale = MethodOptions(temperature=temperature, base_temperature=base).loss_scale
+    check = DivergenceCheck(scale * math.log(255), scale=scale)
     said = [check.check(step, 0.2, loss, 1.0) for step in range(1, 3 * COLLAPSE_STEPS)]
     assert [step for step, text in enumerate(said, start=1) if text] == [COLLAPSE_STEPS]
     assert "has collapsed: try a lower --learning_rate" in said[COLLAPSE_STEPS - 1]
 
 
 def test_loss_that_leaves_the_plateau_is_no_collapse():
-    check = DivergenceCheck(num_contrasts=255)
+    check = DivergenceCheck(math.log(255))
     stuck = math.log(255)
     for step in range(1, 3 * COLLAPSE_STEPS):
         loss = stuck - 0.1 if step % (COLLAPSE_STEPS - 1) == 0 else stuck
@@ -45,7 +45,7 @@ def test_loss_that_leaves_the_plateau_is_no_collapse():
 
 
 def test_skipped_steps_are_counted_until_they_are_too_many_in_a_row():
-    check = DivergenceCheck(num_contrasts=255, skips=True, num_skipped=3)
+    check = DivergenceCheck(math.log(255), skips=True, num_skipped=3)
     for step in range(1, MAX_SKIPPED_IN_A_ROW):
         assert check.check(step, 0.2, 1.0, math.inf) is None
     check.check(100, 0.2, 1.0, 1.0)
@@ -58,4 +58,4 @@ def test_skipped_steps_are_counted_until_they_are_too_many_in_a_row():
 
 def test_loss_that_is_not_finite_is_not_skipped():
     with pytest.raises(UserError, match="loss is nan"):
-        DivergenceCheck(num_contrasts=255, skips=True).check(1, 0.2, math.nan, math.nan)
+        DivergenceCheck(math.log(255), skips=True).check(1, 0.2, math.nan, math.nan)

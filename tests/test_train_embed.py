@@ -9,15 +9,12 @@ from PIL import Image
 
 import linear
 import train_fixtures  # noqa: F401  puts train/ on the path
-from data.sources import load_data
-from data.views import build_views
 from embed import find_images, main
 from evaluation.embeddings import encode_stored
-from network.embedder import build_model
 from run.command_line import run_script
-from run.config import PretrainConfig
 from run.errors import UserError
 from train_fixtures import pretrain, weights, write_images
+from train_parts import build_model, build_views, load_data, options_of
 
 
 def embed(run, images, output, *options):
@@ -40,7 +37,7 @@ def expected(run, dataset, channels, images):
     options = {"image_size": 8, "in_chans": channels, "val_fraction": None}
     if dataset != "digits":
         options["val_fraction"] = 0.2
-    config = PretrainConfig(dataset=dataset, model="resnet10", width=4, **options)
+    config = options_of(dataset=dataset, model="resnet10", width=4, **options)
     model = build_model(config, channels=channels)
     model.load_state_dict(weights(run))
     with torch.no_grad():
@@ -61,7 +58,7 @@ def test_class_folders_give_embeddings_paths_and_labels(folder, tmp_path, capsys
     assert "9 embeddings of 32 numbers" in capsys.readouterr().out
 
     dataset = f"imagefolder:{images}"
-    data = load_data(PretrainConfig(dataset=dataset, val_fraction=0.2, image_size=8, in_chans=1))
+    data = load_data(options_of(dataset=dataset, val_fraction=0.2, image_size=8, in_chans=1))
     every = [*data.train.images.files, *data.test.images.files]
     stored = torch.cat([split[[*range(len(split))]][0] for split in (data.train, data.test)])
     for path, row in zip(every, expected(run, dataset, 1, stored).numpy()):
@@ -71,7 +68,7 @@ def test_class_folders_give_embeddings_paths_and_labels(folder, tmp_path, capsys
 
 def test_flat_folder_has_no_labels_and_images_of_a_run_in_memory_fit(tmp_path):
     run = pretrain(tmp_path, "--max_steps", 1)
-    data = load_data(PretrainConfig(image_size=8))
+    data = load_data(options_of(image_size=8))
     (tmp_path / "images").mkdir()
     for number, image in enumerate(data.test.images[:3]):
         Image.fromarray(image[0].numpy()).save(tmp_path / f"images/{number}.png")

@@ -15,14 +15,12 @@ from timm.data import create_transform, resolve_data_config
 from torchvision.transforms.v2 import functional as transforms
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from data.sources import load_data
-from data.views import build_views
 from evaluation.embeddings import encode_stored
-from network.embedder import build_model
-from network.weights import load_first_weights, read_encoder, write_encoder
-from run.config import PretrainConfig
+from network.weights import write_encoder
 from run.errors import UserError
+from run.saved_run import open_encoder
 from train_fixtures import pretrain, weights, write_images
+from train_parts import build_model, build_views, load_data, load_first_weights, options_of
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def run(tmp_path_factory):
 
 
 def test_linear_head_sees_embeddings_of_length_one():
-    config = PretrainConfig(model="resnet10", width=4, head="linear", normalize_embedding=True)
+    config = options_of(model="resnet10", width=4, head="linear", normalize_embedding=True)
     model = build_model(config, channels=1).eval()
     images = torch.rand(3, 1, 8, 8)
     embedded = model.encoder(images)
@@ -46,7 +44,7 @@ def test_linear_head_sees_embeddings_of_length_one():
 @pytest.mark.parametrize("source", ["last.pt", "encoder.safetensors", "."])
 def test_init_from_starts_with_the_encoder_of_another_run(run, tmp_path, monkeypatch, source):
     import pretrain as script
-    from training import trainer as step
+    from training import build
 
     started = []
 
@@ -55,9 +53,9 @@ def test_init_from_starts_with_the_encoder_of_another_run(run, tmp_path, monkeyp
         started.append({key: value.clone() for key, value in built[0].state_dict().items()})
         return original(*arguments)
 
-    built = []
+    built, embedder = [], build.build_model
     monkeypatch.setattr(
-        step, "build_model", lambda *a, **k: built.append(build_model(*a, **k)) or built[0]
+        build, "build_model", lambda *a, **k: built.append(embedder(*a, **k)) or built[0]
     )
     original = script.describe
     monkeypatch.setattr(script, "describe", describe)
@@ -76,7 +74,7 @@ def test_init_from_starts_with_the_encoder_of_another_run(run, tmp_path, monkeyp
 @pytest.mark.parametrize("source", ["last.pt", "encoder.safetensors"])
 def test_init_from_another_model_names_what_differs(run, source):
     def start(channels=1, **options):
-        config = PretrainConfig(init_from=str(run / source), **options)
+        config = options_of(init_from=str(run / source), **options)
         load_first_weights(
             build_model(config, channels=channels).encoder, config, channels=channels
         )
@@ -107,7 +105,7 @@ def test_unfit_files_to_start_from_are_named(tmp_path):
         (tmp_path, "there is no checkpoint"),
     ):
         with pytest.raises(UserError, match=message) as raised:
-            read_encoder(path)
+            open_encoder(path)
         assert str(path) in str(raised.value)
 
 
@@ -131,7 +129,7 @@ def test_pretrained_takes_the_weights_that_timm_loads(monkeypatch):
             torch.nn.init.constant_(parameter, 0.5)
 
     monkeypatch.setattr("timm.models._builder.load_pretrained", fill)
-    config = PretrainConfig(model="resnet10t", stem="standard", pretrained=True)
+    config = options_of(model="resnet10t", stem="standard", pretrained=True)
     model = build_model(config, channels=1)
     untouched = [parameter.clone() for parameter in model.head.parameters()]
     assert not all((parameter == 0.5).all() for parameter in model.encoder.parameters())
@@ -145,7 +143,7 @@ def test_pretrained_weights_that_cannot_be_fetched(monkeypatch):
         raise OSError("Name or service\nnot known")
 
     monkeypatch.setattr("timm.models._builder.load_pretrained", no_network)
-    config = PretrainConfig(model="resnet10t", stem="standard", pretrained=True)
+    config = options_of(model="resnet10t", stem="standard", pretrained=True)
     encoder = build_model(config, channels=3).encoder
     with pytest.raises(UserError, match=r"--pretrained: .*resnet10t .*\(Name or service not known"):
         load_first_weights(encoder, config, channels=3)
@@ -174,7 +172,9 @@ def test_export_of_a_small_stem_is_loaded_by_timm_to_the_bit(run, tmp_path):
     trained = load_file(run / "encoder.safetensors")
     assert loaded.keys() == trained.keys()
     assert all(torch.equal(loaded[key], trained[key]) for key in trained)
-    model = build_model(PretrainConfig(model="resnet10", width=4), channels=1).eval()
+    model = build_model(
+        options_of(model="resnet10", width=4, channels_last=False), channels=1
+    ).eval()
     model.load_state_dict(weights(run))
     assert torch.equal(output, model.encoder(torch.ones(1, 1, 8, 8)))
 
@@ -203,7 +203,7 @@ def test_small_stem_without_timm_says_what_to_install(monkeypatch):
 )
 def test_export_rebuilds_encoder_and_input(tmp_path, channels, options):
     write_images(tmp_path / "images", {"cat": 2, "dog": 2}, size=(40, 40))
-    config = PretrainConfig(
+    config = options_of(
         dataset=f"imagefolder:{tmp_path / 'images'}",
         val_fraction=0.5,
         image_size=35,
@@ -214,9 +214,10 @@ def test_export_rebuilds_encoder_and_input(tmp_path, channels, options):
     model = build_model(config, channels=channels).eval()
     # Trained weights: batch statistics that are not those of a fresh network.
     model.encoder.train()(torch.rand(2, channels, 35, 35))
-    write_encoder(tmp_path, model.encoder, config, data)
+    write_encoder(tmp_path, model.encoder, config.network, data)
 
     loaded = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()
+    loaded = loaded.to(memory_format=torch.channels_last)
     expected = model.encoder.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
@@ -248,13 +249,13 @@ def test_export_rebuilds_encoder_and_input(tmp_path, channels, options):
     ],
 )
 def test_models_of_timm_are_built_for_the_size_and_exported(tmp_path, name):
-    config = PretrainConfig(model=name, stem="standard", image_size=32)
+    config = options_of(model=name, stem="standard", image_size=32, channels_last=False)
     model = build_model(config, channels=1).eval()
     images = torch.rand(2, 1, 32, 32)
     with torch.no_grad():
         embedded, projected = model(images)
         assert embedded.shape == (2, model.num_features) and projected.shape == (2, 128)
-        write_encoder(tmp_path, model.encoder, config, load_data(config))
+        write_encoder(tmp_path, model.encoder, config.network, load_data(config))
         loaded = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()
         assert torch.equal(loaded(images), embedded)
 
@@ -273,17 +274,17 @@ def test_model_that_cannot_embed_the_images_leaves_no_folder(tmp_path):
 
 
 def test_equal_encoders_are_equal_files_and_older_ones_are_read(tmp_path):
-    config = PretrainConfig(model="resnet10", width=4)
+    config = options_of(model="resnet10", width=4)
     encoder, data = build_model(config, channels=1).encoder, load_data(config)
     files = []
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-        write_encoder(tmp_path / name, encoder, config, data)
+        write_encoder(tmp_path / name, encoder, config.network, data)
         files.append((tmp_path / name / "encoder.safetensors").read_bytes())
     assert files[0] == files[1]
 
-    about, weights = read_encoder(tmp_path / "one" / "encoder.safetensors")
+    about, weights = open_encoder(tmp_path / "one" / "encoder.safetensors")
     options = {key: value for key, value in about.items() if key != "model"}
     older = {"format": "pt", "model": about["model"], "options": json.dumps(options)}
     save_file(weights, tmp_path / "older.safetensors", older)
-    assert read_encoder(tmp_path / "older.safetensors")[0] == about
+    assert open_encoder(tmp_path / "older.safetensors")[0] == about

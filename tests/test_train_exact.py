@@ -20,15 +20,12 @@ import torch
 from safetensors.torch import load_file
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from data.sources import load_data
-from data.views import build_views
 from evaluation.embeddings import embed, encode_stored
-from network.embedder import build_model
-from run.checkpoint import checkpoints_in, load_checkpoint
+from run.checkpoint import checkpoints_in
 from run.command_line import run_script
-from run.config import PretrainConfig
 from run.errors import UserError
 from train_fixtures import metrics, pretrain, weights, write_images, write_shards
+from train_parts import build_model, build_views, load_checkpoint, load_data, options_of
 from training.trainer import Trainer
 
 # Newer Pythons warn of any fork beside threads; these children take no lock of theirs.
@@ -100,15 +97,21 @@ def at_step(number, act):
     """The change that calls `act` in the middle of the step after `number` finished ones."""
 
     def change():
-        original = Trainer.loss
+        original = Trainer.step
 
-        def loss(trainer, images, labels, step):
+        def step(trainer, images, labels, step):
+            def act_in_it(*arguments):
+                value = loss(*arguments)
+                if step == number:
+                    act()
+                return value
+
+            loss, trainer.loss = trainer.loss, act_in_it
             value = original(trainer, images, labels, step)
-            if step == number:
-                act()
+            del trainer.loss
             return value
 
-        Trainer.loss = loss
+        Trainer.step = step
 
     return change
 
@@ -200,7 +203,7 @@ def test_killed_with_averages_queue_and_probe_ends_like_one_never_killed(
     assert_same(run, carrying)
     for name in ("last.pt", "best.pt"):
         saved, expected = (load_checkpoint(folder / name) for folder in (run, carrying))
-        for part in ("ema", "memory", "probe", "optimizer"):
+        for part in ("ema", "method", "probe", "optimizer"):
             torch.testing.assert_close(saved[part], expected[part], rtol=0, atol=0)
     exported, expected = (load_file(path / "export/model.safetensors") for path in (run, carrying))
     assert all(torch.equal(exported[key], expected[key]) for key in expected)
@@ -401,7 +404,7 @@ def test_resume_with_other_threads_is_refused_with_the_reason(whole):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_draws_no_random_number(tmp_path, workers):
     write_images(tmp_path, {"cat": 6, "dog": 6})
-    config = PretrainConfig(
+    config = options_of(
         dataset=f"imagefolder:{tmp_path}", val_fraction=0.5, model="resnet10", width=4
     )
     data = load_data(config)
@@ -430,10 +433,13 @@ def test_evaluating_less_often_trains_the_same(whole, tmp_path):
 def test_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     original = Trainer.loss
 
-    def loss(trainer, images, labels, step):
-        value = original(trainer, images, labels, step)
+    calls = []
+
+    def loss(*arguments):
+        calls.append(arguments)
+        value = original(*arguments)
         # Adds nothing, with a gradient of 0 / 0.
-        return value + (0 * value).sqrt() if step == 2 else value
+        return value + (0 * value).sqrt() if len(calls) == 3 else value
 
     monkeypatch.setattr(Trainer, "loss", loss)
     with pytest.raises(UserError, match=r"gradient is nan at step 3, learning rate 0\.191: try"):

@@ -1,6 +1,5 @@
 """How batches reach the device: parts that workers decode, shared memory, names in arrays, copies."""
 
-from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -9,28 +8,35 @@ import torch.distributed as dist
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from data import batches as loading
-from data.batches import Batches, sequential_batches, training_batches
+from data.batches import Batches, BatchOptions, sequential_batches, training_batches
 from data.files import ShardFiles, Strings, in_arrays
 from data.images import ImageFiles
 from data.prefetch import on_device_ahead
 from data.shards import ShardFile
-from data.sources import load_data
-from data.views import training_images
 from pretend_cuda import pretend_cuda
-from run.config import PretrainConfig
 from run.errors import UserError
 from run.processes import Ranks, joined
 from run.requeue import Requests, Requeue
 from train_fixtures import write_images
+from train_parts import load_data, options_of, training_images
 
 CUDA = torch.device("cuda")
 
 
+def batch_options(batch_size, workers=0):
+    return BatchOptions(batch_size=batch_size, workers=workers)
+
+
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def flat(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     write_images(folder, {"cat": 18, "dog": 18})
-    return PretrainConfig(dataset=f"imagefolder:{folder}", val_fraction=0.25, image_size=14)
+    return {"dataset": f"imagefolder:{folder}", "val_fraction": 0.25, "image_size": 14}
+
+
+@pytest.fixture(scope="module")
+def options(flat):
+    return options_of(**flat)
 
 
 def whole(batches):
@@ -39,12 +45,12 @@ def whole(batches):
 
 
 @pytest.mark.parametrize("num_images", [1, 4, 100])
-def test_batches_are_the_same_in_whatever_parts_workers_make_them(config, monkeypatch, num_images):
-    data = load_data(config)
-    split = training_images(config, data)
+def test_batches_are_the_same_in_whatever_parts_workers_make_them(options, monkeypatch, num_images):
+    data = load_data(options)
+    split = training_images(options, data)
 
     def all_batches(workers):
-        order, batches = training_batches(split, batch_size=10, seed=0, workers=workers)
+        order, batches = training_batches(split, batch_options(10, workers), seed=0)
         order.begin(1, step=1)
         training = [whole(islice(batches, 1)), whole(batches)]  # once left before its end
         test = sequential_batches(data.train, batch_size=11, workers=workers)
@@ -55,22 +61,22 @@ def test_batches_are_the_same_in_whatever_parts_workers_make_them(config, monkey
     torch.testing.assert_close(all_batches(workers=2), expected, rtol=0, atol=0)
 
 
-def test_worker_decodes_a_part_of_a_batch(config, monkeypatch):
+def test_worker_decodes_a_part_of_a_batch(options, monkeypatch):
     monkeypatch.setattr(loading, "IMAGES_PER_PART", 4)
-    _, batches = training_batches(load_data(config).train, batch_size=10, seed=0, workers=1)
+    _, batches = training_batches(load_data(options).train, batch_options(10, workers=1), seed=0)
     assert [len(labels) for _, labels in batches.loader] == [4, 4, 2] * 2
     assert [len(labels) for _, labels in batches] == [10, 10]
 
 
-def test_workers_without_shared_memory_are_refused(config, monkeypatch, tmp_path):
-    config = replace(config, image_size=224)
-    split = training_images(config, load_data(config))
+def test_workers_without_shared_memory_are_refused(flat, monkeypatch, tmp_path):
+    options = options_of(**flat | {"image_size": 224})
+    split = training_images(options, load_data(options))
     usage = type("usage", (), {"free": 2**20})
     monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"^--workers 3 needs 90 MiB of .*/dev/shm has 1 MiB free"):
-        training_batches(split, batch_size=26, seed=0, workers=3)
-    training_batches(split, batch_size=26, seed=0, workers=0)
+        training_batches(split, batch_options(26, workers=3), seed=0)
+    training_batches(split, batch_options(26), seed=0)
 
 
 def test_names_of_files_come_out_of_arrays_as_they_went_in():
@@ -89,8 +95,8 @@ def test_names_of_files_come_out_of_arrays_as_they_went_in():
     assert isinstance(ImageFiles(paths, 8).files, Strings)
 
 
-def test_copies_to_the_device_are_of_pinned_memory_and_wait_for_nothing(config):
-    split = load_data(config).train
+def test_copies_to_the_device_are_of_pinned_memory_and_wait_for_nothing(options):
+    split = load_data(options).train
     with pretend_cuda() as device:
         batches = Batches(split, [list(range(10))] * 2, 0, CUDA)
         found = [images for images, _ in batches]

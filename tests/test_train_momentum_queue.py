@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from data.sources import load_data
-from run.config import PretrainConfig
 from supcon_kernels import supcon_loss
 from train_fixtures import metrics, pretrain, weights
-from training.trainer import Trainer
+from train_parts import load_data, options_of, trainer_of
 
 BATCH, VIEWS, SIZE = 32, 3, 160
 NUM_KEYS = BATCH * (VIEWS - 1)
@@ -21,13 +19,13 @@ NUM_KEYS = BATCH * (VIEWS - 1)
 
 def trainer_and_batches(**options):
     """A trainer with a queue of two and a half steps, and four batches of digits."""
-    config = PretrainConfig(
+    config = options_of(
         model="resnet10", width=4, image_size=8, warmup_epochs=0, device="cpu",
         batch_size=BATCH, num_views=VIEWS, queue_size=SIZE, queue_momentum=0.9, **options,
     )  # fmt: skip
     assert not config.mistakes()
     data = load_data(config)
-    trainer = Trainer(config, data, steps_per_epoch=10, total_steps=100, device=torch.device("cpu"))
+    trainer = trainer_of(config, data)
     return trainer, list(zip(data.train.images.split(BATCH), data.train.labels.split(BATCH)))[:4]
 
 
@@ -37,7 +35,7 @@ def test_loss_is_the_formula_over_the_last_keys(method):
     keys = torch.empty(0, 128)
     classes = torch.empty(0, dtype=torch.long)
     for step, (images, labels) in enumerate(batches):
-        network, average = copy.deepcopy((trainer.model, trainer.momentum_queue.average.module))
+        network, average = copy.deepcopy((trainer.model, trainer.method.encoder.average.module))
         seen = [trainer.views.random(images, step=step, view=view) for view in range(VIEWS)]
         own = labels if method == "supcon" else torch.arange(step * BATCH, (step + 1) * BATCH)
         with torch.no_grad():
@@ -52,20 +50,20 @@ def test_loss_is_the_formula_over_the_last_keys(method):
 
         if method == "simclr":
             assert positive.sum(1).tolist() == [VIEWS - 1] * BATCH
-        filled = trainer.momentum_queue.queue.labels != -100
+        filled = trainer.method.queue.labels != -100
         assert filled.sum() == len(classes) == min((step + 1) * NUM_KEYS, SIZE)
-        assert torch.equal(trainer.momentum_queue.queue.labels[filled], classes)
+        assert torch.equal(trainer.method.queue.labels[filled], classes)
 
 
 def test_keys_come_without_gradient_from_an_average_that_follows_each_step():
     trainer, batches = trainer_and_batches()
     assert torch.equal(
-        trainer.momentum_queue.average.module.head[0].weight, trainer.model.head[0].weight
+        trainer.method.encoder.average.module.head[0].weight, trainer.model.head[0].weight
     )
     for step, (images, labels) in enumerate(batches):
-        before = copy.deepcopy(trainer.momentum_queue.average.module)
+        before = copy.deepcopy(trainer.method.encoder.average.module)
         trainer.step(images, labels, step)
-        after = trainer.momentum_queue.average.module
+        after = trainer.method.encoder.average.module
         assert after.training
         assert all(weight.grad is None for weight in after.parameters())
         for old, new, trained in zip(
@@ -80,7 +78,7 @@ def test_average_begins_with_the_weights_that_a_run_begins_with():
     torch.nn.init.ones_(trainer.model.head[0].weight)
     trainer.restart_averages()
     assert torch.equal(
-        trainer.momentum_queue.average.module.head[0].weight, trainer.model.head[0].weight
+        trainer.method.encoder.average.module.head[0].weight, trainer.model.head[0].weight
     )
 
 
@@ -89,8 +87,8 @@ def test_trained_encoder_is_exported_not_that_of_the_keys(tmp_path):
     exported = load_file(run / "encoder.safetensors")
     trained = weights(run)
     assert all(torch.equal(value, trained[f"encoder.{name}"]) for name, value in exported.items())
-    saved = torch.load(run / "last.pt", weights_only=True)["memory"]
-    keys = saved["average.module.encoder.conv1.weight"]
+    saved = torch.load(run / "last.pt", weights_only=True)["method"]
+    keys = saved["encoder.average.module.encoder.conv1.weight"]
     assert not torch.equal(keys, trained["encoder.conv1.weight"])
 
 
@@ -102,7 +100,7 @@ def test_collapse_onto_a_queue_is_named_once_it_is_full(tmp_path, monkeypatch, c
             alike, labels, contrast_features=torch.ones_like(contrast_features), **options
         )
 
-    monkeypatch.setattr("training.trainer.supcon_loss", collapsed)
+    monkeypatch.setattr("methods.contrastive.supcon_loss", collapsed)
     run = pretrain(tmp_path, "--batch_size", 256, "--epochs", 5, "--queue_size", 700)
     losses = [float(row["loss"]) for row in metrics(run) if row["loss"]]
     assert losses[:3] == pytest.approx([math.log(m) for m in (256, 512, 700)], abs=1e-4)

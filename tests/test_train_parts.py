@@ -8,15 +8,13 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from data.sources import load_data
-from data.views import build_views
 from evaluation.knn import accuracy, knn_predict
-from network.embedder import build_model
 from run.checkpoint import RunState
-from run.config import PretrainConfig
 from run.errors import UserError
 from run.records import Table
-from training.optimizer import build_optimizer, build_schedule, load_optimizer
+from train_parts import build_model, build_views, load_data, options_of
+from training.optimizer import build_optimizer, load_optimizer
+from training.schedule import build_schedule
 
 
 def unit(degrees):
@@ -65,9 +63,9 @@ COLOURFUL = ["autoaugment", "randaugment", "stacked_randaugment"]
 
 def views_and_images(**options):
     """The views of a config, and 32 images: digits, in colours for those that need them."""
-    config = PretrainConfig(**options)
+    config = options_of(**options)
     data = load_data(config)
-    if config.augment not in COLOURFUL:
+    if config.views.augment not in COLOURFUL:
         return build_views(config, data), data.train.images[:32]
     images = (data.train.images[:32] * torch.tensor([1.0, 0.7, 0.3]).view(-1, 1, 1)).byte()
     mean, std = data.mean * 3, data.std * 3
@@ -115,7 +113,7 @@ def test_policies_draw_their_changes_for_each_image_alone(augment):
 
 @pytest.mark.parametrize("augment", COLOURFUL)
 def test_grey_images_are_refused_where_colours_change(augment):
-    config = PretrainConfig(augment=augment)
+    config = options_of(augment=augment)
     with pytest.raises(UserError, match=f"--augment {augment} .*digits are grey: --augment simclr"):
         build_views(config, load_data(config))
 
@@ -132,7 +130,7 @@ def test_blur_takes_detail_from_half_of_the_views():
 
 
 def test_plain_view_is_normalized_by_the_training_images():
-    config = PretrainConfig()
+    config = options_of()
     data = load_data(config)
     plain = build_views(config, data).plain(data.train.images)
     assert plain.mean().item() == pytest.approx(0, abs=1e-4)
@@ -172,10 +170,10 @@ COSINE = [0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
 @pytest.mark.parametrize("start", [0, 2, 7])
 def test_learning_rates_follow_the_written_list(options, rates, start):
     # Wherever a run goes on: the step alone decides.
-    config = PretrainConfig(learning_rate=1.0, warmup_epochs=1, epochs=3, **options)
+    config = options_of(learning_rate=1.0, warmup_epochs=1, epochs=3, **options)
     assert not config.mistakes()
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), config)
-    schedule = build_schedule(optimizer, config, steps_per_epoch=4, total_steps=12)
+    optimizer = build_optimizer(config.optimizer, torch.nn.Linear(2, 2))
+    schedule = build_schedule(config.schedule, optimizer, steps_per_epoch=4)
     seen = []
     for step in range(start, 12):
         schedule.step_update(step)
@@ -184,9 +182,9 @@ def test_learning_rates_follow_the_written_list(options, rates, start):
 
 
 def test_schedule_of_one_step_is_at_the_peak_without_a_warning(caplog):
-    config = PretrainConfig(learning_rate=1.0)
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), config)
-    build_schedule(optimizer, config, steps_per_epoch=4, total_steps=1).step_update(0)
+    config = options_of(learning_rate=1.0, max_steps=1)
+    optimizer = build_optimizer(config.optimizer, torch.nn.Linear(2, 2))
+    build_schedule(config.schedule, optimizer, steps_per_epoch=4).step_update(0)
     assert optimizer.param_groups[0]["lr"] == 1.0
     assert not caplog.records
 
@@ -206,14 +204,14 @@ RMSPROP = {"momentum": 0.9, "alpha": 0.9, "eps": 1.0}
 )
 @pytest.mark.parametrize("decay_norm_and_bias", [None, True, False, "bias"])
 def test_parameter_groups(optimizer, kind, expected, decay_norm_and_bias):
-    config = PretrainConfig(
+    config = options_of(
         optimizer=optimizer,
         decay_norm_and_bias=decay_norm_and_bias,
         weight_decay=0.1,
         learning_rate=0.5,
     )
     network = build_model(config, channels=1)
-    built = build_optimizer(network, config)
+    built = build_optimizer(config.optimizer, network)
     assert type(built).__name__ == kind
     for group in built.param_groups:
         assert {key: group[key] for key in expected} == expected
@@ -241,10 +239,10 @@ def test_parameter_groups(optimizer, kind, expected, decay_norm_and_bias):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_lars_adapts_weights_and_leaves_biases_alone(weight_decay):
-    config = PretrainConfig(optimizer="lars", weight_decay=weight_decay, learning_rate=2.0)
+    config = options_of(optimizer="lars", weight_decay=weight_decay, learning_rate=2.0)
     layer = torch.nn.Linear(3, 2)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    optimizer = build_optimizer(layer, config)
+    optimizer = build_optimizer(config.optimizer, layer)
     layer(torch.arange(6.0).view(2, 3)).square().sum().backward()
     # Some versions of timm change the gradient itself.
     gradient, bias_gradient = layer.weight.grad.clone(), layer.bias.grad.clone()
@@ -258,10 +256,10 @@ def test_lars_adapts_weights_and_leaves_biases_alone(weight_decay):
 def test_rmsprop_resumed_keeps_the_eps_that_it_had():
     # Of a checkpoint from before it was 1.
     layer = torch.nn.Linear(2, 2)
-    config = PretrainConfig(optimizer="rmsprop")
-    saved = build_optimizer(layer, config).state_dict()
+    config = options_of(optimizer="rmsprop")
+    saved = build_optimizer(config.optimizer, layer).state_dict()
     saved["param_groups"][0]["eps"] = 1e-3
-    resumed = build_optimizer(layer, config)
+    resumed = build_optimizer(config.optimizer, layer)
     load_optimizer(resumed, saved)
     assert resumed.param_groups[0]["eps"] == 1e-3
 
@@ -269,7 +267,7 @@ def test_rmsprop_resumed_keeps_the_eps_that_it_had():
 @pytest.mark.parametrize("stem", ["small", "standard"])
 @pytest.mark.parametrize("zero", [True, False])
 def test_residual_blocks_begin_as_asked(stem, zero):
-    config = PretrainConfig(model="resnet18", stem=stem, zero_init_residual=zero)
+    config = options_of(model="resnet18", stem=stem, zero_init_residual=zero)
     encoder = build_model(config, channels=3).encoder
     for name, weight in encoder.named_parameters():
         if ".bn2.weight" in name:
@@ -277,15 +275,13 @@ def test_residual_blocks_begin_as_asked(stem, zero):
 
 
 def test_residual_blocks_that_a_model_lacks_are_named():
-    config = PretrainConfig(model="test_vit", stem="standard", zero_init_residual=False)
-    with pytest.raises(
-        UserError, match=r"--zero_init_residual false: --model test_vit has no such"
-    ):
+    config = options_of(model="test_vit", stem="standard", zero_init_residual=False)
+    with pytest.raises(UserError, match=r"--no_zero_init_residual: --model test_vit has no such"):
         build_model(config, channels=3)
 
 
 def test_small_stem_keeps_the_resolution():
-    config = PretrainConfig(model="resnet10", width=4)
+    config = options_of(model="resnet10", width=4)
     encoder = build_model(config, channels=1).encoder
     images = torch.zeros(2, 1, 16, 16)
     assert encoder.layer1(encoder.maxpool(encoder.conv1(images))).shape == (2, 4, 16, 16)
@@ -295,7 +291,7 @@ def test_small_stem_keeps_the_resolution():
 
 
 def test_standard_stem_takes_any_model_of_timm():
-    config = PretrainConfig(model="resnet10t", stem="standard")
+    config = options_of(model="resnet10t", stem="standard")
     embedded, projected = build_model(config, channels=3)(torch.zeros(2, 3, 32, 32))
     assert embedded.shape == (2, 512) and projected.shape == (2, 128)
 
@@ -303,7 +299,7 @@ def test_standard_stem_takes_any_model_of_timm():
 @pytest.mark.parametrize(("stem", "model"), [("small", "vit"), ("standard", "resnet1000")])
 def test_unknown_model_is_named(stem, model):
     with pytest.raises(UserError, match=f"--model {model}"):
-        build_model(PretrainConfig(stem=stem, model=model), channels=3)
+        build_model(options_of(stem=stem, model=model), channels=3)
 
 
 def test_table_is_cut_back_to_the_step(tmp_path):

@@ -6,14 +6,10 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from data.sources import load_data
-from data.views import build_views
 from evaluation.embeddings import encode_stored
 from evaluation.probe import Probe
-from network.embedder import build_model
-from run.checkpoint import load_checkpoint
-from run.config import PretrainConfig
 from train_fixtures import metrics, pretrain
+from train_parts import build_model, build_views, load_checkpoint, load_data, options_of
 
 CPU = torch.device("cpu")
 
@@ -52,11 +48,11 @@ def test_its_accuracy_on_the_test_images_is_recorded(tmp_path, monkeypatch, caps
     monkeypatch.setattr("pretrain.draw", lambda *arguments: None)
     run = pretrain(tmp_path, "--epochs", 2, "--knn_every", 1, "--probe", "true", *options)
     saved = load_checkpoint(run / "last.pt")
-    config = PretrainConfig(**saved["config"])
+    config = options_of(**saved["config"])
     data = load_data(config)
     network = build_model(config, channels=1)
     network.load_state_dict(saved["model"])
-    network = network.to(memory_format=config.memory_format)
+    network = network.to(memory_format=config.network.memory_format)
     probe = Probe(network.num_features, len(data.classes), CPU)
     probe.load_state_dict(saved["probe"])
     with torch.no_grad():

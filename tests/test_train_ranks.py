@@ -18,11 +18,12 @@ import torch
 import leaving_ranks
 import train_ranks
 from data.views import Views
-from network.embedder import build_model, sync_batch_norms
-from run.checkpoint import load_checkpoint
-from run.config import PretrainConfig
+from network.embedder import sync_batch_norms
+from network.momentum_encoder import SHUFFLING
 from run.errors import UserError
+from run.seeds import seed_of
 from train_fixtures import TINY, TRAIN, metrics, pretrain
+from train_parts import build_model, load_checkpoint, options_of
 from train_ranks import CARRYING, OPTIONS, STEPS
 
 SECONDS = 120
@@ -64,7 +65,7 @@ def assert_same(run, whole):
     assert (run / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
     for name in ("last.pt", "best.pt"):
         saved, expected = (load_checkpoint(path / name) for path in (run, whole))
-        for part in ("model", "ema", "memory", "probe", "optimizer", "random_states", "state"):
+        for part in ("model", "ema", "method", "probe", "optimizer", "random_states", "state"):
             torch.testing.assert_close(saved[part], expected[part], rtol=0, atol=0)
 
 
@@ -91,7 +92,7 @@ def test_first_process_alone_speaks(found):
 def test_trains_as_one_process_does(found, monkeypatch, name):
     monkeypatch.setattr(Views, "random", train_ranks.plain_view)
     alone = train_ranks.train(STEPS[name])
-    begun = build_model(alone.config, channels=1).state_dict()
+    begun = build_model(options_of(**STEPS[name]), channels=1).state_dict()
     for losses, state in (of_rank[name] for of_rank in found):
         assert losses == found[0][name][0]
         assert losses == pytest.approx(alone.losses, rel=1e-5)
@@ -99,11 +100,11 @@ def test_trains_as_one_process_does(found, monkeypatch, name):
             torch.testing.assert_close(value, alone.model.state_dict()[key], rtol=1e-4, atol=1e-5)
         moved = state["model"]["head.0.weight"] - begun["head.0.weight"]
         assert moved.abs().max() > 1e-3
-        if alone.momentum_queue is not None:
-            queue = state["memory"]["queue.features"], state["memory"]["queue.labels"]
-            assert torch.equal(queue[0], found[0][name][1]["memory"]["queue.features"])
+        if "queue_size" in STEPS[name]:
+            queue = state["method"]["queue.features"], state["method"]["queue.labels"]
+            assert torch.equal(queue[0], found[0][name][1]["method"]["queue.features"])
             ours, theirs = (
-                labels.sort().values for labels in (queue[1], alone.momentum_queue.queue.labels)
+                labels.sort().values for labels in (queue[1], alone.method.queue.labels)
             )
             assert torch.equal(ours, theirs)
 
@@ -121,7 +122,7 @@ def test_evaluates_as_one_process_does(found, folder):
     trainer = train_ranks.train(STEPS["batch norm"])
     state = found[0]["batch norm"][1]
     trainer.load_state_dict(state)
-    expected = train_ranks.predictions(trainer)
+    expected = train_ranks.predictions(trainer, STEPS["batch norm"])
     assert torch.equal(found[0]["predictions"], expected)
     assert torch.equal(found[1]["predictions"], expected)
 
@@ -130,6 +131,20 @@ def test_gradient_by_chunks_is_that_of_one_process(found):
     loss, expected = train_ranks.gradient_by_chunks()
     for of_rank in found:
         torch.testing.assert_close(of_rank["gradient"], (loss, expected), rtol=0, atol=1e-10)
+
+
+def test_keys_do_not_know_the_batch_of_their_queries(found):
+    shuffled, left = (torch.cat(parts) for parts in zip(*(of_rank["keys"] for of_rank in found)))
+    for own in (slice(16), slice(16, 32)):
+        # Left where their queries are, the keys of a process have the mean of its batch.
+        torch.testing.assert_close(left[own].mean(0), torch.zeros(3), rtol=0, atol=1e-6)
+        assert shuffled[own].mean(0).abs().min() > 0.1
+    # Each is that of its own row, normalised among those that a pure function of seed and step draws.
+    rows = torch.cat([train_ranks.rows_of(rank) for rank in (0, 1)])
+    generator = torch.Generator().manual_seed(seed_of(0, SHUFFLING, 5))
+    for batch in torch.randperm(32, generator=generator).split(16):
+        expected = train_ranks.BatchNorm()(rows[batch])[1]
+        torch.testing.assert_close(shuffled[batch], expected)
 
 
 def test_one_that_vanishes_ends_the_other_with_the_reason(found, folder):
@@ -188,7 +203,7 @@ def test_another_number_of_processes_is_refused(found, folder):
 
 
 def test_batch_norms_become_those_of_all_processes():
-    config = PretrainConfig(model="resnet10", width=4)
+    config = options_of(model="resnet10", width=4)
     plain = build_model(config, channels=1)
     names = {name for name, part in plain.named_modules() if isinstance(part, torch.nn.BatchNorm2d)}
     state = {key: value.clone() for key, value in plain.state_dict().items()}

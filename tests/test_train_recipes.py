@@ -8,12 +8,12 @@ import yaml
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from data.images import ImageData, Split
-from data.views import build_views
-from network.embedder import build_model
 from run.command_line import parse
-from run.config import PretrainConfig
+from run.options import PretrainOptions
 from train_fixtures import TRAIN
-from training.optimizer import build_optimizer, build_schedule
+from train_parts import build_model, build_views, options_of
+from training.optimizer import build_optimizer
+from training.schedule import build_schedule
 
 RECIPES = {path.stem: path for path in sorted((TRAIN / "recipes").glob("*.yaml"))}
 # Of those that repeat a published run: its learning rate for a batch of 256, and its batch.
@@ -28,24 +28,26 @@ OURS = {"digits", "fashion_mnist"}
 
 
 def read(name):
-    return parse(PretrainConfig, ["--config", str(RECIPES[name])], prog="pretrain", description="")
+    return parse(PretrainOptions, ["--config", str(RECIPES[name])], prog="pretrain", description="")
 
 
 def stand_in(config):
     """Four images like those of a recipe's data set, in its place."""
-    grey = config.dataset in OURS
-    channels, size = (1 if grey else 3), config.image_size or 32
+    grey = config.data.dataset in OURS
+    channels, size = (1 if grey else 3), config.data.image_size or 32
     split = Split(torch.zeros(4, channels, size, size, dtype=torch.uint8), torch.arange(4) % 2)
-    return ImageData(split, split, ["a", "b"], size, channels, [0.5] * channels, [0.5] * channels)
+    half = [0.5] * channels
+    name = config.data.dataset
+    return ImageData(split, split, ["a", "b"], size, channels, half, half, name=name)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_is_read_and_built(name):
     config = read(name)
     for option, value in yaml.safe_load(RECIPES[name].read_text()).items():
-        assert getattr(config, option) == value
+        assert config.flat()[option] == value
     kind = name.partition("_rn")[0].removesuffix("_tpu")
-    assert config.dataset == (f"imagefolder:{kind}" if kind == "imagenet" else kind)
+    assert config.data.dataset == (f"imagefolder:{kind}" if kind == "imagenet" else kind)
 
     data = stand_in(config)
     view = build_views(config, data).random(data.train.images, step=0, view=0)
@@ -53,16 +55,15 @@ def test_recipe_is_read_and_built(name):
     # Without memory for its weights, nor the time to draw them.
     with torch.device("meta"):
         model = build_model(config, channels=data.channels)
-    optimizer = build_optimizer(model, config)
-    total_steps = 10 * config.epochs
-    schedule = build_schedule(optimizer, config, steps_per_epoch=10, total_steps=total_steps)
+    optimizer = build_optimizer(config.optimizer, model)
+    schedule = build_schedule(config.schedule, optimizer, steps_per_epoch=10)
     rates = []
-    for step in range(total_steps):
+    for step in range(10 * config.schedule.epochs):
         schedule.step_update(step)
         rates.append(optimizer.param_groups[0]["lr"])
-    assert max(rates) == rates[10 * config.warmup_epochs] == config.learning_rate
-    end = config.final_learning_rate
-    assert end < rates[-1] < end + 1e-3 * config.learning_rate
+    assert max(rates) == rates[10 * config.schedule.warmup] == config.optimizer.learning_rate
+    end = config.schedule.final_learning_rate
+    assert end < rates[-1] < end + 1e-3 * config.optimizer.learning_rate
 
 
 def test_every_recipe_is_ours_or_published():
@@ -73,8 +74,8 @@ def test_every_recipe_is_ours_or_published():
 def test_learning_rate_follows_the_published_rule(name):
     config = read(name)
     rate, batch_size = PUBLISHED[name]
-    assert config.batch_size == batch_size
-    assert config.learning_rate == pytest.approx(rate * batch_size / 256)
+    assert config.batches.batch_size == batch_size
+    assert config.optimizer.learning_rate == pytest.approx(rate * batch_size / 256)
 
 
 def test_recipes_have_what_the_table_says():
@@ -83,13 +84,13 @@ def test_recipes_have_what_the_table_says():
         [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line
     )
     names = [re.search(r"`(\w+)`", cell) for cell in head[1:]]
-    configs = [read(name[1]) if name else PretrainConfig() for name in names]
+    configs = [(read(name[1]) if name else options_of()).flat() for name in names]
     options = [row[0].strip("`") for row in rows]
     for option, row in zip(options, rows):
         for name, config, cell in zip(head[1:], configs, row[1:]):
-            value = getattr(config, option)
+            value = config[option]
             if option == "decay_norm_and_bias" and value is None:
-                value = config.optimizer != "lars"
+                value = config["optimizer"] != "lars"
             assert value == yaml.safe_load(cell), (option, name)
     # Nothing that makes the network is said in a recipe alone.
     own = {"dataset", "method", "width", "workers", "knn_every", "knn_bank", "save_every"}
@@ -98,4 +99,4 @@ def test_recipes_have_what_the_table_says():
 
 
 def test_digits_recipe_is_the_default():
-    assert read("digits") == PretrainConfig(augment="digits")
+    assert read("digits") == options_of(augment="digits")

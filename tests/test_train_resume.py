@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from pretrain import with_its_warmup
-from run.config import PretrainConfig
 from run.errors import UserError
+from run.resume import with_its_warmup
 from train_fixtures import metrics, pretrain, weights, write_images
+from train_parts import options_of
 
 # Epochs of five steps on digits, of which none changes the rate.
 OPTIONS = ("--batch_size", 256, "--epochs", 3, "--schedule", "step", "--decay_epochs", "[9]")
@@ -82,9 +82,9 @@ def test_schedule_follows_the_new_length_and_the_warmup_stays(tmp_path):
 
 
 def test_warmup_that_is_not_asked_for_is_that_of_the_run():
-    saved = {"config": {"warmup_epochs": 2}}
-    assert with_its_warmup(PretrainConfig(epochs=60), saved).warmup_epochs == 2
-    assert with_its_warmup(PretrainConfig(epochs=60, warmup_epochs=7), saved).warmup_epochs == 7
+    saved = options_of(epochs=10, warmup_epochs=2)
+    for given, expected in ({"epochs": 60}, 2), ({"epochs": 60, "warmup_epochs": 7}, 7):
+        assert with_its_warmup(options_of(**given), saved).schedule.warmup == expected
 
 
 def test_images_may_have_moved_but_not_changed(tmp_path):

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import time
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -23,10 +22,10 @@ import train_fixtures  # noqa: F401  puts train/ on the path
 from evaluation.embeddings import pixels
 from evaluation.pictures import PICTURES
 from run.clock import PHASES
-from run.config import PretrainConfig
 from run.errors import UserError
-from run.folder import RunLock, open_run
+from run.folder import FolderOptions, RunLock, open_folder
 from train_fixtures import metrics, pretrain, weights, write_images
+from train_parts import options_of
 
 # Newer Pythons warn of any fork beside threads; these children take no lock of theirs.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -53,7 +52,7 @@ SHORT = ("--batch_size", 256, "--epochs", 3, "--knn_every", 2)
 def opened(config):
     """The folder of a run and its checkpoints."""
     with RunLock() as lock:
-        return open_run(config, lock)
+        return open_folder(config.folder, config.default_name, lock)
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +102,9 @@ def test_encoder_is_the_trained_one(run):
 
 
 def test_encoder_is_rebuilt_from_its_metadata_alone(run):
-    from data.sources import load_data
-    from data.views import Views, build_views
+    from data.views import Views
     from evaluation.embeddings import encode_stored
-    from network.embedder import build_model
+    from train_parts import build_model, build_views, load_data
 
     path = run / "encoder.safetensors"
     assert path.stat().st_mode == (run / "last.pt").stat().st_mode
@@ -114,10 +112,11 @@ def test_encoder_is_rebuilt_from_its_metadata_alone(run):
         about = json.loads(file.metadata()["encoder"])
     encoder = timm.create_model(about["model"], **about["options"])
     encoder.load_state_dict(load_file(path))
+    encoder = encoder.to(memory_format=torch.channels_last)
     size, mean, std = (about[key] for key in ("image_size", "mean", "std"))
     views = Views(nn.Identity(), image_size=size, mean=mean, std=std, seed=0)
 
-    config = PretrainConfig(**yaml.safe_load((run / "config.yaml").read_text()))
+    config = options_of(**yaml.safe_load((run / "config.yaml").read_text()))
     data = load_data(config)
     model = build_model(config, channels=1)
     model.load_state_dict(weights(run))
@@ -171,7 +170,7 @@ def test_run_that_failed_before_its_first_checkpoint_starts_again(tmp_path, monk
 def test_two_processes_do_not_write_to_one_folder(tmp_path):
     def hold(ready):
         with RunLock() as lock:
-            open_run(named, lock)
+            open_folder(named.folder, "", lock)
             # As a worker does, which outlives its process for some seconds.
             worker = context.Process(target=time.sleep, args=(600,))
             worker.start()
@@ -179,7 +178,7 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
             time.sleep(600)
 
     context = multiprocessing.get_context("fork")
-    named = PretrainConfig(output_dir=str(tmp_path), name="a")
+    named = options_of(output_dir=str(tmp_path), name="a")
     ours, theirs = context.Pipe()
     process = context.Process(target=hold, args=(theirs,))
     process.start()
@@ -189,13 +188,24 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
             with pytest.raises(
                 UserError, match=f"another process is writing to {tmp_path}/a.*--name"
             ):
-                opened(replace(named, resume=resume))
+                opened(named.changed(resume=resume))
         process.kill()
         process.join()
         assert opened(named) == (tmp_path / "a", [])
     finally:
         process.kill()
         os.kill(worker, signal.SIGKILL)
+
+
+def test_lock_is_taken_before_the_data_is_loaded(tmp_path, monkeypatch):
+    def load(*arguments, **options):
+        assert (tmp_path / "a/.lock").is_file()
+        raise UserError("no data")
+
+    monkeypatch.setattr("pretrain.load_data", load)
+    with pytest.raises(UserError, match="no data"):
+        pretrain(tmp_path, "--name", "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_lock_whose_file_was_removed_is_taken_anew(tmp_path, monkeypatch):
@@ -209,7 +219,7 @@ def test_lock_whose_file_was_removed_is_taken_anew(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.lockf", late)
     with RunLock() as lock:
-        open_run(PretrainConfig(output_dir=str(tmp_path), name="a"), lock)
+        open_folder(FolderOptions(output_dir=str(tmp_path), name="a"), "", lock)
         assert os.fstat(lock.file.fileno()).st_ino == (tmp_path / "a/.lock").stat().st_ino
 
 
@@ -218,21 +228,21 @@ def test_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsys)
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.lockf", no_locks)
-    folder, _ = opened(PretrainConfig(output_dir=str(tmp_path)))
+    folder, _ = opened(options_of(output_dir=str(tmp_path)))
     assert f"warning: {folder} cannot be locked (No locks available)" in capsys.readouterr().err
 
 
 def test_default_names_are_numbered_and_taken_names_refused(tmp_path):
 
-    config = PretrainConfig(output_dir=str(tmp_path))
+    config = options_of(output_dir=str(tmp_path))
     folders = [opened(config)[0] for _ in range(3)]
     assert [f.name for f in folders] == [f"digits-supcon-seed0{n}" for n in ("", "-2", "-3")]
     (folders[2] / "last.pt").touch()
-    assert opened(PretrainConfig(output_dir=str(tmp_path), resume="auto")) == (
+    assert opened(options_of(output_dir=str(tmp_path), resume="auto")) == (
         folders[2],
         [folders[2] / "last.pt"],
     )
-    named = PretrainConfig(output_dir=str(tmp_path), name=folders[2].name)
+    named = options_of(output_dir=str(tmp_path), name=folders[2].name)
     with pytest.raises(UserError, match=r"already holds a run.*--resume auto"):
         opened(named)
 
@@ -243,7 +253,7 @@ def test_output_dir_that_cannot_be(tmp_path, kind, options):
 
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "file/nowhere")
-    config = PretrainConfig(output_dir=str(tmp_path / kind), **options)
+    config = options_of(output_dir=str(tmp_path / kind), **options)
     with pytest.raises(UserError, match=rf"cannot write a run: .*{kind}.*--output_dir"):
         opened(config)
 
@@ -255,11 +265,11 @@ def test_run_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     with pytest.raises(UserError, match=r"Permission denied.*--output_dir"):
-        opened(PretrainConfig(output_dir=str(tmp_path)))
+        opened(options_of(output_dir=str(tmp_path)))
 
 
 def test_simclr_ignores_labels(tmp_path, monkeypatch):
-    from training import trainer as step
+    from methods import contrastive as step
 
     seen = []
 
@@ -295,9 +305,8 @@ def test_clip_grad_bounds_the_gradient_whose_norm_before_is_recorded(tmp_path, m
 
 
 def test_average_of_the_weights_is_evaluated_and_exported(tmp_path):
-    from network.embedder import build_model
-    from network.weights import read_encoder
-    from run.checkpoint import load_checkpoint
+    from run.saved_run import open_encoder
+    from train_parts import build_model, load_checkpoint
 
     run = pretrain(tmp_path, "--max_steps", 4, "--ema_decay", 0.5, "--save_every", 1, "--keep", 4)
     steps = [load_checkpoint(run / f"step-{step}.pt") for step in (1, 2, 3, 4)]
@@ -310,10 +319,10 @@ def test_average_of_the_weights_is_evaluated_and_exported(tmp_path):
                 average[key] = value
             torch.testing.assert_close(saved["ema"][key], average[key])
 
-    network = build_model(PretrainConfig(model="resnet10", width=4), channels=1)
+    network = build_model(options_of(model="resnet10", width=4), channels=1)
     network.load_state_dict(steps[-1]["ema"])
     exported = load_file(run / "export/model.safetensors")
-    _, kept = read_encoder(run)
+    _, kept = open_encoder(run)
     for key, value in network.encoder.state_dict().items():
         assert torch.equal(exported[key], value) and torch.equal(kept[key], value)
     assert not torch.equal(exported["conv1.weight"], steps[-1]["model"]["encoder.conv1.weight"])
@@ -324,13 +333,11 @@ def test_average_of_the_weights_is_evaluated_and_exported(tmp_path):
 
 def knn_of(state):
     """The k-NN accuracy on digits of the tiny network with these weights."""
-    from data.sources import load_data
-    from data.views import build_views
     from evaluation.embeddings import embed, encode_stored
     from evaluation.knn import accuracy, knn_predict
-    from network.embedder import build_model
+    from train_parts import build_model, build_views, load_data
 
-    config = PretrainConfig(model="resnet10", width=4, image_size=8)
+    config = options_of(model="resnet10", width=4, image_size=8)
     data = load_data(config)
     network = build_model(config, channels=1)
     network.load_state_dict(state)

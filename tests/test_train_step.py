@@ -1,5 +1,6 @@
 """A training step in other precisions, memory formats and compiled: what stays the same."""
 
+import copy
 import json
 from functools import partial
 from itertools import pairwise
@@ -9,12 +10,10 @@ import torch
 from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from data.sources import load_data
-from run.checkpoint import load_checkpoint
 from run.clock import PHASES
-from run.config import PretrainConfig
 from supcon_kernels import supcon_loss
 from train_fixtures import metrics, pretrain, weights
+from train_parts import load_checkpoint, load_data, options_of, trainer_of
 from training.trainer import AUTOCAST, Trainer
 
 SHORT = ("--batch_size", 256, "--max_steps", 6, "--save_every", 4, "--keep", 9, "--knn_bank", 100)
@@ -32,13 +31,13 @@ def small_start(monkeypatch):
 
 
 def trainer_and_batch(**options):
-    config = PretrainConfig(
+    config = options_of(
         **{"model": "resnet10", "width": 4, "image_size": 8, **options},
         warmup_epochs=0,
         device="cpu",
     )
     data = load_data(config)
-    trainer = Trainer(config, data, steps_per_epoch=10, total_steps=100, device=torch.device("cpu"))
+    trainer = trainer_of(config, data)
     return trainer, data.train.images[:64], data.train.labels[:64]
 
 
@@ -70,7 +69,7 @@ def test_network_computes_in_its_precision_and_the_loss_in_float32(monkeypatch, 
         return original(features, labels, **options)
 
     original = supcon_loss
-    monkeypatch.setattr("training.trainer.supcon_loss", loss)
+    monkeypatch.setattr("methods.contrastive.supcon_loss", loss)
     trainer.step(images, labels, 0)
     assert seen == {"network": dtype, "loss": torch.float32}
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
@@ -93,10 +92,10 @@ def test_base_temperature_scales_the_step(temperature, base):
 
 def test_overflow_of_fp16_skips_the_step_and_counts_it(tmp_path, monkeypatch, capsys):
     original = Trainer.loss
-    scales, kept = [], []
+    scales, kept, steps = [], [], [*range(6)]
 
-    def loss(trainer, images, labels, step):
-        value = original(trainer, images, labels, step)
+    def loss(trainer, *arguments):
+        value, step = original(trainer, *arguments), steps.pop(0)
         scales.append(trainer.scaler.get_scale())
         kept.append(trainer.model.head[0].weight.detach().clone())
         return value + (0 * value).sqrt() if step in (1, 4) else value
@@ -110,6 +109,7 @@ def test_overflow_of_fp16_skips_the_step_and_counts_it(tmp_path, monkeypatch, ca
     assert json.loads((run / "results.json").read_text())["skipped_steps"] == 2
     # The count goes on where the checkpoint has it.
     assert load_checkpoint(run / "step-4.pt")["state"]["skipped"] == 1
+    steps += [4, 5]
     pretrain(tmp_path, *SHORT, "--precision", "fp16", "--resume", run / "step-4.pt")
     assert json.loads((run / "results.json").read_text())["skipped_steps"] == 2
 
@@ -129,7 +129,7 @@ def test_images_and_filters_lie_as_asked(channels_last):
     view = trainer.views.random(images.expand(-1, 3, -1, -1), step=0, view=0)
     filters = trainer.model.encoder.layer1[0].conv1.weight
     for tensor in (view, filters):
-        assert tensor.is_contiguous(memory_format=trainer.config.memory_format)
+        assert tensor.is_contiguous(memory_format=trainer.views.memory_format)
         assert tensor.is_contiguous() != channels_last
 
 
@@ -171,7 +171,7 @@ def test_chunks_train_as_the_whole_batch_does(options):
     states = [{**t.state_dict(), "scaler": None, "optimizer": None} for t in (chunked, whole)]
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
     assert (whole.model.head[0].weight - begun).abs().max() > 1e-3
-    num_rows = 64 * (1 if chunked.momentum_queue else whole.config.num_views)
+    num_rows = 64 * (whole.method.num_embedded or whole.num_views)
     assert widths == {50, num_rows % 50}
 
 
@@ -234,12 +234,13 @@ def test_every_view_of_an_image_is_in_the_loss(monkeypatch, method):
         seen.append((features, given))
         return supcon_loss(features, given, **options)
 
-    monkeypatch.setattr("training.trainer.supcon_loss", spy)
+    monkeypatch.setattr("methods.contrastive.supcon_loss", spy)
     trainer.model.eval()
-    trainer.loss(images, labels, 5)
+    before = copy.deepcopy(trainer.model)
+    trainer.step(images, labels, 5)
     ((features, given),) = seen
     assert features.shape == (64, 3, 128)
     assert torch.equal(given, labels if method == "supcon" else 5 * 64 + torch.arange(64))
     for view in range(3):
-        _, expected = trainer.model(trainer.views.random(images, step=5, view=view))
+        _, expected = before(trainer.views.random(images, step=5, view=view))
         assert torch.allclose(features[:, view], expected, atol=1e-5)

@@ -6,22 +6,18 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from data.sources import load_data
-from data.views import build_views
 from evaluation.embeddings import embed, encode_stored
 from evaluation.knn import accuracy, knn_predict
 from linear import main as linear
-from network.embedder import build_model
-from run.checkpoint import load_checkpoint
-from run.config import PretrainConfig
 from run.errors import UserError
 from train_fixtures import metrics, pretrain, write_images
+from train_parts import build_model, build_views, load_checkpoint, load_data, options_of
 
 
 def test_they_are_drawn_from_every_class_by_the_seed_alone():
-    whole = load_data(PretrainConfig())
+    whole = load_data(options_of())
     data, again, other = (
-        load_data(PretrainConfig(validation_fraction=0.2, seed=seed)) for seed in (3, 3, 4)
+        load_data(options_of(validation_fraction=0.2, seed=seed)) for seed in (3, 3, 4)
     )
     assert torch.equal(data.test.images, whole.test.images)
     assert torch.equal(data.validation.images, again.validation.images)
@@ -39,7 +35,7 @@ def test_a_single_image_of_a_class_stays_with_the_training_images(tmp_path):
     write_images(tmp_path / "a/train", {"cat": 1, "dog": 2, "owl": 30})
     write_images(tmp_path / "a/val", {"cat": 1, "dog": 1, "owl": 1})
     options = {"dataset": f"imagefolder:{tmp_path / 'a'}", "validation_fraction": 0.1}
-    data = load_data(PretrainConfig(**options))
+    data = load_data(options_of(**options))
     assert torch.bincount(data.train.labels).tolist() == [1, 1, 27]
     assert torch.bincount(data.validation.labels).tolist() == [0, 1, 3]
     files = [split.images.files for split in (data.train, data.validation, data.test)]
@@ -49,7 +45,7 @@ def test_a_single_image_of_a_class_stays_with_the_training_images(tmp_path):
     write_images(tmp_path / "b/val", {"cat": 1, "dog": 1})
     options["dataset"] = f"imagefolder:{tmp_path / 'b'}"
     with pytest.raises(UserError, match=r"^--validation_fraction 0\.1: no class of imagefolder"):
-        load_data(PretrainConfig(**options))
+        load_data(options_of(**options))
 
 
 @pytest.fixture
@@ -79,11 +75,11 @@ def test_they_choose_the_best_and_the_test_images_are_seen_once(tmp_path, encode
     assert best["best"] == best["accuracy"] == pytest.approx(max(recorded[1:]))
 
     saved = load_checkpoint(run / "last.pt")
-    config = PretrainConfig(**saved["config"])
+    config = options_of(**saved["config"])
     data = load_data(config)
     model = build_model(config, channels=1)
     model.load_state_dict(saved["model"])
-    model.to(memory_format=config.memory_format)
+    model.to(memory_format=config.network.memory_format)
     with torch.no_grad():
         rows = [
             encode_stored(model, build_views(config, data), split.images)

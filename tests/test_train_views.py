@@ -8,9 +8,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from data.policies import AUTOAUGMENT_SHIFT, IMAGENET_POLICY, Policy, autoaugment
-from data.sources import load_data
-from data.views import GreyJitter, build_views
-from run.config import PretrainConfig
+from data.views import GreyJitter
+from train_parts import build_views, load_data, options_of
 
 LEVEL_10 = {
     "rotate": lambda x: transforms.rotate(x, -30, fill=[128 / 255] * 3),
@@ -107,13 +106,13 @@ def test_grey_images_change_as_torchvision_changes_them(monkeypatch, contrast_fi
 
 
 def test_grey_images_are_changed_by_that():
-    config = PretrainConfig(augment="simclr")
+    config = options_of(augment="simclr")
     views = build_views(config, load_data(config))
     assert any(isinstance(part, GreyJitter) for part in views.pipeline)
 
 
 def test_stacked_randaugment_has_the_authors_jitter_and_blur():
-    config = PretrainConfig(augment="stacked_randaugment", in_chans=3)
+    config = options_of(augment="stacked_randaugment", in_chans=3)
     views = build_views(config, load_data(config))
     jitter, blur = views.pipeline[2], views.pipeline[-1]
     assert [getattr(jitter, part) for part in ("brightness", "contrast", "saturation", "hue")] == [

@@ -9,16 +9,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from data.sources import load_data
-from data.views import build_views
 from pretend_cuda import PretendCuda, pretend_cuda
 from run.checkpoint import RunState
 from run.clock import PhaseClock
-from run.config import PretrainConfig
 from run.errors import UserError
+from run.options import PretrainOptions
 from run.records import STEPS_PER_FLUSH, Report
 from supcon_kernels import LabelQueue, supcon_loss
-from training.trainer import Trainer
+from train_parts import build_views, load_data, options_of
+from training.build import build_trainer
+from training.divergence import DivergenceCheck
 
 BATCH_SIZE = 32
 CUDA = torch.device("cuda")
@@ -35,25 +35,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(options: dict[str, Any]) -> PretrainConfig:
-    small = {"in_chans": 3, "model": "resnet10", "width": 4, "image_size": 16, "warmup_epochs": 0}
-    return PretrainConfig(**{**small, "batch_size": BATCH_SIZE, "device": "cuda", **options})
+def small(options: dict[str, Any]) -> PretrainOptions:
+    flat = {"in_chans": 3, "model": "resnet10", "width": 4, "image_size": 16, "warmup_epochs": 0}
+    return options_of(**{**flat, "batch_size": BATCH_SIZE, "device": "cuda", **options})
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_host_waits_in_no_step(name):
-    config = config_of(OPTIONS[name])
-    data = load_data(config)
+    options = small(OPTIONS[name])
+    data = load_data(options)
     images, labels = data.train[list(range(BATCH_SIZE))]
     with pretend_cuda() as device:
-        trainer = Trainer(config, data, steps_per_epoch=9, total_steps=9, device=CUDA)
+        trainer = build_trainer(options, data, steps_per_epoch=9, device=CUDA)
         losses = []
         for step in range(3):
             device.reset()
             losses.append(trainer.step(images, labels, step))
         waits = dict(device.waits)
         assert torch.stack(losses).isfinite().all()
-    if config.precision == "fp16":  # whose scaler asks whether to skip the step
+    if options.step.precision == "fp16":  # whose scaler asks whether to skip the step
         assert [place for place in waits if "amp/grad_scaler.py" in place] == list(waits)
         assert sum(waits.values()) == 1
     else:
@@ -62,8 +62,8 @@ def test_host_waits_in_no_step(name):
 
 @pytest.mark.parametrize("name", ["autoaugment", "randaugment"])
 def test_policies_take_few_operations_whatever_the_batch(name):
-    config = config_of({"augment": name})
-    views = build_views(config, load_data(config))
+    options = small({"augment": name})
+    views = build_views(options, load_data(options))
     with pretend_cuda() as device:
         images = torch.rand(512, 3, 8, 8).to(CUDA)
         device.reset()
@@ -77,7 +77,14 @@ def test_records_are_read_every_few_steps_and_before_a_checkpoint(tmp_path):
         optimizer = torch.optim.SGD([loss], lr=0.1)
         trainer = SimpleNamespace(optimizer=optimizer, gradient_norm=loss)
         state = RunState(raw_pixels=0.0, untrained=0.0, accuracy=0.0)
-        with Report(tmp_path, None, 99, config_of({}), PhaseClock(CUDA), writes=False) as report:
+        with Report(
+            tmp_path,
+            None,
+            total_steps=99,
+            images_per_step=BATCH_SIZE,
+            divergence=DivergenceCheck(None, scale=1.0),
+            phases=PhaseClock(CUDA),
+        ) as report:
             device.reset()
             for _ in range(STEPS_PER_FLUSH - 1):
                 state.step += 1

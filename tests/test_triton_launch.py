@@ -11,8 +11,11 @@ import sys
 
 import pytest
 
-from supcon_kernels import triton_launch
-from supcon_kernels.triton_launch import Launch, Plan, Shares, Target, Tile
+from supcon_kernels import triton_launch, triton_tiles
+from supcon_kernels.triton_launch import Launch, Plan
+from supcon_kernels.triton_shares import Shares
+from supcon_kernels.triton_shipped import shipped_launches
+from supcon_kernels.triton_tiles import Target, Tile
 
 DTYPES = ["float32", "float16", "bfloat16"]
 DIMS = [0, 1, 16, 100, 128, 129, 256, 257, 384, 512, 1000, 2048]
@@ -39,20 +42,20 @@ def plan(**changes) -> Plan:
 
 @functools.cache
 def launches(dtype="bfloat16", dim=128, capability=90) -> dict[str, Launch]:
-    return dict(triton_launch.shipped_launches(dtype, dim, capability))
+    return dict(shipped_launches(dtype, dim, capability))
 
 
 @pytest.mark.parametrize("dim", DIMS)
 def test_rows_are_padded_to_whole_chunks_and_slices(dim):
-    padded = triton_launch.padded_dim(dim)
+    padded = triton_tiles.padded_dim(dim)
     assert dim <= padded < max(2 * dim, 17) and padded >= 16
     for dtype, capability in itertools.product(DTYPES, CAPABILITIES):
-        assert padded % triton_launch.slice_of(dim, dtype, capability) == 0
+        assert padded % triton_tiles.slice_of(dim, dtype, capability) == 0
 
 
 @pytest.mark.parametrize("dim", FEW_DIMS)
 def test_tiles_divide_what_they_are_parts_of(dim):
-    padded = triton_launch.padded_dim(dim)
+    padded = triton_tiles.padded_dim(dim)
     for dtype, capability in itertools.product([*DTYPES, "tf32"], [0, *CAPABILITIES]):
         for launch in launches(dtype, dim, capability).values():
             sizes = launch.constexprs
@@ -60,8 +63,8 @@ def test_tiles_divide_what_they_are_parts_of(dim):
                 assert padded % sizes["CHUNK"] == 0
                 for name in ("ROWS", "COLS", "CHUNK"):
                     assert sizes[name] >= 16 and sizes[name] & (sizes[name] - 1) == 0
-                assert triton_launch.ROW_PADDING % sizes["ROWS"] == 0
-                assert triton_launch.ROW_PADDING % sizes["COLS"] == 0
+                assert triton_tiles.ROW_PADDING % sizes["ROWS"] == 0
+                assert triton_tiles.ROW_PADDING % sizes["COLS"] == 0
             elif "ROWS" in sizes and launch.kernel == "_gradient_kernel":
                 assert sizes["ROWS"] % sizes["BLOCK_ROWS"] == 0
 
@@ -69,8 +72,8 @@ def test_tiles_divide_what_they_are_parts_of(dim):
 @pytest.mark.parametrize("num_rows", [0, 1, 127, 128, 129, 8192, 100_000])
 def test_grids_cover_all_rows(num_rows):
     p = plan(num_rows=num_rows)
-    padded = triton_launch.padded_rows(num_rows)
-    assert padded >= max(num_rows, 1) and padded % triton_launch.ROW_PADDING == 0
+    padded = triton_tiles.padded_rows(num_rows)
+    assert padded >= max(num_rows, 1) and padded % triton_tiles.ROW_PADDING == 0
     small = [p.prepare(num_rows, anchors=True, sort=False), p.gradient(num_rows, dots=False)]
     for launch in (*small, p.weights(num_rows)):
         assert launch.grid[0] * launch.constexprs["BLOCK_ROWS"] == padded
@@ -84,43 +87,59 @@ def test_grids_cover_all_rows(num_rows):
 
 
 def pieces_by_block(shares: Shares) -> list[int]:
-    """In how many pieces each block is done, by going through the programs."""
-    found = [0] * shares.num_blocks
-    tiles = shares.num_blocks * shares.num_tiles
+    """In how many pieces each block is done, by going through the programs as the kernels do."""
+    done = [[] for _ in range(shares.num_blocks)]
+    runs = -(-shares.group * shares.num_tiles // shares.share)
     for program in range(shares.num_programs):
-        first = program * shares.share
+        start, run = program // runs * shares.group, program % runs
+        first = run * shares.share
+        tiles = min(shares.group, shares.num_blocks - start) * shares.num_tiles
         last = min(first + shares.share, tiles)
         assert first < last
         for block in range(first // shares.num_tiles, -(-last // shares.num_tiles)):
+            before = block * shares.num_tiles
             # What the kernels take to be the number of the piece.
-            assert program - block * shares.num_tiles // shares.share == found[block]
-            found[block] += 1
-    return found
+            assert run - before // shares.share == len(done[start + block])
+            begin, end = max(first - before, 0), min(last - before, shares.num_tiles)
+            done[start + block].append(range(begin, end))
+    for block, pieces in enumerate(done):
+        assert [tile for piece in pieces for tile in piece] == list(range(shares.num_tiles))
+        assert shares.pieces_of(block) == len(pieces)
+    return [len(pieces) for pieces in done]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 64), (33, 2), (2, 100), (7, 8)])
 @pytest.mark.parametrize("share", [1, 2, 4, 5, 8, 16, 1000])
 def test_shares_are_whole_and_their_pieces_are_counted(shape, share):
-    shares = Shares(*shape, share)
-    pieces = pieces_by_block(shares)
-    assert sum(pieces) == shares.num_pieces
-    assert max(pieces) <= shares.max_pieces <= max(pieces) + 1
+    for group in {1, min(2, shape[0]), shape[0]}:
+        shares = Shares(*shape, group, share)
+        assert max(pieces_by_block(shares)) == shares.max_pieces
 
 
-@pytest.mark.parametrize("num_multiprocessors", [108, 132, 148])
-def test_every_multiprocessor_has_as_much_to_do(num_multiprocessors):
+# Multiprocessors by the architecture that has them, the A100's, the H100's and the B200's.
+CARDS = {80: 108, 90: 132, 100: 148}
+
+
+@pytest.mark.parametrize("capability", CARDS)
+def test_every_multiprocessor_has_as_much_to_do(capability):
+    """In at most four pieces a block, but where so many programs cannot have as much to do.
+
+    4,096 rows are 64 blocks: four pieces of each are 256 programs, and a B200 has places for 296.
+    """
     # On H100 a piece of 64 rows of 128 features takes about 1,400 clocks to be written, its share of
     # the L2 cache's bandwidth, and a tile of 64×128 pairs 1,024 to be multiplied twice.
-    target = Target(90, num_multiprocessors)
+    target = Target(capability, CARDS[capability])
     for num_rows in range(4096, 65536 + 1, 128):
         p = plan(num_rows=num_rows, target=target)
         for shares, tile in (
             (p.forward_shares(False), p.forward_tile(False)),
             (p.backward_shares(False), p.backward_tile(False)),
         ):
-            slots = num_multiprocessors * tile.residents
-            assert shares.slowdown(slots, piece_tiles=1.4) <= 1.15, num_rows
-            assert shares.max_pieces <= (4 if num_rows >= 8192 else 6), num_rows
+            slots = target.num_multiprocessors * tile.residents
+            assert shares.slowdown(slots, piece_tiles=1.4 * 128 / tile.cols) <= 1.15, num_rows
+            fewest = -(-shares.num_tiles // 4) * slots / (shares.num_blocks * shares.num_tiles)
+            assert shares.max_pieces <= 4 or fewest > 1.15, num_rows
+            assert shares.max_pieces <= 4 or num_rows <= 4224
 
 
 def test_few_tiles_are_not_torn_apart():
@@ -212,11 +231,11 @@ def test_float32_is_multiplied_in_one_product_of_tf32_only_where_asked():
 
 
 def test_architectures_share_limits():
-    assert triton_launch.architecture(8, 0) == 80
-    assert triton_launch.architecture(8, 6) == triton_launch.architecture(8, 9) == 86
-    assert triton_launch.architecture(9, 0) == 90
-    assert triton_launch.architecture(10, 3) == 100
-    assert triton_launch.architecture(12, 0) == 86  # consumer cards have 99 KiB
+    assert triton_tiles.architecture(8, 0) == 80
+    assert triton_tiles.architecture(8, 6) == triton_tiles.architecture(8, 9) == 86
+    assert triton_tiles.architecture(9, 0) == 90
+    assert triton_tiles.architecture(10, 3) == 100
+    assert triton_tiles.architecture(12, 0) == 86  # consumer cards have 99 KiB
 
 
 def test_the_signatures_are_those_of_the_kernels():
@@ -233,11 +252,12 @@ def test_the_signatures_are_those_of_the_kernels():
 
 def test_it_needs_neither_triton_nor_torch():
     code = """
-import sys
+import sys, types
 sys.modules["triton"] = sys.modules["torch"] = None
-sys.path.insert(0, "supcon_kernels")
-import triton_launch
-print(len(triton_launch.shipped_launches("bfloat16", 128, 90)))
+package = sys.modules["supcon_kernels"] = types.ModuleType("supcon_kernels")
+package.__path__ = ["supcon_kernels"]
+from supcon_kernels.triton_shipped import shipped_launches
+print(len(shipped_launches("bfloat16", 128, 90)))
 """
     root = triton_launch.__file__.removesuffix("supcon_kernels/triton_launch.py")
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)

@@ -18,16 +18,17 @@ from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from data.batches import training_batches
-from data.sources import load_data
-from data.views import Views, build_views
-from evaluation.evaluator import Evaluation
+from data.views import Views
+from evaluation.evaluator import Evaluator
+from network.momentum_encoder import MomentumEncoder
 from pretrain import pretrain
 from run.command_line import parse
-from run.config import PretrainConfig
 from run.errors import UserError
+from run.options import PretrainOptions
 from run.processes import ALONE, Ranks, joined
 from supcon_kernels import grad_cache_backward, supcon_loss
 from train_fixtures import TINY
+from train_parts import build_views, load_data, options_of, trainer_of
 from training.trainer import Trainer
 
 # Three epochs of ten steps.
@@ -52,32 +53,32 @@ STEPS: dict[str, dict[str, Any]] = {
 def run(folder: Path, ranks: Ranks, *options: object) -> Path:
     """One run of pretrain.py by processes that are there already."""
     arguments = [*TINY, *OPTIONS, f"--output_dir={folder}", *map(str, options)]
-    config = parse(PretrainConfig, arguments, prog="", description="")
+    config = parse(PretrainOptions, arguments, prog="", description="")
     return pretrain(config, torch.device("cpu"), ranks)
 
 
 def train(options: dict[str, Any], ranks: Ranks = ALONE) -> Trainer:
     """A trainer after some steps."""
-    config = PretrainConfig(
-        batch_size=64, warmup_epochs=0, learning_rate=0.05, device="cpu", **options
+    config = options_of(
+        batch_size=64, epochs=1, warmup_epochs=0, learning_rate=0.05, device="cpu", **options
     )
     data = load_data(config)
     # Without the minutes of a C++ compiler.
     with patch("torch.compile", partial(torch.compile, backend="aot_eager")):
-        trainer = Trainer(
-            config, data, steps_per_epoch=9, total_steps=9, device=torch.device("cpu"), ranks=ranks
-        )
-    place = {"rank": ranks.rank, "world_size": ranks.world_size}
-    _, batches = training_batches(data.train, batch_size=64, seed=0, workers=0, **place)
+        trainer = trainer_of(config, data, steps_per_epoch=9, ranks=ranks)
+    _, batches = training_batches(data.train, config.batches, seed=0, ranks=ranks)
     trainer.losses = []
     for step, (images, labels) in zip(range(NUM_STEPS), batches):
         trainer.losses.append(trainer.step(images, labels, step).item())
     return trainer
 
 
-def predictions(trainer: Trainer) -> torch.Tensor:
+def predictions(trainer: Trainer, options: dict[str, Any]) -> torch.Tensor:
     """Of the test images, as a run measures them."""
-    evaluation = Evaluation(trainer, load_data(trainer.config), before_batch=lambda: None)
+    config = options_of(**options)
+    evaluation = Evaluator(
+        trainer, load_data(config), config.evaluation, workers=0, before_batch=lambda: None
+    )
     state = evaluation.baselines()
     evaluation.measure(state)
     return torch.cat(
@@ -98,6 +99,32 @@ def gradient_by_chunks(ranks: Ranks = ALONE) -> tuple[torch.Tensor, list[torch.T
         lambda rows: supcon_loss(rows.view(2, -1, 5).transpose(0, 1), labels, group=ranks.group),
     )
     return loss, [weight.grad for weight in network.parameters()]
+
+
+class BatchNorm(nn.Module):
+    """Batch norm alone, in the place of a network: keys have mean 0 in the batch that they are of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(()))
+        self.norm = nn.BatchNorm1d(3, affine=False)
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows, self.norm(rows)
+
+
+def rows_of(rank: int) -> torch.Tensor:
+    """Those that a process makes keys of."""
+    return torch.randn(16, 3, generator=torch.Generator().manual_seed(rank)) + rank
+
+
+def keys(ranks: Ranks) -> list[torch.Tensor]:
+    """The keys of this process's rows, shuffled among all and not."""
+    encoder = MomentumEncoder(BatchNorm(), momentum=0.9, ranks=ranks)
+    assert encoder.shuffles
+    shuffled = encoder(rows_of(ranks.rank), step=5)
+    encoder.shuffles = False
+    return [shuffled, encoder(rows_of(ranks.rank), step=5)]
 
 
 def outcome(act: Callable[[], object]) -> tuple[str, str]:
@@ -162,7 +189,7 @@ def check_all(folder: Path, ranks: Ranks) -> dict[str, Any]:
         run(folder, ranks, *options, f"--resume={resumed / 'step-12.pt'}")
     found["name taken"] = outcome(lambda: run(folder, ranks, "--name=plain"))
 
-    config = PretrainConfig(image_size=8)
+    config = options_of(image_size=8)
     images = torch.arange(4 * 64, dtype=torch.uint8).view(4, 1, 8, 8)
     views = build_views(config, load_data(config), ranks)
     found["view"] = views.random(images, step=1, view=0)
@@ -172,8 +199,9 @@ def check_all(folder: Path, ranks: Ranks) -> dict[str, Any]:
     for name, options in STEPS.items():
         trainer = train(options, ranks)
         found[name] = trainer.losses, trainer.state_dict()
-    found["predictions"] = predictions(trainer)
+    found["predictions"] = predictions(trainer, options)
     found["gradient"] = gradient_by_chunks(ranks)
+    found["keys"] = keys(ranks)
     return found
 
 

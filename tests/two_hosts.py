@@ -12,8 +12,8 @@ import time
 import pytest
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from run.checkpoint import load_checkpoint
 from train_fixtures import TINY, TRAIN, metrics
+from train_parts import load_checkpoint
 
 FIRST, SECOND = "supcon-host-0", "supcon-host-1"
 ADDRESSES = {FIRST: "10.177.93.1", SECOND: "10.177.93.2"}

@@ -5,6 +5,10 @@ python train/convert.py --supcontrast ckpt_epoch_1000.pth --output encoder.safet
 Its ResNet is timm's with our small stem: the same layers under other names. The head is left out.
 """
 
+import run.quiet_interrupt  # noqa: F401  before all that takes long to import
+
+# isort: split
+
 import re
 from argparse import Namespace
 from dataclasses import dataclass
@@ -17,11 +21,12 @@ import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor
 
-from network.weights import PREFIX, pack_encoder
+from network.weights import PREFIX, load_weights, pack_encoder
 from run.atomic_write import replace_file
-from run.checkpoint import check_finite, load_weights
+from run.checkpoint import check_finite
 from run.command_line import parse, run_script
 from run.errors import UserError
+from run.rules import broken
 from supcon_kernels.small_stem import SMALL_STEM_DEPTHS
 
 MODEL = "small_stem_resnet"
@@ -29,8 +34,8 @@ DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
 
 
 @dataclass
-class ConvertConfig:
-    """The options of convert.py.
+class ConvertOptions:
+    """The conversion.
 
     Args:
         supcontrast: A checkpoint of github.com/HobbitLong/SupContrast, such as ckpt_epoch_1000.pth,
@@ -58,25 +63,25 @@ class ConvertConfig:
             ),
             (output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}"),
         ]
-        return [sentence for holds, sentence in rules if not holds]
+        return broken(rules)
 
 
 def main(argv: list[str] | None = None) -> Path:
     """Run what the command line asks for; returns the file written."""
-    config = parse(ConvertConfig, argv, prog="train/convert.py", description=DESCRIPTION)
-    path, output = Path(config.supcontrast), Path(config.output)
-    weights = read_supcontrast(path, trust=config.trust)
-    options = describe_encoder(path, weights)
-    load_weights(timm.create_model(MODEL, **options), weights, path)
-    packed = pack_encoder(weights, {"model": MODEL, "options": options})
+    options = parse(ConvertOptions, argv, prog="train/convert.py", description=DESCRIPTION)
+    path, output = Path(options.supcontrast), Path(options.output)
+    weights = read_supcontrast(path, trust=options.trust)
+    arguments = describe_encoder(path, weights)
+    load_weights(timm.create_model(MODEL, **arguments), weights, path)
+    packed = pack_encoder(weights, {"model": MODEL, "options": arguments})
     try:
         replace_file(output, lambda file: file.write(packed))
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error}") from error
     print(
         f"encoder written to {output}; to start from it: python train/pretrain.py --init_from "
-        f"{output} --model resnet{options['depth']} --width {options['width']} "
-        f"--in_chans {options['in_chans']} (and the --mean and --std that it was trained with)"
+        f"{output} --model resnet{arguments['depth']} --width {arguments['width']} "
+        f"--in_chans {arguments['in_chans']} (and the --mean and --std that it was trained with)"
     )
     return output
 
@@ -95,11 +100,11 @@ def read_supcontrast(path: Path, *, trust: bool) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([Namespace]):
             saved = torch.load(path, map_location="cpu", weights_only=not trust)
     except UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
+        code = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
             f"--supcontrast {path} holds more than weights and options"
-            f"{f' ({named[1]})' if named else ''}: with --trust true it is read all the same, and may run any code; give that to a file alone "
-            "whose makers you trust"
+            f"{f' ({code[1]})' if code else ''}: with --trust it is read all the same, and may run "
+            "any code; give that to a file alone whose makers you trust"
         ) from error
     except Exception as error:  # of whatever it unpickles
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -6,8 +6,14 @@ The file holds what numpy.load reads: `embeddings`, (N, D) float32, not normalis
 below FOLDER; and where FOLDER holds a folder per class `labels`, (N,), and `classes`, their names.
 """
 
+import run.quiet_interrupt  # noqa: F401  before all that takes long to import
+
+# isort: split
+
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,63 +22,82 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
 from data.images import ImageFiles, Split
-from data.sources import load_data
 from data.views import Views
 from evaluation.embeddings import embed, encode_stored
-from network.weights import load_model
 from run.atomic_write import replace_file
-from run.checkpoint import LAST, load_checkpoint
 from run.command_line import parse, run_script
-from run.config import EmbedConfig, PretrainConfig
-from run.device import pick_device
+from run.device import Device, pick_device
 from run.errors import UserError
+from run.rules import broken, out_of_range
+from run.saved_run import open_run
 
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
 
 
+@dataclass
+class EmbedOptions:
+    """Embedding a folder of images.
+
+    Args:
+        checkpoint: last.pt or best.pt of a run of pretrain.py, or the run's folder (its last.pt).
+        images: A folder of images, or of a folder per class.
+        output: The .npz file to write.
+        workers: Processes that decode images.
+        device: auto takes cuda, then mps, then cpu.
+    """
+
+    checkpoint: str
+    images: str
+    output: str
+    workers: int = 0
+    device: Device = "auto"
+
+    def mistakes(self) -> list[str]:
+        """What is out of range, one sentence each."""
+        output = Path(self.output)
+        rules = [
+            (output.suffix == ".npz", f"--output {output}: the name of a .npz file is needed"),
+            (output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}"),
+        ]
+        return broken(rules) + out_of_range(self, at_least={"workers": 0})
+
+
 def main(argv: list[str] | None = None) -> Path:
     """Run what the command line asks for; returns the file written."""
-    config = parse(EmbedConfig, argv, prog="train/embed.py", description=DESCRIPTION)
-    return embed_folder(config)
+    options = parse(EmbedOptions, argv, prog="train/embed.py", description=DESCRIPTION)
+    return embed_folder(options)
 
 
-def embed_folder(config: EmbedConfig) -> Path:
+def embed_folder(options: EmbedOptions) -> Path:
     """Embed every image of a folder as the evaluation of the run would, and write the file."""
-    path = _file(Path(config.checkpoint))
-    saved = load_checkpoint(path)
-    device = pick_device(config.device)
-    run, about = PretrainConfig(**saved["config"]), saved["data"]
-    if about.get("stored_size") is None:
-        # Of an older checkpoint the data set of its run knows how an image is made its input.
-        data = load_data(run, fetch=False)
-        about |= {"stored_size": data.train.stored_size, "mean": data.mean, "std": data.std}
-    found, classes = find_images(Path(config.images))
+    run = open_run(Path(options.checkpoint))
+    device = pick_device(options.device)
+    of_run, about = run.options, run.prepared_images()
+    found, classes = find_images(Path(options.images))
     split = Split(
         ImageFiles(list(found), about["stored_size"], about["channels"]),
         torch.tensor(list(found.values())),
     )
 
-    model = load_model(path, saved)
-    model = model.to(device).to(memory_format=run.memory_format)
-    assert run.image_size is not None
+    assert of_run.data.image_size is not None
     views = Views(
         nn.Identity(),
-        image_size=run.image_size,
+        image_size=of_run.data.image_size,
         mean=about["mean"],
         std=about["std"],
         seed=0,
-        memory_format=run.memory_format,
+        memory_format=of_run.network.memory_format,
     )
-    encode = partial(encode_stored, model, views)
-    embeddings = embed(encode, split, device=device, workers=config.workers).float().cpu()
+    encode = partial(encode_stored, run.network().to(device), views)
+    embeddings = embed(encode, split, device=device, workers=options.workers).float().cpu()
 
-    arrays = {
+    arrays: dict[str, Any] = {
         "embeddings": embeddings.numpy(),
-        "paths": np.array([Path(path).relative_to(config.images).as_posix() for path in found]),
+        "paths": np.array([Path(path).relative_to(options.images).as_posix() for path in found]),
     }
     if classes:
         arrays |= {"labels": split.labels.numpy(), "classes": np.array(classes)}
-    output = Path(config.output)
+    output = Path(options.output)
     try:
         replace_file(output, lambda file: np.savez(file, **arrays))
     except OSError as error:
@@ -105,10 +130,6 @@ def find_images(folder: Path) -> tuple[dict[str, int], list[str]]:
     except FileNotFoundError as error:
         raise UserError(f"--images {folder}: {error}") from error
     return dict(classed.samples), classed.classes
-
-
-def _file(checkpoint: Path) -> Path:
-    return checkpoint / LAST if checkpoint.is_dir() else checkpoint
 
 
 if __name__ == "__main__":

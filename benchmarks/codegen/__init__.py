@@ -1,5 +1,5 @@
-"""What is known of the GPU kernels without a GPU: what they compile to, and a model of their time.
+"""The GPU kernels without a GPU: what they compile to, and a model of the time they take.
 
-``kernels`` says what a row holds, ``compiler`` fills it, ``sass`` reads machine code, ``peers`` names
-the kernels of others, ``chips`` the limits of a multiprocessor; ``model`` and ``tables`` read rows.
+``kernels`` defines a row, ``compiler`` fills it, ``sass`` reads machine code, ``chips`` holds the
+limits of a multiprocessor, ``peers`` the kernels of other packages. ``model`` and ``tables`` read rows.
 """

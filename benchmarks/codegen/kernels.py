@@ -1,4 +1,4 @@
-"""A kernel to compile, and the row of what it compiled to: which faults forbid it to ship."""
+"""A kernel to compile, the row that says what it compiled to, and the faults that such a row shows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from codegen.chips import MACS, SHARED_KIB, TENSOR_MEMORY_COLUMNS
 from reporting.rows import RESULTS, read_rows
-from supcon_kernels.triton_launch import Launch, shipped_launches
+from supcon_kernels.triton_launch import Launch
+from supcon_kernels.triton_shipped import shipped_launches
 
 OURS_CSV, PEERS_CSV = RESULTS / "gpu_codegen.csv", RESULTS / "gpu_codegen_peers.csv"
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
@@ -140,7 +141,3 @@ def read_compiled() -> list[Compiled]:
     return [
         row for path in (OURS_CSV, PEERS_CSV) if path.exists() for row in read_rows(path, Compiled)
     ]
-
-
-def ints(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))

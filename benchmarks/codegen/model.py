@@ -1,7 +1,7 @@
-"""A model of time on a card: what a scheme must do for N rows of D features over the card's rates.
+"""A model of the time that a loss takes on a card: the work of its kernels over the card's rates.
 
-A program of a kernel does one thing after another, so its times add up; as many programs as a
-multiprocessor holds overlap, down to the slowest unit.
+Within a program of a kernel times add up. The programs that a multiprocessor holds at once overlap,
+down to the slowest unit. Not a measurement.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from codegen.chips import programs_of
 from codegen.kernels import Compiled
 from measuring.workloads import Workload
-from supcon_kernels.triton_launch import padded_dim, slice_of
+from supcon_kernels.triton_tiles import padded_dim, slice_of
 
 PHASES = ("forward", "backward")
 
@@ -48,6 +48,10 @@ CARDS = (
 
 LAUNCH_US = 2.5
 """Assumed for one launch: what NVIDIA reports for launching a straight-line CUDA graph."""
+L2_BYTES_PER_CLOCK = 5120
+"""Of a card: the A100's, by its architecture whitepaper; assumed of its successors, too."""
+CHUNK_BYTES = 2**25
+"""Of a chunk of scores, which L2 holds on every card."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,46 @@ def bound(
         launch_us=total["launch"],
         least_us=least_us,
         limit=max(total, key=total.__getitem__),
+    )
+
+
+def chunked_bound(card: Card, workload: Workload, phase: str) -> Bound:
+    """The dense formula in chunks of rows, by cuBLAS, in three products of TF32 and one fused pass.
+
+    The forward writes scores and reads them once; the backward also writes the two parts of H that
+    are multiplied, and reads them once. Kernels follow each other, so that all times add up.
+    """
+    num_rows, dim = workload.num_rows, workload.dim
+    products, passes_bytes, launches = {"forward": (1, 8, 2), "backward": (2, 24, 4)}[phase]
+    launches *= -(-4 * num_rows**2 // CHUNK_BYTES)
+    matrix_us = 1e-6 * 2 * 3 * products * num_rows**2 * dim / card.matrix_tflops["tf32"]
+    memory_us = 1e-3 * passes_bytes * num_rows**2 / (L2_BYTES_PER_CLOCK * card.clock_ghz)
+    exponential_us = 1e-3 * num_rows**2 / (card.ex2_per_sm_clock * card.sm_ghz)
+    times = {
+        "matrix_us": matrix_us,
+        "exponential_us": exponential_us,
+        "memory_us": memory_us,
+        "launch_us": LAUNCH_US * launches,
+    }
+    return Bound(
+        scheme="chunked dense",
+        card=card.name,
+        num_rows=num_rows,
+        dim=dim,
+        dtype="float32",
+        phase=phase,
+        products=products,
+        exponentials=1,
+        launches=launches,
+        programs=1,
+        instruction_us=None,
+        serial_us=matrix_us + max(memory_us, exponential_us),
+        least_us=matrix_us + max(memory_us, exponential_us) + LAUNCH_US * launches,
+        limit=max(times, key=times.__getitem__).removesuffix("_us"),
+        matrix_us=matrix_us,
+        exponential_us=exponential_us,
+        memory_us=memory_us,
+        launch_us=times["launch_us"],
     )
 
 

@@ -35,9 +35,9 @@ def _memeff_sources(dim: int, arch: int) -> list[Source]:
 
     capability = (arch // 10, arch % 10)
     with mock.patch("torch.cuda.get_device_capability", lambda device=None: capability):
-        block_i, block_j, num_warps, num_stages = _common.fa_blocks(None, dim)
         if not _common.fa_ok(dim, None):
             return []
+        block_i, block_j, num_warps, num_stages = _common.fa_blocks(None, dim)
     features, sums = "*bf16", "*fp32"
     denominators = Launch(
         kernel="clip_denom_kernel",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from codegen.chips import SHARED_KIB
@@ -34,8 +35,7 @@ def codegen_block(rows: Sequence[Compiled]) -> str:
     fullest = max(rows, key=lambda row: row.shared_bytes / SHARED_KIB[row.arch])
     summary = (
         f"{len(rows)} of the {num_shipped} kernels that can be launched, by Triton "
-        f"{rows[0].triton} ({', '.join(_seen(rows, 'dtype'))}; D = {', '.join(_seen(rows, 'dim'))}; "
-        f"sm_{', sm_'.join(_seen(rows, 'arch'))}): {num_faulty} with a fault, "
+        f"{rows[0].triton}: {num_faulty} with a fault, "
         f"{sum(row.spilled_bytes for row in rows)} bytes spilled, "
         f"{sum(row.num_atomics for row in rows)} atomics, at most "
         f"{max(row.registers for row in rows)} registers; the nearest to its architecture's "
@@ -59,7 +59,21 @@ def codegen_block(rows: Sequence[Compiled]) -> str:
     summary += "".join(
         f"\n- FAULT: {name_of(row)} {'; '.join(row.faults)}" for row in rows if row.faults
     )
-    return f"{summary}\n\nThe kernels over pairs of the default loss, bfloat16, D=128:\n\n{render_table([header, *cells], True)}"
+    return (
+        f"{summary}\n\n{_table_of_counts(rows)}\n\nThe kernels over pairs of the default loss, "
+        f"bfloat16, D=128:\n\n{render_table([header, *cells], True)}"
+    )
+
+
+def _table_of_counts(rows: Sequence[Compiled]) -> str:
+    """How many kernels of each kind are among the rows."""
+    found = Counter((row.dtype, row.dim, row.arch) for row in rows)
+    cells = [
+        [dtype, str(dim), *(str(found[dtype, dim, arch]) for arch in SHARED_KIB)]
+        for dtype, dim in dict.fromkeys((row.dtype, row.dim) for row in rows)
+    ]
+    header = ["dtype", "D", *(f"kernels on sm_{arch}" for arch in SHARED_KIB)]
+    return render_table([header, *cells], True)
 
 
 def peers_block(rows: Sequence[Compiled], dim: int = 128) -> str:
@@ -104,10 +118,6 @@ def _number(row: Compiled, name: str) -> float:
 
 def name_of(row: Compiled) -> str:
     return f"{row.label} ({row.kernel}), {row.dtype}, D={row.dim}, sm_{row.arch}"
-
-
-def _seen(rows: Sequence[Compiled], name: str) -> list[str]:
-    return list(dict.fromkeys(str(getattr(row, name)) for row in rows))
 
 
 def digits(value: float | None) -> str:

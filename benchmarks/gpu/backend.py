@@ -17,11 +17,12 @@ import torch
 
 from codegen.kernels import Source, shipped
 from supcon_kernels import triton_launch, triton_run
-from supcon_kernels.triton_launch import Launch, Plan, Tile
+from supcon_kernels.triton_launch import Launch, Plan
+from supcon_kernels.triton_tiles import BACKWARD, FORWARD, Tile
 
 PAIR_KERNELS = {"forward": "_forward_kernel", "backward": "_backward_kernel"}
 """The kernel over all pairs of each phase: nearly all of the time at large N."""
-TABLES = {"forward": triton_launch._FORWARD, "backward": triton_launch._BACKWARD}
+TABLES = {"forward": FORWARD, "backward": BACKWARD}
 """Where a plan finds the tile of each phase."""
 SHARED_KIB = 227
 """Of a program on an H100 or H200."""

@@ -11,10 +11,11 @@ import os
 from collections.abc import Sequence
 
 from codegen.compiler import compile_all
-from codegen.kernels import Source, ints
+from codegen.kernels import Source
 from gpu.backend import sources
 from gpu.place import Place
 from gpu.speed import shapes
+from reporting.rows import ints
 
 ARCH = 90
 TILED = ("bfloat16", 128)
@@ -25,9 +26,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check.py rehearse", description=__doc__)
     widths = list(dict.fromkeys((s.workload.dtype, s.workload.dim) for s in shapes(Place())))
     every = tuple(dict.fromkeys(dim for _, dim in widths))
-    parser.add_argument("--dims", type=ints, default=every, help="as 64,128; default: all of them")
+    parser.add_argument("--dims", type=ints, default=every, help="such as 64,128; default: all")
     parser.add_argument(
-        "--every", type=int, default=1, help="only every so many-th launch and tile"
+        "--every", type=int, default=1, help="compile only one of so many launches and tiles"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)

@@ -18,7 +18,7 @@ from gpu.processes import in_processes
 from gpu.timing import time_interleaved
 from measuring.workloads import Workload, make_problem
 from supcon_kernels import available_backends, supcon_loss
-from supcon_kernels.triton_launch import Tile
+from supcon_kernels.triton_tiles import Tile
 
 NUM_ROWS = (8192, 32768)
 SECONDS = 12.0

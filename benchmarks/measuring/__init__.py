@@ -1,1 +1,4 @@
-"""How a row is measured: on what machine, which call of the loss, by whom, in how much time and memory."""
+"""How the loss is measured: workloads, providers and their truth, time, peak memory, the machine.
+
+``workloads`` says which call, ``providers`` who computes it, ``admission`` whether it is right.
+"""

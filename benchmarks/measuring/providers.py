@@ -118,18 +118,22 @@ def _pytorch_metric_learning(workload: Workload) -> Provider:
     return Provider("pytorch-metric-learning", forward, num_pair_matrices=13)
 
 
-def _supcon_kernels(backend: str, workload: Workload) -> Provider:
+def _supcon_kernels(name: str, workload: Workload) -> Provider:
+    backend, _, widened = name.partition(" ")
     try:
         from supcon_kernels import supcon_loss
     except ModuleNotFoundError:
         raise Unavailable("not installed: pip install supcon-kernels") from None
 
     def forward(problem: Problem) -> Tensor:
+        features, contrast = problem.features, problem.contrast_features
+        if widened:
+            features, contrast = features.float(), None if contrast is None else contrast.float()
         try:
             return supcon_loss(
-                problem.features,
+                features,
                 problem.labels,
-                contrast_features=problem.contrast_features,
+                contrast_features=contrast,
                 contrast_labels=problem.contrast_labels,
                 temperature=workload.temperature,
                 summation=workload.summation,
@@ -139,7 +143,7 @@ def _supcon_kernels(backend: str, workload: Workload) -> Provider:
         except ValueError as refusal:
             raise Unavailable(str(refusal)) from None
 
-    return Provider(f"{OURS}{backend}]", forward)
+    return Provider(f"{OURS}{name}]", forward)
 
 
 def _memeff(workload: Workload) -> Provider:
@@ -286,7 +290,10 @@ def provider_names() -> list[str]:
 
 
 def make_provider(name: str, workload: Workload) -> Provider:
-    """Build the named provider for a workload, or raise Unavailable."""
+    """Build the named provider for a workload, or raise Unavailable.
+
+    ``supcon_kernels[native widened]`` is given float32 copies of 16-bit features.
+    """
     if name.startswith(OURS):
         return _supcon_kernels(name.removeprefix(OURS).removesuffix("]"), workload)
     return (FACTORIES | GPU_PEERS)[name](workload)

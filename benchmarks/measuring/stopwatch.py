@@ -132,7 +132,7 @@ def fma_peak_gflops(dtype: torch.dtype, device: str) -> float:
     if device != "cpu" or native.unavailable() is not None:
         return 0.0
     flops: float = native.core.peak_flops(
-        native.isa, dtype == torch.float64, torch.get_num_threads()
+        native.isa, str(dtype).removeprefix("torch."), torch.get_num_threads()
     )
     return flops * 1e-9
 

@@ -1,4 +1,4 @@
-"""The rows of bench_loss.py as tables: the full one that it prints, and README's block."""
+"""The rows of bench_loss.py as tables: the full one that it prints, and those of documents."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def _full_cells(report: Report, both: Result) -> list[str]:
     ]
 
 
-def readme_block(report: Report, picture: str) -> str:
-    """The part of README between the markers: one time table, one memory table, the picture."""
+def time_and_memory(report: Report, picture: str) -> str:
+    """For documents: what was run, one table of times, one of memory, the picture."""
     ours = [name for name in report.providers if name.startswith(OURS)]
     time_cells = [
         [

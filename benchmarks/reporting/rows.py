@@ -1,4 +1,4 @@
-"""Rows as CSV files: where they go, how they are written, how they are read back."""
+"""Rows as CSV files: where they go, how they are written and read, the options of their commands."""
 
 from __future__ import annotations
 
@@ -24,10 +24,24 @@ TRIALS = REPOSITORY / "runs" / "benchmarks"
 Row = TypeVar("Row", bound="DataclassInstance")
 
 
+def ints(text: str) -> tuple[int, ...]:
+    """An option's list of numbers, as 64,128."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def names(text: str) -> tuple[str, ...]:
+    """An option's list of names, as bfloat16,float32."""
+    return tuple(text.split(","))
+
+
 def add_output_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Add the options that ``results_path`` takes."""
-    parser.add_argument("--output-dir", type=Path, help="of the rows; None: runs/benchmarks")
-    parser.add_argument("--update", action="store_true", help="replace those in benchmarks/results")
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="of the rows, instead of runs/benchmarks"
+    )
+    parser.add_argument(
+        "--update", action="store_true", help="replace the committed rows in benchmarks/results"
+    )
 
 
 def results_path(name: str, output_dir: Path | None, update: bool) -> Path:

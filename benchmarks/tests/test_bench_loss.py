@@ -17,6 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import bench_loss
+import bench_targets
 from measuring import admission
 from measuring.peak_memory import measure_peak_mib
 from measuring.providers import (
@@ -33,8 +34,6 @@ from reporting import rows
 from reporting.rows import read_report, write_report
 
 VARIANTS = [(s, d) for s in ("out", "in") for d in ("all", "one_positive", "only_negatives")]
-BEGIN, END = "<!-- bench_loss:begin -->", "<!-- bench_loss:end -->"
-README = f"# Title\n\n{BEGIN}\nold numbers\n{END}\n\nThe end.\n"
 
 
 @pytest.fixture(autouse=True)
@@ -196,30 +195,7 @@ def test_other_sizes_leave_the_committed_rows_alone(
     assert bench_loss.main([*small, "--providers", "dense"]) == 0
     assert not (tmp_path / "RESULTS").exists()
     assert (tmp_path / "TRIALS" / "loss_cpu_float32.csv").exists()
-    with pytest.raises(SystemExit):
-        bench_loss.main([*small, "--update-readme", str(tmp_path / "README.md")])
     assert rows.results_path("rows.csv", None, update=True).parent == rows.RESULTS
-
-
-def test_readme_block_is_checked_and_replaced_idempotently(
-    bench: Callable[[str], int], tmp_path: Path
-) -> None:
-    assert bench("dense,matmuls") == 0
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
-    table = ["--table", str(tmp_path / "trial.csv"), "--update-readme", str(readme)]
-    assert bench_loss.main([*table, "--check"]) == 1
-    assert readme.read_text() == README
-    assert bench_loss.main(table) == 0
-    assert bench_loss.main([*table, "--check"]) == 0
-    by_name = ["--output-dir", str(tmp_path), "--name", "trial", *table[2:]]
-    assert bench_loss.main([*by_name, "--check"]) == 0
-    written = readme.read_text()
-    assert bench_loss.main(table) == 0
-    assert readme.read_text() == written
-    assert "old numbers" not in written
-    assert written.startswith("# Title\n")
-    assert written.endswith("\n\nThe end.\n")
 
 
 def test_peak_memory_is_that_of_the_provider_alone() -> None:
@@ -228,3 +204,10 @@ def test_peak_memory_is_that_of_the_provider_alone() -> None:
     matrix_mib = 2048**2 * 4 / 2**20
     peak = measure_peak_mib("matmuls", workload, num_threads=1)
     assert matrix_mib <= peak.both <= 1.5 * matrix_mib + 8
+
+
+def test_every_kind_of_targets_is_measured(tmp_path: Path) -> None:
+    small = ["--num-rows", "96", "--dim", "8", "--widths", "3", "--rounds", "1"]
+    assert bench_targets.main([*small, "--output-dir", str(tmp_path)]) == 0
+    rows = (tmp_path / bench_targets.RESULTS).read_text().splitlines()
+    assert len(rows) == 1 + len(bench_targets.targets(96, [3]))

@@ -15,19 +15,13 @@ import torch
 import gpu_check
 from codegen import kernels
 from codegen.kernels import TOLD_APART, Compiled, Source
-from gpu import (
-    backend,
-    rehearse,
-)
+from gpu import backend, rehearse
 from gpu.journal import NAME, read_rows
 from gpu.place import Row
 from gpu.summary import LIMIT
 
 COMMAND = [sys.executable, str(Path(gpu_check.__file__))]
-
 ON_CPU = ["--device", "cpu", "--backend", "tiled", "--tiny", "--jobs", "1"]
-
-# --- every stage
 
 
 @pytest.fixture(scope="module")

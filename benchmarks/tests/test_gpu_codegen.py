@@ -239,12 +239,16 @@ def test_a_csv_that_says_something_else_is_stale(
 ) -> None:
     rows = compile_all(shipped_kernel, 1)
     write_rows(tmp_path / "rows.csv", rows)
-    assert not gpu_codegen.differs_from(tmp_path / "rows.csv", rows)
-    assert gpu_codegen.differs_from(tmp_path / "rows.csv", [replace(rows[0], registers=1)])
+    assert not gpu_codegen.differs_from(tmp_path / "rows.csv", rows, shipped_kernel)
+    assert gpu_codegen.differs_from(
+        tmp_path / "rows.csv", [replace(rows[0], registers=1)], shipped_kernel
+    )
     assert "registers" in capsys.readouterr().err
-    assert gpu_codegen.differs_from(tmp_path / "rows.csv", [replace(rows[0], label="new")])
+    assert gpu_codegen.differs_from(
+        tmp_path / "rows.csv", [replace(rows[0], label="new")], shipped_kernel
+    )
     other = [replace(rows[0], registers=1, triton="0.0")]
-    assert not gpu_codegen.differs_from(tmp_path / "rows.csv", other)
+    assert not gpu_codegen.differs_from(tmp_path / "rows.csv", other, shipped_kernel)
 
 
 def test_a_document_is_found_stale_and_renewed(tmp_path: Path) -> None:
@@ -272,6 +276,18 @@ def test_rows_are_kept_that_still_hold(shipped_kernel: list[Source], tmp_path: P
     write_rows(path, [first, replace(second, fingerprint="of other code")])
     assert gpu_codegen.main(run) == 0
     assert [row.label for row in read_rows(path, Compiled)] == ["forward"]
+
+
+def test_rows_of_the_peers_are_held_against_the_peers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_codegen, "update_docs", lambda *args, **options: False)
+    monkeypatch.setattr(gpu_codegen, "peer_sources", lambda *args: [source(forward)])
+    run = ["--jobs", "1", "--output", str(tmp_path / "peers.csv"), "--peers", str(tmp_path)]
+    assert gpu_codegen.main(run) == 0
+    assert gpu_codegen.main([*run, "--resume"]) == 0
+    assert [row.label for row in read_rows(tmp_path / "peers.csv", Compiled)] == ["forward"]
+    assert gpu_codegen.main([*run, "--check"]) == 0
 
 
 def test_the_same_code_is_not_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 import gpu_check
-from gpu import (
-    report,
-)
+from gpu import report
 from gpu.place import Row
 from gpu.summary import LIMIT, summary
 
@@ -40,9 +38,6 @@ def test_the_summary_is_a_page_however_much_failed() -> None:
     text = summary(rows)
     assert len(text) <= LIMIT
     assert "more in rows.jsonl" in text and text.endswith("copy: 3e+03 GB/s")
-
-
-# --- the report
 
 
 def canned() -> list[Row]:

@@ -15,9 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu import (
-    processes,
-)
+from gpu import processes
 from gpu.journal import NAME, Journal, read_rows
 from gpu.place import Place, Row
 from gpu.processes import in_processes
@@ -26,8 +24,6 @@ from gpu.summary import summary
 
 BENCHMARKS = Path(__file__).parents[1]
 PLACE = Place(device="cpu", backend="tiled", is_tiny=True)
-
-# --- what goes wrong
 
 FAULTY = """
 import os, subprocess, sys, time

@@ -10,14 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu import (
-    behaviour,
-    cases,
-    counters,
-    driver,
-    speed,
-    timing,
-)
+from gpu import behaviour, cases, counters, driver, speed, timing
 from gpu.place import Place
 from measuring.workloads import Workload, make_problem
 
@@ -53,9 +46,6 @@ def test_verdicts_come_before_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> 
     assert [next(rows)["status"] for _ in range(3)] == ["ok"] * 3
     with pytest.raises(TimeoutError):
         next(rows)
-
-
-# --- the stages' own checks must be able to say no
 
 
 def test_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

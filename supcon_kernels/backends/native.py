@@ -1,8 +1,8 @@
 """The compiled core of csrc/ on CPU tensors: float32 and float64.
 
-It takes integer labels or none in every variant, soft labels in the default loss, and no masks.
-This file hands it pointers; docs/kernels.md says what it does with them. 16-bit features are
-widened to float32 on the way in.
+This file hands it pointers; docs/kernels.md says what it does with them. float16 features are
+widened to float32 on the way in, bfloat16 ones where this CPU does not multiply them faster. Masks
+and soft labels are read where they are, in any dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from supcon_kernels._version import __version__
 from supcon_kernels.problem import Problem
 
 # That of csrc/supcon.h: a core that was compiled before it changed takes other arguments.
-INTERFACE = 1
+INTERFACE = 3
 
 
 def _load_core() -> tuple[Any, str]:
@@ -52,7 +52,11 @@ def unavailable() -> str | None:
 
 def description() -> str:
     """What the core was built with and runs on here."""
-    return f"{isa} of {', '.join(core.isa_names())}; threads by {core.threading}"
+    products = "16 bits" if core.multiplies_bfloat16(isa) else "float32"
+    return (
+        f"{isa} of {', '.join(core.isa_names())}; bfloat16 multiplied in {products}; "
+        f"threads by {core.threading}"
+    )
 
 
 def why_not(problem: Problem) -> str | None:
@@ -61,11 +65,6 @@ def why_not(problem: Problem) -> str | None:
         return reason
     if problem.rows.device.type != "cpu":
         return f"the features are on {problem.rows.device}, and it runs on the CPU."
-    if problem.weights is not None:
-        return "it takes labels or none, not a mask."
-    default = problem.summation == "out" and problem.denominator == "all"
-    if not problem.has_integer_labels and not default:
-        return "it takes soft labels with summation 'out' and denominator 'all' only."
     return None
 
 
@@ -127,43 +126,54 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _call(problem: Problem) -> Any:
     """The problem as the core takes it, with the tensors whose memory it points into."""
-    assert problem.row_labels is not None
     tau = problem.temperature_tensor
-    rows = problem.rows.to(problem.dtype).contiguous()
-    cols = rows if problem.cols is None else problem.cols.to(problem.dtype).contiguous()
+    is_bfloat16 = problem.rows.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if is_bfloat16 else problem.dtype
+    rows = problem.rows.to(dtype).contiguous()
+    cols = rows if problem.cols is None else problem.cols.to(dtype).contiguous()
     of_rows, of_cols = problem.row_labels, problem.col_labels
     of_cols = of_rows if of_cols is None else of_cols
-    soft = not problem.has_integer_labels
-    held = [rows, cols, of_rows.long().contiguous(), of_cols.long().contiguous()]
-    if soft:
-        # Every row takes part and is of the one class that the core then sees.
-        held[2:] = (
-            of_rows.new_zeros(len(rows), dtype=torch.int64),
-            of_cols.new_zeros(len(cols), dtype=torch.int64),
-            of_rows.double().contiguous(),
-            of_cols.double().contiguous(),
-        )
+    if problem.has_integer_labels:
+        assert of_rows is not None and of_cols is not None
+        held = [rows, cols, of_rows.long().contiguous(), of_cols.long().contiguous()]
+        soft_rows = soft_cols = None
+    else:
+        # Every row takes part, and is of the one class that the core then sees.
+        held = [
+            rows,
+            cols,
+            *(torch.zeros(len(x), dtype=torch.int64, device="cpu") for x in (rows, cols)),
+        ]
+        soft_rows, soft_cols = of_rows, of_cols
     call = core.Call(
         rows=held[0].data_ptr(),
         cols=held[1].data_ptr(),
         row_labels=held[2].data_ptr(),
         col_labels=held[3].data_ptr(),
-        row_soft=held[4].data_ptr() if soft else 0,
-        col_soft=held[5].data_ptr() if soft else 0,
-        num_soft=of_rows.shape[1] if soft else 0,
+        row_soft=_matrix(soft_rows),
+        col_soft=_matrix(soft_cols),
+        mask=_matrix(problem.weights),
         square=problem.square,
         num_rows=rows.shape[0],
         num_cols=cols.shape[0],
         dim=rows.shape[1],
-        ignore_label=-1 if soft else problem.ignore_index,
+        ignore_label=problem.ignore_index if problem.has_integer_labels else -1,
         self_offset=-1 if problem.self_offset is None else problem.self_offset,
         temperature=problem.temperature if tau is None else float(tau),
         normalize=problem.normalize,
         summation=problem.summation,
         denominator=problem.denominator,
         is_double=problem.dtype == torch.float64,
+        is_bfloat16=is_bfloat16,
         isa=isa,
         threads=num_threads(),
     )
-    call.held = held
+    call.held = (held, soft_rows, soft_cols, problem.weights)
     return call
+
+
+def _matrix(x: Tensor | None) -> tuple[int, str, int, int, int, int] | None:
+    """Where a matrix is, what it holds, its shape and its strides."""
+    if x is None:
+        return None
+    return x.data_ptr(), str(x.dtype).removeprefix("torch."), *x.shape, *x.stride()

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from supcon_kernels import triton_launch, triton_run
+from supcon_kernels import triton_launch, triton_run, triton_tiles
 from supcon_kernels.problem import Problem
-from supcon_kernels.triton_launch import Launch, Shares, Target
+from supcon_kernels.triton_launch import Launch
+from supcon_kernels.triton_shares import Shares
+from supcon_kernels.triton_tiles import Target
 
 # Probabilities are multiplied by this before they are rounded to float16, whose subnormals begin
 # at 2^-14, and stay within its range: both anchors of a pair add up to at most 2^15.
@@ -74,8 +76,8 @@ def why_not(problem: Problem) -> str | None:
         return "it takes labels or none, not a mask."
     if not problem.has_integer_labels:
         return "it takes integer labels or none, not soft ones."
-    if problem.rows.shape[-1] > triton_launch.MAX_DIM:
-        return f"it takes up to {triton_launch.MAX_DIM} features, not {problem.rows.shape[-1]}."
+    if problem.rows.shape[-1] > triton_tiles.MAX_DIM:
+        return f"it takes up to {triton_tiles.MAX_DIM} features, not {problem.rows.shape[-1]}."
     if problem.num_rows * problem.num_cols > triton_launch.MAX_PAIRS:
         return f"it takes up to 2^40 pairs, not {problem.num_rows} × {problem.num_cols}."
     return None if _INTERPRETED else _too_old(device)
@@ -131,6 +133,7 @@ def forward(problem: Problem, reduction: str) -> tuple[Tensor, Tensor, Tensor, T
             padded_rows=rows.padded,
             padded_cols=cols.padded,
             num_tiles=shares.num_tiles,
+            group=shares.group,
             share=shares.share,
             max_pieces=shares.max_pieces,
         )
@@ -217,8 +220,8 @@ def _peak(upstreams: list[Tensor], stats: list[Tensor | None]) -> Tensor:
 def _sizes(features: Tensor) -> tuple[int, int]:
     """Elements of a side's prepared rows, and of as many 32-bit classes as it has rows."""
     num_rows = features.shape[:-1].numel()
-    padded = triton_launch.padded_rows(num_rows)
-    return padded * triton_launch.padded_dim(features.shape[-1]), padded * 4 // features.itemsize
+    padded = triton_tiles.padded_rows(num_rows)
+    return padded * triton_tiles.padded_dim(features.shape[-1]), padded * 4 // features.itemsize
 
 
 @dataclasses.dataclass
@@ -249,7 +252,7 @@ class _Side:
         if features.stride(-1) != 1:
             features = features.contiguous()
         num_rows = features.shape[:-1].numel()
-        padded = triton_launch.padded_rows(num_rows)
+        padded = triton_tiles.padded_rows(num_rows)
         return _Side(features, labels.contiguous(), num_rows, padded, *[features] * 3)
 
     @property
@@ -371,6 +374,7 @@ class _Call:
             "padded_rows": owner.padded,
             "num_blocks": shares.num_blocks,
             "num_tiles": shares.num_tiles,
+            "group": shares.group,
             "share": shares.share,
             "own_offset": own_offset,
             "host_temperature": self.host_temperature,
@@ -381,7 +385,7 @@ class _Call:
     ) -> tuple[Tensor, Tensor]:
         """(4, padded rows) what anchors weigh, and the factor that was taken out, 0-dim."""
         num_rows = stats.shape[1]
-        padded = triton_launch.padded_rows(num_rows)
+        padded = triton_tiles.padded_rows(num_rows)
         weights, factor, stats = self.new((4, padded)), self.new(()), stats.contiguous()
         self.run(
             self.plan.weights(num_rows),
@@ -416,7 +420,7 @@ class _Call:
         own_offset = self.own_row if of_columns else self.own_col
         weights = of_cols if of_rows is None else of_rows
         shares = plan.backward_shares(plan.running[0], of_columns=of_columns)
-        width = triton_launch.padded_dim(plan.dim)
+        width = triton_tiles.padded_dim(plan.dim)
         slices = self.new((shares.max_pieces, owner.padded, width))
         both_anchor = of_rows is not None and of_cols is not None
         for running in plan.running:
@@ -444,6 +448,7 @@ class _Call:
             gradient_view_stride=gradient.stride(1) if gradient.ndim == 3 else 0,
             padded_rows=owner.padded,
             num_tiles=shares.num_tiles,
+            group=shares.group,
             share=shares.share,
         )
         return gradient, dots
@@ -461,7 +466,7 @@ def _temperature(problem: Problem) -> Tensor | float:
 
 def _target(device: torch.device) -> Target:
     if device.type != "cuda":
-        return triton_launch.INTERPRETER
+        return triton_tiles.INTERPRETER
     properties = torch.cuda.get_device_properties(device)
-    architecture = triton_launch.architecture(properties.major, properties.minor)
+    architecture = triton_tiles.architecture(properties.major, properties.minor)
     return Target(architecture, properties.multi_processor_count)

@@ -7,11 +7,7 @@
 
 from supcon_kernels.kernels.backward import _backward_kernel
 from supcon_kernels.kernels.forward import _forward_kernel
-from supcon_kernels.kernels.rows import (
-    _gradient_kernel,
-    _prepare_kernel,
-    _temperature_kernel,
-)
+from supcon_kernels.kernels.rows import _gradient_kernel, _prepare_kernel, _temperature_kernel
 from supcon_kernels.kernels.statistics import _loss_kernel, _weights_kernel
 
 __all__ = [

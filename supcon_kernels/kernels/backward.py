@@ -10,9 +10,11 @@ from supcon_kernels.kernels.tiles import (
     dot,
     exponents,
     fits,
-    own_tiles,
+    parts_of,
+    reciprocal,
     rounded,
     rounded_to_tf32,
+    run_of,
     sigmoid,
     temperature_of,
 )
@@ -27,27 +29,45 @@ def softmax(x, power, weight, lse, RUNNING: tl.constexpr):
 
 
 @triton.jit
-def pull(
+def weights_of(weights_ptr, i, padded, AXIS: tl.constexpr, USES_LSE: tl.constexpr):
+    """What anchors ``i`` weigh along AXIS of a tile, by (4, padded) of the weights kernel."""
+    weight = tl.expand_dims(tl.load(weights_ptr + i), AXIS)
+    pull_weight = tl.expand_dims(tl.load(weights_ptr + 2 * padded + i), AXIS)
+    lse = weight
+    pos_lse = weight
+    if USES_LSE:
+        lse = tl.expand_dims(tl.load(weights_ptr + padded + i), AXIS)
+        pos_lse = tl.expand_dims(tl.load(weights_ptr + 3 * padded + i), AXIS)
+    return weight, lse, pull_weight, pos_lse
+
+
+@triton.jit
+def seen_by(
+    weights,  # of the anchors; for "one_positive" lse is 2^lse, and in the pull's weight, unless RUNNING
     x,  # exponents (ROWS, COLS)
     power,  # 2^x, unless RUNNING
-    lse,  # of the anchors' denominators, broadcastable to the tile
-    pull_weight,  # of the anchors' positives
-    pull_lse,
     RUNNING: tl.constexpr,
     OUT: tl.constexpr,
     DENOMINATOR: tl.constexpr,
 ):
-    """What a positive takes off the derivative of its pair."""
-    if DENOMINATOR == "one_positive":
+    """The derivative of a pair by its exponent, and what a positive takes off it."""
+    weight, lse, pull_weight, pos_lse = weights
+    h = softmax(x, power, weight, lse, RUNNING)
+    if DENOMINATOR == "one_positive" and RUNNING:
         _, q, not_q = sigmoid(x - lse)
-        taken = pull_weight * not_q
+        pull = pull_weight * not_q
         if not OUT:  # q by its logarithm, of which 1 / (1 + t) is no part that could underflow
-            taken *= tl.exp2(tl.minimum(x - lse, 0.0) - pull_lse) * tl.maximum(q, not_q)
+            pull *= tl.exp2(tl.minimum(x - lse, 0.0) - pos_lse) * tl.maximum(q, not_q)
+    elif DENOMINATOR == "one_positive":
+        inverse = reciprocal(power + lse)
+        pull = pull_weight * inverse
+        if not OUT:
+            pull *= tl.exp2(x - pos_lse) * inverse
     elif OUT:
-        taken = tl.broadcast_to(pull_weight, x.shape)
+        pull = tl.broadcast_to(pull_weight, x.shape)
     else:
-        taken = softmax(x, power, pull_weight, pull_lse, RUNNING)
-    return taken
+        pull = softmax(x, power, pull_weight, pos_lse, RUNNING)
+    return h, pull
 
 
 @triton.jit
@@ -64,6 +84,7 @@ def _backward_kernel(
     padded_cols,
     num_blocks,  # of rows
     num_tiles,  # of columns
+    group,  # blocks that are cut together
     share,  # tiles of a program
     own_offset,  # the column that is row 0 itself, or far below 0
     host_temperature,
@@ -102,83 +123,40 @@ def _backward_kernel(
         kept = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     b_offsets = k[:, None] * PADDED_DIM + d[None, :]
     kept_offsets = k[:, None] * PADDED_DIM + kept[None, :]
-    first = tl.program_id(0) * share
-    last = tl.minimum(first + share, num_blocks * num_tiles)
+    run, start, first, last = run_of(num_blocks, num_tiles, group, share)
     for block in range(first // num_tiles, tl.cdiv(last, num_tiles)):
-        begin = tl.maximum(first - block * num_tiles, 0)
-        end = tl.minimum(last - block * num_tiles, num_tiles)
-        lo, hi = own_tiles(own_offset + block * ROWS, begin, end, ROWS, COLS)
-        i = block * ROWS + tl.arange(0, ROWS)
+        before = block * num_tiles
+        own = own_offset + (start + block) * ROWS
+        parts = parts_of(first - before, last - before, num_tiles, own, ROWS, COLS)
+        i = (start + block) * ROWS + tl.arange(0, ROWS)
         a_ptrs = rows_ptr + i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
         a = tl.load(a_ptrs)
         row_id = tl.load(row_ids_ptr + i)
         if ROWS_ANCHOR:
-            weight = tl.load(row_weights_ptr + i)
-            pull_weight = tl.load(row_weights_ptr + 2 * padded_rows + i)
-            lse = weight
-            pull_lse = weight
-            if USES_LSE:
-                lse = tl.load(row_weights_ptr + padded_rows + i)
-                pull_lse = tl.load(row_weights_ptr + 3 * padded_rows + i)
+            row_weights = weights_of(row_weights_ptr, i, padded_rows, 1, USES_LSE)
         gradient = tl.zeros((ROWS, SLICE), tl.float32)
 
         # The tiles before those that hold a row itself, those, and the tiles after them.
         for part in tl.static_range(3):
-            start = begin if part == 0 else lo if part == 1 else hi
-            stop = lo if part == 0 else hi if part == 1 else end
-            for tile in range(start, stop):
+            for tile in range(parts[part], parts[part + 1]):
                 j = tile * COLS + k
                 tile_ptr = cols_ptr + tl.cast(tile, tl.int64) * (COLS * PADDED_DIM)
                 col_id = tl.load(col_ids_ptr + j)
+                b_ptrs = tile_ptr + b_offsets
                 x = exponents(
-                    a,
-                    a_ptrs,
-                    tile_ptr + b_offsets,
-                    scale,
-                    ROWS,
-                    COLS,
-                    NUM_CHUNKS,
-                    CHUNK,
-                    PRECISION,
-                    RUNNING,
+                    a, a_ptrs, b_ptrs, scale, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION, RUNNING
                 )
                 power = x
                 if not RUNNING:
                     power = tl.exp2(x)
                 if ROWS_ANCHOR:
-                    h = softmax(x, power, weight[:, None], lse[:, None], RUNNING)
-                    pulled = pull(
-                        x,
-                        power,
-                        lse[:, None],
-                        pull_weight[:, None],
-                        pull_lse[:, None],
-                        RUNNING,
-                        OUT,
-                        DENOMINATOR,
-                    )
+                    h, pull = seen_by(row_weights, x, power, RUNNING, OUT, DENOMINATOR)
                 if COLS_ANCHOR:
-                    col_weight = tl.load(col_weights_ptr + j)
-                    col_pull_weight = tl.load(col_weights_ptr + 2 * padded_cols + j)
-                    col_lse = col_weight
-                    col_pull_lse = col_weight
-                    if USES_LSE:
-                        col_lse = tl.load(col_weights_ptr + padded_cols + j)
-                        col_pull_lse = tl.load(col_weights_ptr + 3 * padded_cols + j)
-                    of_col = softmax(x, power, col_weight[None, :], col_lse[None, :], RUNNING)
-                    h = h + of_col if ROWS_ANCHOR else of_col
-                    of_col = pull(
-                        x,
-                        power,
-                        col_lse[None, :],
-                        col_pull_weight[None, :],
-                        col_pull_lse[None, :],
-                        RUNNING,
-                        OUT,
-                        DENOMINATOR,
-                    )
-                    pulled = pulled + of_col if ROWS_ANCHOR else of_col
-                of_positive = h - pulled if DENOMINATOR == "all" else -pulled
+                    col_weights = weights_of(col_weights_ptr, j, padded_cols, 0, USES_LSE)
+                    col_h, col_pull = seen_by(col_weights, x, power, RUNNING, OUT, DENOMINATOR)
+                    h = h + col_h if ROWS_ANCHOR else col_h
+                    pull = pull + col_pull if ROWS_ANCHOR else col_pull
+                of_positive = h - pull if DENOMINATOR == "all" else -pull
                 h = tl.where(row_id[:, None] == col_id[None, :], of_positive, h)
                 if part == 1:
                     h = tl.where(j[None, :] != (own_offset + i)[:, None], h, 0.0)
@@ -187,7 +165,6 @@ def _backward_kernel(
                     h = rounded_to_tf32(h)
                 gradient = dot(rounded(h, b.dtype), b, gradient, PRECISION)
 
-        piece = tl.program_id(0) - block * num_tiles // share
-        out = slices_ptr + piece * padded_rows * PADDED_DIM
+        out = slices_ptr + (run - before // share) * padded_rows * PADDED_DIM
         out += i.to(tl.int64)[:, None] * PADDED_DIM + kept[None, :]
         tl.store(out, gradient)

@@ -11,8 +11,12 @@ from supcon_kernels.kernels.tiles import (
     exponents,
     fits,
     log_sum,
+    logarithm,
     merged,
-    own_tiles,
+    parts_of,
+    pieces_of,
+    reciprocal,
+    run_of,
     sigmoid,
     temperature_of,
 )
@@ -45,6 +49,7 @@ def _forward_kernel(
     padded_rows,
     num_blocks,  # of rows
     num_tiles,  # of columns
+    group,  # blocks that are cut together
     share,  # tiles of a program
     max_pieces,  # of a block
     own_offset,  # the column that is row 0 itself, or far below 0
@@ -72,45 +77,36 @@ def _forward_kernel(
             return
     scale = 1.0 / (tau * LN2)
     NUM_CHUNKS: tl.constexpr = PADDED_DIM // CHUNK
-    # Without a maximum each thread has sums of its own: adding along rows comes last.
-    PLACES: tl.constexpr = not (RUNNING or SECOND)
     padded_rows = padded_rows.to(tl.int64)
     k = tl.arange(0, COLS)
     d = tl.arange(0, CHUNK)
     b_offsets = k[:, None] * PADDED_DIM + d[None, :]
-    first = tl.program_id(0) * share
-    last = tl.minimum(first + share, num_blocks * num_tiles)
+    run, start, first, last = run_of(num_blocks, num_tiles, group, share)
     for block in range(first // num_tiles, tl.cdiv(last, num_tiles)):
-        begin = tl.maximum(first - block * num_tiles, 0)
-        end = tl.minimum(last - block * num_tiles, num_tiles)
-        lo, hi = own_tiles(own_offset + block * ROWS, begin, end, ROWS, COLS)
-        i = block * ROWS + tl.arange(0, ROWS)
+        before = block * num_tiles
+        own = own_offset + (start + block) * ROWS
+        parts = parts_of(first - before, last - before, num_tiles, own, ROWS, COLS)
+        i = (start + block) * ROWS + tl.arange(0, ROWS)
         a_ptrs = rows_ptr + i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
         a = tl.load(a_ptrs)
         row_id = tl.load(row_ids_ptr + i)
         if SECOND:
-            all_rows = i >= 0
-            lse = log_sum(
-                *merged(
-                    first_sums_ptr, i, all_rows, padded_rows, num_tiles, share, max_pieces, ROWS
-                )
+            num_pieces = pieces_of(block, num_tiles, group, share)
+            negatives, largest = merged(
+                first_sums_ptr, i, i >= 0, padded_rows, num_pieces, max_pieces
             )
-        if PLACES:
-            total = tl.zeros((ROWS, 8), tl.float32)
-            pos_total = total
-            largest = tl.zeros((ROWS,), tl.float32)
-            pos_largest = largest
-        else:
+            lse = log_sum(negatives, largest)
+        # Without a maximum each thread has sums of its own: adding along rows comes last.
+        total = tl.zeros((ROWS, 8), tl.float32)
+        if RUNNING:
             total = tl.zeros((ROWS,), tl.float32)
-            pos_total = total
-            largest = tl.full((ROWS,), LOWEST, tl.float32)
-            pos_largest = tl.zeros((ROWS,), tl.float32) if OUT else largest
+        pos_total = total
+        largest = tl.full((ROWS,), LOWEST if RUNNING else 0.0, tl.float32)
+        pos_largest = tl.zeros((ROWS,), tl.float32) if OUT else largest
 
         # The tiles before those that hold a row itself, those, and the tiles after them.
         for part in tl.static_range(3):
-            start = begin if part == 0 else lo if part == 1 else hi
-            stop = lo if part == 0 else hi if part == 1 else end
-            for tile in range(start, stop):
+            for tile in range(parts[part], parts[part + 1]):
                 j = tile * COLS + k
                 col_id = tl.load(col_ids_ptr + j)
                 valid = tl.load(col_valid_ptr + j)
@@ -122,10 +118,10 @@ def _forward_kernel(
                 if part == 1:
                     other = j[None, :] != (own_offset + i)[:, None]
                     positive = positive & other
-                if SECOND:
+                if SECOND and RUNNING:
                     distance = x - lse[:, None]
                     t, _, not_q = sigmoid(distance)
-                    log_q = tl.minimum(distance, 0.0) - tl.log2(1.0 + t)
+                    log_q = tl.minimum(distance, 0.0) - logarithm(1.0 + t)
                     if OUT:
                         total += tl.sum(tl.where(positive, not_q, 0.0), axis=1)
                         pos_total += tl.sum(tl.where(positive, log_q, 0.0), axis=1)
@@ -156,16 +152,21 @@ def _forward_kernel(
                     if part == 1:
                         power = tl.where(other, power, 0.0)
                     of_positives = x if OUT else power
-                    pos_total += add_places(tl.where(positive, of_positives, 0.0))
-                    if DENOMINATOR != "all":
+                    if SECOND:
+                        inverse = reciprocal(power + negatives[:, None])
+                        q = tl.minimum(power * inverse, 1.0)
+                        not_q = negatives[:, None] * inverse
+                        of_positives = logarithm(q) if OUT else q
+                        power = tl.where(positive, not_q if OUT else q * not_q, 0.0)
+                    elif DENOMINATOR != "all":
                         power = tl.where(positive, 0.0, power)
-                    total += add_places(power * valid[None, :])
+                    pos_total += add_places(tl.where(positive, of_positives, 0.0))
+                    total += add_places(power if SECOND else power * valid[None, :])
 
-        if PLACES:
+        if not RUNNING:
             total = tl.sum(total, axis=1)
             pos_total = tl.sum(pos_total, axis=1)
-        piece = tl.program_id(0) - block * num_tiles // share
-        out = sums_ptr + piece * 4 * padded_rows + i
+        out = sums_ptr + (run - before // share) * 4 * padded_rows + i
         tl.store(out, total)
         tl.store(out + padded_rows, largest)
         tl.store(out + 2 * padded_rows, pos_total)

@@ -8,6 +8,7 @@ import triton.language as tl
 from supcon_kernels.kernels.tiles import (
     LN2,
     fits,
+    pieces_of,
     rounded,
     rounded_to_tf32,
     temperature_of,
@@ -153,7 +154,8 @@ def _gradient_kernel(
     gradient_sample_stride,
     gradient_view_stride,
     padded_rows,
-    num_tiles,  # of the backward kernel
+    num_tiles,  # shares of the backward kernel
+    group,
     share,
     NORMALIZE: tl.constexpr,
     DOTS: tl.constexpr,
@@ -167,10 +169,9 @@ def _gradient_kernel(
     d = tl.arange(0, BLOCK_DIM)
     inside = d[None, :] < PADDED_DIM
     at = i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
-    block = tl.program_id(0) * BLOCK_ROWS // ROWS
-    num_pieces = (block * num_tiles + num_tiles - 1) // share - block * num_tiles // share + 1
     g = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
-    for piece in range(num_pieces):
+    block = tl.program_id(0) * BLOCK_ROWS // ROWS
+    for piece in range(pieces_of(block, num_tiles, group, share)):
         slice_ptr = slices_ptr + piece * padded_rows.to(tl.int64) * PADDED_DIM
         g += tl.load(slice_ptr + at, mask=inside, other=0.0)
     g *= tl.load(factor_ptr)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from supcon_kernels.kernels.rows import fold_of
-from supcon_kernels.kernels.tiles import LN2, fits, log_sum, merged, temperature_of
+from supcon_kernels.kernels.tiles import LN2, fits, log_sum, merged, pieces_of, temperature_of
 
 
 @triton.jit
@@ -32,7 +32,8 @@ def _loss_kernel(
     num_rows,
     padded_rows,
     padded_cols,
-    num_tiles,  # of the forward kernel
+    num_tiles,  # shares of the forward kernel
+    group,
     share,
     max_pieces,
     OUT: tl.constexpr,
@@ -52,7 +53,8 @@ def _loss_kernel(
         mask = i < num_rows
         taken = tl.load(valid_ptr + i, mask=mask, other=0.0) != 0.0
         num_positives = tl.load(num_positives_ptr + i, mask=mask, other=0)
-        total, largest = merged(sums_ptr, i, mask, step, num_tiles, share, max_pieces, ROWS)
+        num_pieces = pieces_of(i // ROWS, num_tiles, group, share)
+        total, largest = merged(sums_ptr, i, mask, step, num_pieces, max_pieces)
         contributes = num_positives > 0
         if DENOMINATOR == "only_negatives":
             contributes = contributes & (total > 0.0)
@@ -61,13 +63,13 @@ def _loss_kernel(
 
         softmax_weight = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
         if DENOMINATOR == "one_positive":
-            rest, _ = merged(second_sums_ptr, i, mask, step, num_tiles, share, max_pieces, ROWS)
+            rest, _ = merged(second_sums_ptr, i, mask, step, num_pieces, max_pieces)
             pos_sums_ptr = second_sums_ptr
         else:
             rest = total
             pos_sums_ptr = sums_ptr
         of_positives, pos_largest = merged(
-            pos_sums_ptr + 2 * step, i, mask, step, num_tiles, share, max_pieces, ROWS
+            pos_sums_ptr + 2 * step, i, mask, step, num_pieces, max_pieces
         )
         if OUT:
             normaliser = num_positives
@@ -79,9 +81,7 @@ def _loss_kernel(
             softmax_weight = rest / normaliser
         else:
             loss += log_sum(total, largest)
-        if (
-            OUT and DENOMINATOR == "all"
-        ):  # what the positives hold, all hold: below 0 it is roundings
+        if OUT and DENOMINATOR == "all":  # all hold what positives hold: below 0 it is roundings
             loss = tl.where(loss < 0.0, 0.0, loss)
 
         loss = tl.where(contributes, loss * LN2, 0.0) + poison
@@ -116,7 +116,7 @@ def _weights_kernel(
     stats_ptr,  # (5, num_rows)
     temperature_ptr,
     weights_ptr,  # out: (4, padded rows) weight and log₂ of what it is divided by, for the softmax;
-    # the same for the pull of positives
+    # the same for the pull of positives; of "one_positive" the sum itself where powers fit
     factor_ptr,  # out: what was taken out of all weights
     num_rows,
     padded_rows,
@@ -163,6 +163,9 @@ def _weights_kernel(
         if DENOMINATOR != "one_positive":
             shift = tl.where(fast, -pos_largest, shift)
         pull = upstream * tl.exp2(shift) / normaliser
+    if DENOMINATOR == "one_positive":  # 1 - q is the negatives' sum over itself and the power
+        pull *= tl.where(fast, total, 1.0)
+        lse = tl.where(fast, total, lse)
     tl.store(weights_ptr + i, weight)
     tl.store(weights_ptr + step + i, lse)
     tl.store(weights_ptr + 2 * step + i, pull)

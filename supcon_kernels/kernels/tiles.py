@@ -91,12 +91,23 @@ def exponents(
 
 @triton.jit
 def reciprocal(x):
-    """1 / x of a number between 1 and 2, where the hardware's own is exact to a rounding."""
+    """1 / x by the hardware's own, which is within one unit in the last place."""
     if INTERPRETED:
         return 1.0 / x
     else:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def logarithm(x):
+    """log₂ x by the hardware's own, within 2^-22 of it, and of 1."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
 
@@ -110,41 +121,59 @@ def sigmoid(d):
 
 
 @triton.jit
-def own_tiles(own, begin, end, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The tiles of columns, of begin … end - 1, that hold a row of the block itself: lo … hi - 1.
-
-    Args:
-        own: the column that is the block's first row, or below -ROWS.
-        begin, end: the tiles of the program's share.
-    """
-    lo = tl.minimum(tl.maximum(tl.maximum(own, 0) // COLS, begin), end)
-    hi = tl.maximum(tl.minimum(tl.cdiv(tl.maximum(own + ROWS, 0), COLS), end), lo)
-    return lo, hi
+def run_of(num_blocks, num_tiles, group, share):
+    """A program's run: its number in its group, the group's first block, the first and last tile of these."""
+    num_runs = tl.cdiv(group * num_tiles, share)
+    run = tl.program_id(0) % num_runs
+    start = tl.program_id(0) // num_runs * group
+    first = run * share
+    last = tl.minimum(first + share, tl.minimum(group, num_blocks - start) * num_tiles)
+    return run, start, first, last
 
 
 @triton.jit
-def merged(sums_ptr, i, mask, padded_rows, num_tiles, share, max_pieces, ROWS: tl.constexpr):
+def parts_of(first, last, num_tiles, own, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Where a block's tiles begin, those among them that hold a row itself begin and end, and all end.
+
+    Args:
+        first, last: the program's run, counted from the block's first tile.
+        num_tiles: of the block.
+        own: the column that is the block's first row, or below -ROWS.
+    """
+    begin = tl.maximum(first, 0)
+    end = tl.minimum(last, num_tiles)
+    lo = tl.minimum(tl.maximum(tl.maximum(own, 0) // COLS, begin), end)
+    hi = tl.maximum(tl.minimum(tl.cdiv(tl.maximum(own + ROWS, 0), COLS), end), lo)
+    return begin, lo, hi, end
+
+
+@triton.jit
+def pieces_of(block, num_tiles, group, share):
+    """In how many pieces a block is done."""
+    before = block % group * num_tiles
+    return (before + num_tiles - 1) // share - before // share + 1
+
+
+@triton.jit
+def merged(sums_ptr, i, mask, padded_rows, num_pieces, max_pieces):
     """The total of rows ``i`` over the pieces of their blocks, and the exponent that it is shifted by.
 
     Args:
         sums_ptr: (pieces, 4, padded rows) of which the first two are wanted, the total and the shift.
         i, mask: the rows.
-        padded_rows, num_tiles, share: as in the kernel that made the sums.
+        padded_rows: as in the kernel that made the sums.
+        num_pieces: of the rows' blocks.
         max_pieces: of any block.
     """
-    before = i // ROWS * num_tiles
-    num_pieces = (before + num_tiles - 1) // share - before // share + 1
     largest = tl.full(i.shape, LOWEST, tl.float32)
-    for piece in range(max_pieces):
-        at = sums_ptr + (piece * 4 + 1) * padded_rows + i
-        here = tl.load(at, mask=mask & (piece < num_pieces), other=LOWEST)
-        largest = tl.maximum(largest, here)
     total = tl.zeros(i.shape, tl.float32)
     for piece in range(max_pieces):
         at = sums_ptr + piece * 4 * padded_rows + i
         here = tl.load(at, mask=mask & (piece < num_pieces), other=0.0)
         shift = tl.load(at + padded_rows, mask=mask & (piece < num_pieces), other=LOWEST)
-        total += here * tl.exp2(shift - largest)
+        new = tl.maximum(largest, shift)
+        total = total * tl.exp2(largest - new) + here * tl.exp2(shift - new)
+        largest = new
     return total, largest
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,47 @@ from data.images import Crops, Split
 from data.order import BalancedOrder, PlacedOrder, TrainingOrder
 from data.prefetch import on_device_ahead
 from run.errors import UserError
+from run.processes import ALONE, Ranks
+from run.rules import LARGEST, broken, out_of_range
+
+
+@dataclass
+class BatchOptions:
+    """Batches.
+
+    Args:
+        batch_size: Images per step, of all processes together, each in num_views views.
+        classes_per_batch: Have every batch hold so many classes, with equally many images of each.
+            Default: batches are drawn from all images alike.
+        workers: Processes that load (and for imagefolder and webdataset decode) images, for each
+            training process (of torchrun: 8 GPUs with 4 workers each are 32); 0: the training
+            process itself. The results do not depend on it.
+    """
+
+    batch_size: int = 128
+    classes_per_batch: int | None = None
+    workers: int = 0
+
+    def mistakes(self) -> list[str]:
+        """What is out of range or contradicts itself, one sentence each."""
+        rules = [
+            (
+                self.classes_per_batch is None or self.classes_per_batch > 1,
+                f"--classes_per_batch {self.classes_per_batch}: must be at least 2, one class alone "
+                "has nothing to tell apart",
+            ),
+            (
+                not self.classes_per_batch or self.batch_size % self.classes_per_batch == 0,
+                f"--batch_size {self.batch_size} is no multiple of "
+                f"--classes_per_batch {self.classes_per_batch}",
+            ),
+        ]
+        return broken(rules) + out_of_range(
+            self,
+            at_least={"batch_size": 2, "workers": 0},
+            at_most={"batch_size": LARGEST, "workers": 1000},
+        )
+
 
 # Images that a worker decodes at a time, and how many times so many it is ahead.
 IMAGES_PER_PART = 32
@@ -29,33 +71,32 @@ CPU = torch.device("cpu")
 
 def training_batches(
     split: Split | Crops,
+    options: BatchOptions,
     *,
-    batch_size: int,
     seed: int,
-    workers: int,
-    classes_per_batch: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks = ALONE,
     device: torch.device = CPU,
 ) -> tuple[TrainingOrder, "Batches"]:
     """The order of a split's batches, and those on a device, or their crops, in that order.
 
     Raises:
         UserError: there are too few images for a batch, or classes for `classes_per_batch`, or a
-            batch cannot be shared out among `world_size` processes.
+            batch cannot be shared out among the processes.
     """
+    batch_size, classes_per_batch = options.batch_size, options.classes_per_batch
     if batch_size > len(split):
         raise UserError(
             f"--batch_size {batch_size} is larger than the training set of {len(split)} images"
         )
-    if batch_size % world_size != 0:
+    if batch_size % ranks.world_size != 0:
         raise UserError(
-            f"--batch_size {batch_size} is no multiple of the {world_size} processes that share it"
+            f"--batch_size {batch_size} is no multiple of the {ranks.world_size} processes that "
+            "share it"
         )
-    place = {"rank": rank, "world_size": world_size}
+    place = {"rank": ranks.rank, "world_size": ranks.world_size}
     if classes_per_batch is None:
         order = TrainingOrder(len(split), batch_size, seed, **place)
-        return order, Batches(split, order, workers, device)
+        return order, Batches(split, order, options.workers, device)
     num_classes = split.labels.unique().numel()
     if classes_per_batch > num_classes:
         raise UserError(
@@ -64,7 +105,7 @@ def training_batches(
     order = BalancedOrder(
         split.labels, batch_size, seed, classes_per_batch=classes_per_batch, **place
     )
-    return order, Batches(split, order, workers, device)
+    return order, Batches(split, order, options.workers, device)
 
 
 def sequential_batches(
@@ -72,8 +113,7 @@ def sequential_batches(
     *,
     batch_size: int,
     workers: int,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks = ALONE,
     device: torch.device = CPU,
 ) -> "Batches":
     """Every image once, in order; of several processes as many batches each, one after another.
@@ -81,10 +121,9 @@ def sequential_batches(
     Where they do not come out even, the last batch is repeated after itself.
     """
     batches = [part.tolist() for part in torch.arange(len(split)).split(batch_size)]
-    share = math.ceil(len(batches) / world_size)
-    batches = [
-        batches[min(number, len(batches) - 1)] for number in range(rank * share, (rank + 1) * share)
-    ]
+    share = math.ceil(len(batches) / ranks.world_size)
+    first = ranks.rank * share
+    batches = [batches[min(number, len(batches) - 1)] for number in range(first, first + share)]
     in_memory = isinstance(split.images, Tensor)
     return Batches(split, batches, 0 if in_memory else workers, device)
 
@@ -104,11 +143,14 @@ class Batches:
         device: torch.device,
     ) -> None:
         self.device = device
-        placed = isinstance(split, Crops) and isinstance(batches, TrainingOrder)
+        self.batches = batches
+        sampler: Sampler[list[Any]] | list[list[int]] = batches
+        if isinstance(split, Crops) and isinstance(batches, TrainingOrder):
+            sampler = PlacedOrder(batches)
         # What lies in memory is found sooner than sent.
         decoded = isinstance(split, Crops) or not isinstance(split.images, Tensor)
         size = IMAGES_PER_PART if decoded and workers > 0 else len(split)
-        self.parts = _Parts(PlacedOrder(batches) if placed else batches, size)
+        self.parts = _Parts(sampler, size)
         if workers > 0:
             _check_shared_memory(workers, min(size, _longest(batches)) * split.image_bytes)
         self.loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
@@ -124,7 +166,7 @@ class Batches:
         )
 
     def __len__(self) -> int:
-        return len(self.parts.batches)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return on_device_ahead(self._joined(), self.device)

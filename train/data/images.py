@@ -65,7 +65,8 @@ class ImageFiles:
 
     def _square(self, image: Image.Image) -> Tensor:
         image = transforms.resize(image, [self.size], antialias=True)
-        return transforms.pil_to_tensor(transforms.center_crop(image, [self.size]))
+        square: Tensor = transforms.pil_to_tensor(transforms.center_crop(image, [self.size]))
+        return square
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -168,7 +169,8 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         images = self.split.images
         if isinstance(images, ImageFiles):
             # Cut and resized as a tensor, which takes a third of Pillow's time.
-            return transforms.pil_to_tensor(images.decode(index))
+            whole: Tensor = transforms.pil_to_tensor(images.decode(index))
+            return whole
         return images[index] if self.split.originals is None else self.split.originals[index]
 
     def _cut(self, image: Tensor, place: tuple[int, int]) -> Tensor:
@@ -188,6 +190,7 @@ class ImageData:
 
     Attributes:
         validation: of the training images those that are held out to choose by, if any.
+        name: as --dataset has it.
     """
 
     train: Split
@@ -198,3 +201,4 @@ class ImageData:
     mean: list[float]
     std: list[float]
     validation: Split | None = None
+    name: str = ""

@@ -16,7 +16,7 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import urlopen
@@ -86,9 +86,9 @@ def _samples(shard: str) -> Iterator[tuple[ShardFile, int]]:
         with tarfile.open(shard, "r:") as tar:
             members = [member for member in tar if member.isreg()]
             # tarfile takes a header that it cannot read for the end, where there are zeros alone.
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)
-            end = tar.fileobj.read()
+            file = cast(IO[bytes], tar.fileobj)
+            file.seek(tar.offset)
+            end = file.read()
             if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
                 raise tarfile.ReadError(f"truncated or damaged at byte {tar.offset}")
             files = ((*base_plus_ext(member.name), member) for member in members)

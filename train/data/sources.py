@@ -2,13 +2,12 @@
 
 import gzip
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +19,11 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from data.images import ImageData, ImageFiles, Split
 from data.shards import NOT_FETCHED, read_index
-from run.config import PretrainConfig
 from run.errors import UserError
+from run.rules import LARGEST, broken, out_of_range
 from run.seeds import seed_of
 
+DATASETS = ("digits", "fashion_mnist", "cifar10", "cifar100", "stl10")
 # Held-out images belong to the data set, not to the run: every seed is measured on the same ones.
 SPLIT_SEED = 0
 # Tells the seeds of the validation part from others of the same run.
@@ -38,18 +38,98 @@ LUMA = (0.299, 0.587, 0.114)
 DataSet = TypeVar("DataSet", bound=VisionDataset)
 
 
-def load_data(config: PretrainConfig, *, fetch: bool = True) -> ImageData:
-    """Load the data set that a config names.
+@dataclass
+class DataOptions:
+    """The data set.
 
     Args:
+        dataset: digits | fashion_mnist | cifar10 | cifar100 | stl10 | imagefolder:PATH |
+            webdataset:URL. stl10: its labelled images. PATH holds train/ and val/ with a folder per
+            class, or the class folders alone (see val_fraction). URL names tar shards, as in
+            DATA/train-{000..127}.tar, by a path or anything that webdataset opens (https:, gs:,
+            pipe:COMMAND); of each sample a jpg, jpeg, png or webp is the image and an integer as
+            text in cls the label.
+        data_root: Where fashion_mnist, cifar and stl10 are looked for, and downloaded to if not
+            there; shards that are no local files are copied to it, once. Default: data.
+        image_size: Side of the images that the encoder sees, in pixels. Default: the data set's
+            own (digits: 16); imagefolder, webdataset: 64.
+        val_fraction: imagefolder without val/, webdataset without val_shards: the share of every
+            class to hold out.
+        val_shards: webdataset: URL of the shards to evaluate on.
+        validation_fraction: The share of every class to hold out of the training images, as the seed
+            draws it. k-NN during the run is then measured on these, and chooses best.pt; the test
+            images are looked at once, at the end. Of a class with one image none is held out.
+            Default: none; k-NN is measured on the test images, and nothing is chosen by it.
+        in_chans: Channels that the network sees: 1 makes colour images grey, 3 repeats grey ones.
+            Default: the data set's own; imagefolder, webdataset: 3.
+        mean: Of each channel, subtracted from pixels in [0, 1], such as [0.5]. Default: the
+            training images' own; imagefolder, webdataset: ImageNet's.
+        std: Of each channel, to divide by. Default: as for mean.
+    """
+
+    dataset: str = "digits"
+    data_root: str | None = None
+    image_size: int | None = None
+    val_fraction: float | None = None
+    val_shards: str | None = None
+    validation_fraction: float | None = None
+    in_chans: Literal[1, 3] | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+    def mistakes(self) -> list[str]:
+        """What is out of range or contradicts itself, one sentence each."""
+        kind, _, place = self.dataset.partition(":")
+        in_files = kind in ("imagefolder", "webdataset") and place != ""
+        rules = [
+            (
+                self.dataset in DATASETS or in_files,
+                f"--dataset {self.dataset}: accepted are {', '.join(DATASETS)}, imagefolder:PATH, "
+                "webdataset:URL",
+            ),
+            (
+                self.data_root is None or kind not in ("digits", "imagefolder"),
+                f"--data_root contradicts --dataset {self.dataset}, which is not looked for there",
+            ),
+            (
+                self.val_fraction is None or in_files,
+                f"--val_fraction contradicts --dataset {self.dataset}, which has a test split",
+            ),
+            (
+                self.val_shards is None or kind == "webdataset",
+                f"--val_shards contradicts --dataset {self.dataset}, which has none",
+            ),
+            (
+                kind != "webdataset" or (self.val_fraction is None) != (self.val_shards is None),
+                f"--dataset {self.dataset} needs --val_shards URL, or --val_fraction to hold images "
+                "out, and not both",
+            ),
+            (
+                self.std is None or min(self.std, default=0) > 0,
+                f"--std {self.std}: must be greater than 0",
+            ),
+        ]
+        return broken(rules) + out_of_range(
+            self,
+            at_least={"image_size": 8},
+            at_most={"image_size": LARGEST},
+            between_0_and_1=("val_fraction", "validation_fraction"),
+        )
+
+
+def load_data(options: DataOptions, *, seed: int = 0, fetch: bool = True) -> ImageData:
+    """Load the data set that the options name.
+
+    Args:
+        seed: draws the images of `validation_fraction`.
         fetch: run the commands, open the URLs and download the data sets that it names; else what
-            is not in files here is refused, as for a config that came in a checkpoint.
+            is not in files here is refused, as for a options that came in a checkpoint.
 
     Raises:
         UserError: it is missing, unreadable or unfit; says what, where and the remedy.
     """
-    if ":" in config.dataset:
-        data = _in_files(config, fetch)
+    if ":" in options.dataset:
+        data = _in_files(options, seed, fetch)
     else:
         readers: dict[str, Callable[[Path, bool], tuple[Split, Split, list[str]]]] = {
             "digits": lambda root, fetch: _digits(),
@@ -58,13 +138,14 @@ def load_data(config: PretrainConfig, *, fetch: bool = True) -> ImageData:
             "cifar100": partial(_cifar, CIFAR100),
             "stl10": _stl10,
         }
-        train, test, classes = readers[config.dataset](Path(config.data_root or DATA_ROOT), fetch)
-        data = _in_memory(train, test, classes, config)
-    data = replace(data, mean=config.mean or data.mean, std=config.std or data.std)
+        train, test, classes = readers[options.dataset](Path(options.data_root or DATA_ROOT), fetch)
+        data = _in_memory(train, test, classes, options, seed)
+    data = replace(
+        data, name=options.dataset, mean=options.mean or data.mean, std=options.std or data.std
+    )
     for option, values in (("mean", data.mean), ("std", data.std)):
         if len(values) != data.channels:
             raise UserError(f"--{option} {values}: the images have {data.channels} channels")
-    _check_classes(data, config)
     return data
 
 
@@ -180,7 +261,8 @@ def _of_torchvision(
 ) -> DataSet:
     """A split of a data set, which torchvision downloads, if it may, where it is not there yet."""
     try:
-        return kind(root, download=fetch, **split)
+        found: DataSet = kind(root, download=fetch, **split)
+        return found
     except Exception as error:
         if not fetch:
             raise UserError(
@@ -193,16 +275,18 @@ def _of_torchvision(
         ) from error
 
 
-def _in_memory(train: Split, test: Split, classes: list[str], config: PretrainConfig) -> ImageData:
+def _in_memory(
+    train: Split, test: Split, classes: list[str], options: DataOptions, seed: int
+) -> ImageData:
     assert isinstance(train.images, Tensor)
-    size = config.image_size or train.images.shape[-1]
-    channels = config.in_chans or train.images.shape[1]
+    size = options.image_size or train.images.shape[-1]
+    channels = options.in_chans or train.images.shape[1]
     fit = partial(_fit, size=size, channels=channels)
     whole = fit(train)
-    if config.dataset == "stl10" and size < train.images.shape[-1]:
+    if options.dataset == "stl10" and size < train.images.shape[-1]:
         # Crops are cut from images as they came; those of other data sets are no larger.
         whole = replace(whole, originals=_with_channels(train.images, channels))
-    train, validation = _hold_out_validation(whole, config)
+    train, validation = _hold_out_validation(whole, options, seed)
     assert isinstance(train.images, Tensor)
     mean, std = _mean_and_std(train.images)
     return ImageData(train, fit(test), classes, size, channels, mean, std, validation)
@@ -245,30 +329,30 @@ def _mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
     return means, stds
 
 
-def _in_files(config: PretrainConfig, fetch: bool) -> ImageData:
-    kind, _, place = config.dataset.partition(":")
-    size = config.image_size or FILES_SIZE
-    channels = config.in_chans or 3
+def _in_files(options: DataOptions, seed: int, fetch: bool) -> ImageData:
+    kind, _, place = options.dataset.partition(":")
+    size = options.image_size or FILES_SIZE
+    channels = options.in_chans or 3
     # Decoded an eighth larger than the network sees, so that crops need not be scaled up.
     stored = size * 8 // 7
     read = _image_folder if kind == "imagefolder" else partial(_web_dataset, fetch=fetch)
-    train, test, classes = read(place, config, stored, channels)
+    train, test, classes = read(place, options, stored, channels)
     mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
     if channels == 1:
         # Of ImageNet in grey, as if its channels moved together.
         mean, std = ([sum(w * v for w, v in zip(LUMA, values))] for values in (mean, std))
-    train, validation = _hold_out_validation(train, config)
+    train, validation = _hold_out_validation(train, options, seed)
     return ImageData(train, test, classes, size, channels, mean, std, validation)
 
 
 def _image_folder(
-    place: str, config: PretrainConfig, size: int, channels: int
+    place: str, options: DataOptions, size: int, channels: int
 ) -> tuple[Split, Split, list[str]]:
     root = Path(place)
     if not root.is_dir():
         raise UserError(f"imagefolder: there is no folder {root.resolve()}")
     if (root / "val").is_dir():
-        if config.val_fraction is not None:
+        if options.val_fraction is not None:
             raise UserError(f"--val_fraction contradicts {root / 'val'}, which is there")
         train, classes = _read_folder(root / "train", size, channels)
         test, test_classes = _read_folder(root / "val", size, channels)
@@ -276,52 +360,55 @@ def _image_folder(
             odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
             raise UserError(f"{root}: train/ and val/ differ in the classes {odd}")
         return train, test, classes
-    if config.val_fraction is None:
+    if options.val_fraction is None:
         raise UserError(f"{root} has no val/ folder: hold images out by --val_fraction 0.1")
     folder = root / "train" if (root / "train").is_dir() else root
     whole, classes = _read_folder(folder, size, channels)
-    return *_hold_out(whole, config), classes
+    return *_hold_out(whole, options), classes
 
 
 def _web_dataset(
-    urls: str, config: PretrainConfig, size: int, channels: int, *, fetch: bool
+    urls: str, options: DataOptions, size: int, channels: int, *, fetch: bool
 ) -> tuple[Split, Split, list[str]]:
-    root = Path(config.data_root or DATA_ROOT)
+    root = Path(options.data_root or DATA_ROOT)
     parts = [
         read_index(part, root=root, fetch=fetch)
-        for part in (urls, config.val_shards)
+        for part in (urls, options.val_shards)
         if part is not None
     ]
     # Any integers are labels; a class is the place of its label among those to train on.
     names = sorted(set(parts[0][1]))
     if unknown := sorted(set(parts[-1][1]) - set(names)):
-        raise UserError(f"--val_shards {config.val_shards}: labels {unknown} are not in {urls}")
+        raise UserError(f"--val_shards {options.val_shards}: labels {unknown} are not in {urls}")
     classes = {name: number for number, name in enumerate(names)}
     splits = [
         Split(ImageFiles(files, size, channels), torch.tensor([classes[name] for name in labels]))
         for files, labels in parts
     ]
-    train, test = splits if config.val_shards is not None else _hold_out(splits[0], config)
+    train, test = splits if options.val_shards is not None else _hold_out(splits[0], options)
     return train, test, [str(name) for name in names]
 
 
-def _hold_out(whole: Split, config: PretrainConfig) -> tuple[Split, Split]:
-    assert config.val_fraction is not None
-    stay, held_out = stratified_split(whole.labels, config.val_fraction)
+def _hold_out(whole: Split, options: DataOptions) -> tuple[Split, Split]:
+    assert options.val_fraction is not None
+    stay, held_out = stratified_split(whole.labels, options.val_fraction)
     if not held_out:
-        raise UserError(f"{config.dataset}: no class has an image to spare for --val_fraction")
+        raise UserError(f"{options.dataset}: no class has an image to spare for --val_fraction")
     return whole.take(stay), whole.take(held_out)
 
 
-def _hold_out_validation(train: Split, config: PretrainConfig) -> tuple[Split, Split | None]:
-    if config.validation_fraction is None:
+def _hold_out_validation(
+    train: Split, options: DataOptions, seed: int
+) -> tuple[Split, Split | None]:
+    if options.validation_fraction is None:
         return train, None
     # Unlike the test images these belong to the run: another seed chooses by others.
-    seed = (config.seed, VALIDATION)
-    stay, held_out = stratified_split(train.labels, config.validation_fraction, seed=seed)
+    stay, held_out = stratified_split(
+        train.labels, options.validation_fraction, seed=(seed, VALIDATION)
+    )
     if not held_out:
         raise UserError(
-            f"--validation_fraction {config.validation_fraction}: no class of {config.dataset} has "
+            f"--validation_fraction {options.validation_fraction}: no class of {options.dataset} has "
             "two training images, of which one could be held out"
         )
     return train.take(stay), train.take(held_out)
@@ -334,22 +421,3 @@ def _read_folder(folder: Path, size: int, channels: int) -> tuple[Split, list[st
         raise UserError(f"imagefolder {folder}: {error}") from error
     images = ImageFiles([path for path, _ in found.samples], size, channels)
     return Split(images, torch.tensor(found.targets)), found.classes
-
-
-def _check_classes(data: ImageData, config: PretrainConfig) -> None:
-    counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
-    if config.method == "simclr":
-        return
-    present = [name for name, count in zip(data.classes, counts) if count > 0]
-    if len(present) < 2:
-        raise UserError(
-            f"{config.dataset} has one class alone, {present[0]!r}: nothing to tell apart "
-            "(--method simclr trains without labels)"
-        )
-    for name, count in zip(data.classes, counts):
-        if count == 1:
-            print(
-                f"warning: class {name!r} has one training image, whose only positive is its own "
-                "other view",
-                file=sys.stderr,
-            )

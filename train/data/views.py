@@ -6,6 +6,8 @@ Of images in files it begins with a crop that was cut where the image was decode
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import kornia.augmentation as K
 import torch
@@ -15,14 +17,60 @@ from torchvision.transforms.v2 import functional as transforms
 from data.images import Crops, ImageData, ImageFiles, Split
 from data.policies import autoaugment, randaugment
 from data.prefetch import on_device
-from run.config import PretrainConfig
 from run.errors import UserError
 from run.processes import ALONE, Ranks
+from run.rules import broken, out_of_range
 from run.seeds import seed_of
 
 # Each holds a change that needs three channels.
 POLICIES = ("autoaugment", "randaugment", "stacked_randaugment")
 CIFAR = ("cifar10", "cifar100")
+
+
+@dataclass
+class ViewOptions:
+    """The random views of each image.
+
+    Args:
+        augment: What changes from view to view. auto: digits for the data set digits, otherwise simclr.
+            digits: slant, turn, shift and scale. All others crop and flip. crop_flip: no more; simclr:
+            and change colours; simclr_blur: and blur; autoaugment, randaugment: and draw from that
+            policy, for each image alone; stacked_randaugment: from it, and change colours at twice
+            the strength and blur.
+        min_crop_area: The least share of an image that a random crop keeps, up to all of it, such as
+            0.08 of the SupCon authors' ImageNet runs. Default: 0.2, as SupContrast. Of images in files
+            crops are cut from the whole image, as of stl10 at an image_size below its 96.
+        num_views: Random views of each image in a batch.
+    """
+
+    augment: Literal[
+        "auto", "digits", "crop_flip", "simclr", "simclr_blur",
+        "autoaugment", "randaugment", "stacked_randaugment",
+    ] = "auto"  # fmt: skip
+    min_crop_area: float = 0.2
+    num_views: int = 2
+
+    def mistakes(self) -> list[str]:
+        """What is out of range, one sentence each."""
+        rules = [
+            (
+                0 < self.min_crop_area <= 1,
+                f"--min_crop_area {self.min_crop_area}: must be greater than 0 and at most 1",
+            )
+        ]
+        return broken(rules) + out_of_range(
+            self, at_least={"num_views": 2}, at_most={"num_views": 1000}
+        )
+
+    def changes(self, dataset: str) -> str:
+        """What `augment` is for a data set."""
+        if self.augment != "auto":
+            return self.augment
+        return "digits" if dataset == "digits" else "simclr"
+
+    def crops(self, dataset: str) -> bool:
+        """Whether views begin with a random crop."""
+        return self.changes(dataset) != "digits"
 
 
 class Views:
@@ -81,56 +129,64 @@ class Views:
         return images.contiguous(memory_format=self.memory_format)
 
 
-def build_views(config: PretrainConfig, data: ImageData, ranks: Ranks = ALONE) -> Views:
-    """The views that a config asks for.
+def build_views(
+    options: ViewOptions,
+    data: ImageData,
+    *,
+    seed: int,
+    ranks: Ranks = ALONE,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Views:
+    """The views that the options ask for.
 
     Raises:
         UserError: the images are grey and the augmentation changes colours.
     """
-    name = config.augment
-    if name == "auto":
-        name = "simclr" if config.crops else "digits"
-    if name in POLICIES and data.channels != 3:
+    changes = options.changes(data.name)
+    if changes in POLICIES and data.channels != 3:
         raise UserError(
-            f"--augment {name} changes colours, and the images of {config.dataset} are grey: "
+            f"--augment {changes} changes colours, and the images of {data.name} are grey: "
             "--augment simclr takes both"
         )
-    parts = [*_begin(config, data), *_changes(name, config.dataset, data)]
     return Views(
-        nn.Sequential(*parts),
-        traits=_traits(name, config, data),
+        nn.Sequential(*_begin(options, data), *_changes(changes, data)),
+        traits=_traits(options, data),
         image_size=data.image_size,
         mean=data.mean,
         std=data.std,
-        seed=config.seed,
+        seed=seed,
         seed_key=ranks.seed_key,
-        memory_format=config.memory_format,
+        memory_format=memory_format,
     )
 
 
-def training_images(config: PretrainConfig, data: ImageData) -> Split | Crops:
+def training_images(options: ViewOptions, data: ImageData, *, seed: int) -> Split | Crops:
     """What training batches are drawn from: of files and larger originals, crops in every view."""
-    larger = isinstance(data.train.images, ImageFiles) or data.train.originals is not None
-    if not (config.crops and larger):
+    if not _are_cut_where_decoded(options, data):
         return data.train
     return Crops(
         data.train,
         size=data.image_size,
-        num_views=config.num_views,
-        min_area=config.min_crop_area,
-        seed=config.seed,
+        num_views=options.num_views,
+        min_area=options.min_crop_area,
+        seed=seed,
     )
 
 
-def _traits(name: str, config: PretrainConfig, data: ImageData) -> list[str]:
+def _are_cut_where_decoded(options: ViewOptions, data: ImageData) -> bool:
+    larger = isinstance(data.train.images, ImageFiles) or data.train.originals is not None
+    return options.crops(data.name) and larger
+
+
+def _traits(options: ViewOptions, data: ImageData) -> list[str]:
+    changes = options.changes(data.name)
     found = []
-    images = training_images(config, data)
-    if isinstance(images, Crops):
-        in_files = isinstance(images.split.images, ImageFiles)
+    if _are_cut_where_decoded(options, data):
+        in_files = isinstance(data.train.images, ImageFiles)
         found.append("crops of whole images" + ", resized as tensors" * in_files)
-    if name in POLICIES:
+    if changes in POLICIES:
         found.append("the authors' policy, drawn at once")
-    if name.startswith("simclr") and data.channels == 1:
+    if changes.startswith("simclr") and data.channels == 1:
         found.append("multiplied brightness and contrast")
     return found
 
@@ -170,23 +226,23 @@ def _contrasted(images: Tensor, factors: Tensor) -> Tensor:
     return (mean + factors * (images - mean)).clamp(0, 1)
 
 
-def _begin(config: PretrainConfig, data: ImageData) -> list[nn.Module]:
+def _begin(options: ViewOptions, data: ImageData) -> list[nn.Module]:
     size = (data.image_size, data.image_size)
-    if not config.crops:
+    if not options.crops(data.name):
         return [K.CenterCrop(size)]
     flip = K.RandomHorizontalFlip(p=0.5)
-    if isinstance(training_images(config, data), Crops):
+    if _are_cut_where_decoded(options, data):
         return [flip]
     # "resample" cuts the whole batch at once; "slice" would go from image to image.
-    scale = (config.min_crop_area, 1.0)
+    scale = (options.min_crop_area, 1.0)
     return [K.RandomResizedCrop(size, scale=scale, p=1.0, cropping_mode="resample"), flip]
 
 
-def _changes(name: str, dataset: str, data: ImageData) -> list[nn.Module]:
+def _changes(name: str, data: ImageData) -> list[nn.Module]:
     if name == "digits":
         return [_handwriting()]
     if name == "autoaugment":
-        return [autoaugment(cifar=dataset in CIFAR)]
+        return [autoaugment(cifar=data.name in CIFAR)]
     if name == "randaugment":
         return [randaugment()]
     if name == "stacked_randaugment":
@@ -200,13 +256,14 @@ def _changes(name: str, dataset: str, data: ImageData) -> list[nn.Module]:
 
 def _handwriting() -> nn.Module:
     """Slant, turn, shift and scale as handwriting does; a flip would make another digit."""
-    return K.RandomAffine(
+    change: nn.Module = K.RandomAffine(
         degrees=15.0,
         translate=(0.1, 0.1),
         scale=(0.8, 1.2),
         shear=torch.tensor([-10.0, 10.0, -10.0, 10.0]),
         p=1.0,
     )
+    return change
 
 
 def _colours(channels: int, *, strength: float = 0.5) -> list[nn.Module]:
@@ -226,4 +283,5 @@ def _colours(channels: int, *, strength: float = 0.5) -> list[nn.Module]:
 def _blur(size: int) -> nn.Module:
     # A tenth of the side, as SimCLR has it, rounded to an odd number.
     kernel = max(3, size // 10 // 2 * 2 + 1)
-    return K.RandomGaussianBlur((kernel, kernel), sigma=(0.1, 2.0), p=0.5)
+    blur: nn.Module = K.RandomGaussianBlur((kernel, kernel), sigma=(0.1, 2.0), p=0.5)
+    return blur

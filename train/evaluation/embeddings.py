@@ -58,8 +58,7 @@ def embed(
         split,
         batch_size=EMBED_BATCH_SIZE,
         workers=workers,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        ranks=ranks,
         device=device,
     )
     rows = torch.empty(0, device=device)

@@ -1,6 +1,7 @@
 """How good the embedding of a run is: what its classifiers make of images that it is not trained on."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -10,9 +11,10 @@ from torch import Tensor
 from data.images import ImageData, Split
 from data.sources import evenly_drawn, subset
 from evaluation.embeddings import embed, encode_stored, pixels
-from evaluation.knn import accuracy, knn_predict
+from evaluation.knn import NEIGHBOURS, TEMPERATURE, accuracy, knn_predict
 from network.embedder import Embedder
 from run.checkpoint import RunState
+from run.rules import out_of_range
 from training.trainer import Trainer
 
 
@@ -31,24 +33,61 @@ class Tested(NamedTuple):
     probe_accuracy: float | None
 
 
-class Evaluation:
+@dataclass
+class EvaluationOptions:
+    """Measuring the embedding.
+
+    Args:
+        probe: Train a linear classifier on the embeddings, too, without gradient to the encoder, and
+            evaluate it with k-NN.
+        knn_every: Epochs between k-NN evaluations; 0: only before the first and after the last.
+        knn_k: Neighbours that vote.
+        knn_temperature: Each votes with the weight exp(cosine similarity / this).
+        knn_bank: Use only so many training images as neighbours; 0: all.
+    """
+
+    probe: bool = False
+    knn_every: int = 10
+    knn_k: int = NEIGHBOURS
+    knn_temperature: float = TEMPERATURE
+    knn_bank: int = 0
+
+    def mistakes(self) -> list[str]:
+        """What is out of range, one sentence each."""
+        return out_of_range(
+            self,
+            at_least={"knn_every": 0, "knn_k": 1, "knn_bank": 0},
+            greater_than_0=("knn_temperature",),
+        )
+
+
+class Evaluator:
     """Classifies images by their nearest training images, in the embedding of a trainer's network.
 
     During the run these are the validation images, or the test images where there are no others.
 
     Args:
+        workers: processes that load images.
         before_batch: called before every batch; what it raises breaks the evaluation off, which
             changes nothing and may take minutes.
     """
 
     def __init__(
-        self, trainer: Trainer, data: ImageData, *, before_batch: Callable[[], None]
+        self,
+        trainer: Trainer,
+        data: ImageData,
+        options: EvaluationOptions,
+        *,
+        workers: int,
+        before_batch: Callable[[], None],
     ) -> None:
         self.trainer = trainer
+        self.options = options
+        self.workers = workers
         self.watched = data.test if data.validation is None else data.validation
         self.test = data.test
         self.num_classes = len(data.classes)
-        self.bank = subset(data.train, trainer.config.knn_bank)
+        self.bank = subset(data.train, options.knn_bank)
         self.before_batch = before_batch
         # By the network as it is: no split is encoded twice until the weights move.
         self.embedded: dict[Split, Tensor] = {}
@@ -59,7 +98,7 @@ class Evaluation:
 
     def baselines(self) -> RunState:
         """The state of a run before its first step."""
-        self.trainer.copy_statistics()
+        self.trainer.broadcast_statistics()
         num_features = self.trainer.measured.num_features
 
         def encode(images: Tensor) -> Tensor:
@@ -75,7 +114,7 @@ class Evaluation:
 
     def measure(self, state: RunState) -> None:
         """Bring the accuracies in a run's state up to date."""
-        self.trainer.copy_statistics()
+        self.trainer.broadcast_statistics()
         state.accuracy = accuracy(self.predictions(self.watched), self.watched.labels)
         state.probe = self._probe_accuracy(self.watched)
 
@@ -113,14 +152,13 @@ class Evaluation:
         return accuracy(probe.predictions(embedded), split.labels)
 
     def _classify(self, queries: Tensor, bank: Tensor) -> Tensor:
-        config = self.trainer.config
         predictions = knn_predict(
             queries,
             bank,
             self.bank.labels.to(bank.device),
             num_classes=self.num_classes,
-            neighbours=config.knn_k,
-            temperature=config.knn_temperature,
+            neighbours=self.options.knn_k,
+            temperature=self.options.knn_temperature,
         )
         return predictions.cpu()
 
@@ -129,7 +167,7 @@ class Evaluation:
             encode,
             split,
             device=self.trainer.device,
-            workers=self.trainer.config.workers,
+            workers=self.workers,
             ranks=self.trainer.ranks,
         )
 

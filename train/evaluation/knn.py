@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from run.config import PretrainConfig
+NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 
 def knn_predict(
@@ -13,8 +13,8 @@ def knn_predict(
     bank_labels: Tensor,
     *,
     num_classes: int,
-    neighbours: int = PretrainConfig.knn_k,
-    temperature: float = PretrainConfig.knn_temperature,
+    neighbours: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
     chunk: int = 1024,
 ) -> Tensor:
     """Classify by the vote of the nearest neighbours in cosine similarity.

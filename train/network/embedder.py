@@ -1,19 +1,62 @@
 """The networks: an encoder from timm, its own or with our small stem, and the projection head."""
 
+from dataclasses import dataclass
 from textwrap import shorten
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from run.config import PretrainConfig
 from run.errors import UserError
-from run.out_of_memory import memory_for
+from run.out_of_memory import out_of_memory_names
+from run.rules import LARGEST, broken, out_of_range
 from supcon_kernels.small_stem import SMALL_STEM_DEPTHS
 
 PROJECTION_DIM = 128
+
+
+@dataclass
+class NetworkOptions:
+    """The network.
+
+    Args:
+        model: With the small stem resnet10, 18, 34, 50, 101, 152 or 200; with the standard stem
+            any model of timm by name that can embed images of image_size.
+        stem: small: 3x3 at stride 1, for images up to about 64 pixels; standard: the model's own.
+        zero_init_residual: Begin the last batch norm of every residual block at zero, so that the block
+            begins as the identity (models of timm that take zero_init_last); false: at one, as
+            SupContrast.
+        width: Channels of the first stage, doubled at each of the next three (small stem only).
+        head: Between encoder and loss. mlp: two layers; linear: one, as the paper's ImageNet recipe.
+        normalize_embedding: The head sees embeddings of length 1, as in that recipe.
+        channels_last: Keep images and filters with the channels innermost, which convolutions are
+            mostly faster with.
+    """
+
+    model: str = "resnet18"
+    stem: Literal["small", "standard"] = "small"
+    zero_init_residual: bool = True
+    width: int = 16
+    head: Literal["mlp", "linear"] = "mlp"
+    normalize_embedding: bool = False
+    channels_last: bool = True
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """How images and filters lie in memory."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def mistakes(self) -> list[str]:
+        """What is out of range or contradicts itself, one sentence each."""
+        rules = [
+            (
+                self.stem == "small" or self.width == NetworkOptions.width,
+                "--width contradicts --stem standard: the model's own channels are used",
+            )
+        ]
+        return broken(rules) + out_of_range(self, at_least={"width": 4}, at_most={"width": LARGEST})
 
 
 class Embedder(nn.Module):
@@ -56,39 +99,44 @@ def sync_batch_norms(model: Embedder) -> Embedder:
     return synced
 
 
-def encoder_recipe(config: PretrainConfig, *, channels: int) -> tuple[str, dict[str, Any]]:
-    """The name and the options from which timm.create_model builds a config's encoder."""
-    options: dict[str, Any] = {"in_chans": channels, "num_classes": 0}
-    name = config.model
-    if config.stem == "small":
+def encoder_recipe(
+    options: NetworkOptions, *, channels: int, image_size: int | None
+) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments from which timm.create_model builds the encoder."""
+    arguments: dict[str, Any] = {"in_chans": channels, "num_classes": 0}
+    name = options.model
+    if options.stem == "small":
         depths = {f"resnet{depth}": depth for depth in SMALL_STEM_DEPTHS}
-        if config.model not in depths:
-            raise UserError(f"--model {config.model}: with --stem small one of {', '.join(depths)}")
-        name = "small_stem_resnet"
-        options |= {"depth": depths[config.model], "width": config.width}
-    elif not timm.is_model(config.model):
-        raise UserError(f"--model {config.model}: timm has no model of that name")
-    elif config.image_size is not None:
-        about = timm.get_pretrained_cfg(name)
-        # What has a weight for each place of an image, such as a ViT, is built for one size.
-        if about and about.fixed_input_size and about.input_size[-1] != config.image_size:
-            options["img_size"] = config.image_size
-    return name, options
+        if name not in depths:
+            raise UserError(f"--model {name}: with --stem small one of {', '.join(depths)}")
+        return "small_stem_resnet", arguments | {"depth": depths[name], "width": options.width}
+    if not timm.is_model(name):
+        raise UserError(f"--model {name}: timm has no model of that name")
+    about = timm.get_pretrained_cfg(name)
+    # What has a weight for each place of an image, such as a ViT, is built for one size.
+    if about and about.fixed_input_size and image_size not in (None, about.input_size[-1]):
+        arguments["img_size"] = image_size
+    return name, arguments
 
 
-def build_model(config: PretrainConfig, *, channels: int) -> Embedder:
-    """The network that a config asks for, for images of so many channels, not yet trained.
+def build_model(
+    options: NetworkOptions, *, channels: int, image_size: int | None = None
+) -> Embedder:
+    """The network that the options ask for, not yet trained.
+
+    Args:
+        channels, image_size: of the images that it is to embed; at the default of any size.
 
     Raises:
-        UserError: there is no such encoder, or it does not embed images of the config's size.
+        UserError: there is no such encoder, or it does not embed such images.
     """
-    name, options = encoder_recipe(config, channels=channels)
-    size = config.image_size or 32
+    name, arguments = encoder_recipe(options, channels=channels, image_size=image_size)
+    size = image_size or 32
     # Not part of what the encoder is: weights of either beginning fit.
-    start = {} if config.zero_init_residual else {"zero_init_last": False}
+    start: dict[str, Any] = {} if options.zero_init_residual else {"zero_init_last": False}
     try:
-        with memory_for(config, "model", "width", "image_size"):
-            encoder = timm.create_model(name, **options, **start)
+        with out_of_memory_names(model=options.model, width=options.width, image_size=image_size):
+            encoder = timm.create_model(name, **arguments, **start)
             # Asked for and not looked up: not every model of timm has its width in one attribute.
             with torch.no_grad():
                 embedded = encoder.eval()(torch.zeros(2, channels, size, size))
@@ -99,16 +147,17 @@ def build_model(config: PretrainConfig, *, channels: int) -> Embedder:
     except Exception as error:  # timm and its models raise whatever they like
         if start and "zero_init_last" in str(error):
             raise UserError(
-                f"--zero_init_residual false: --model {config.model} has no such residual blocks"
+                f"--no_zero_init_residual: --model {options.model} has no such residual blocks"
             ) from error
         reason = shorten(" ".join(str(error).split()) or type(error).__name__, 160)
         raise UserError(
-            f"--model {config.model} cannot embed images of {channels}x{size}x{size}, choose "
+            f"--model {options.model} cannot embed images of {channels}x{size}x{size}, choose "
             f"another --model or --image_size: {reason}"
         ) from error
-    return Embedder(
+    model = Embedder(
         encoder.train(),
         embedded.shape[1],
-        head=config.head,
-        normalize=config.normalize_embedding,
+        head=options.head,
+        normalize=options.normalize_embedding,
     )
+    return model.to(memory_format=options.memory_format)

@@ -1,8 +1,9 @@
 """The weights of an encoder in files: where a run takes its first ones from and leaves its last."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import timm
@@ -12,18 +13,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from data.images import ImageData
-from network.embedder import Embedder, build_model, encoder_recipe
+from network.embedder import NetworkOptions, encoder_recipe
 from run.atomic_write import link_file, replace_file, replace_text
-from run.checkpoint import (
-    LAST,
-    check_finite,
-    evaluated_weights,
-    load_checkpoint,
-    load_weights,
-    restored_from,
-)
-from run.config import PretrainConfig
+from run.checkpoint import check_finite, restored_from
 from run.errors import UserError
+from run.rules import broken
 
 PREFIX = "encoder."
 ENCODER = "encoder.safetensors"
@@ -31,57 +25,83 @@ EXPORT = "export"
 METADATA = "encoder"
 
 
-def load_first_weights(encoder: nn.Module, config: PretrainConfig, *, channels: int) -> None:
-    """Give a new run's encoder the weights that --pretrained or --init_from names, if any.
+@dataclass
+class StartOptions:
+    """The weights to start from.
+
+    Args:
+        pretrained: Start from timm's weights for the model, downloaded (standard stem only).
+        init_from: Start from the encoder of another run of the same model: PATH of its checkpoint,
+            its encoder.safetensors, or its folder (its last.pt); or from what convert.py wrote.
+    """
+
+    pretrained: bool = False
+    init_from: str | None = None
+
+    def mistakes(self) -> list[str]:
+        """What contradicts itself, one sentence each."""
+        rules = [
+            (
+                self.init_from is None or not self.pretrained,
+                "--pretrained contradicts --init_from: the weights come from one of them",
+            )
+        ]
+        return broken(rules)
+
+
+def load_pretrained(encoder: nn.Module, about: dict[str, Any]) -> None:
+    """Give an encoder timm's weights for it.
+
+    Args:
+        about: "model" and the other arguments of timm.create_model that build it.
 
     Raises:
-        UserError: they cannot be had, or are those of another model.
+        UserError: they cannot be had.
     """
-    name, options = encoder_recipe(config, channels=channels)
-    if config.pretrained:
-        try:
-            trained = timm.create_model(name, pretrained=True, **options)
-        except Exception as error:
-            raise UserError(
-                f"--pretrained: timm's weights for --model {name} could not be had "
-                f"({' '.join(str(error).split())}); where there is no network, start without "
-                "them or from a file by --init_from"
-            ) from error
-        encoder.load_state_dict(trained.state_dict())
-    if config.init_from is not None:
-        theirs, weights = read_encoder(Path(config.init_from))
-        ours = {"model": name, **options}
-        if differences := [
-            f"{key} is {theirs.get(key)}, here {ours.get(key)}"
-            for key in ours | theirs
-            if ours.get(key) != theirs.get(key)
-        ]:
-            raise UserError(
-                f"--init_from {config.init_from} holds another model: {', '.join(differences)}"
-            )
-        load_weights(encoder, weights, Path(config.init_from))
+    arguments = dict(about)
+    name = arguments.pop("model")
+    try:
+        trained = timm.create_model(name, pretrained=True, **arguments)
+    except Exception as error:
+        raise UserError(
+            f"--pretrained: timm's weights for --model {name} could not be had "
+            f"({' '.join(str(error).split())}); where there is no network, start without "
+            "them or from a file by --init_from"
+        ) from error
+    encoder.load_state_dict(trained.state_dict())
 
 
-def read_encoder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the encoder of a run from a checkpoint, its encoder.safetensors or its folder.
+def load_encoder(
+    encoder: nn.Module,
+    about: dict[str, Any],
+    found: tuple[dict[str, Any], dict[str, Tensor]],
+    path: Path,
+) -> None:
+    """Give an encoder the weights that were found in `path`, if they are those of its model.
 
-    Returns:
-        The arguments of timm.create_model that build it, and its weights.
+    Args:
+        about: the arguments of timm.create_model that build it.
+        found: the same of the other encoder, and its weights.
+
+    Raises:
+        UserError: they are those of another model.
+    """
+    theirs, weights = found
+    if differences := [
+        f"{key} is {theirs.get(key)}, here {about.get(key)}"
+        for key in about | theirs
+        if about.get(key) != theirs.get(key)
+    ]:
+        raise UserError(f"--init_from {path} holds another model: {', '.join(differences)}")
+    load_weights(encoder, weights, path)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read encoder.safetensors: the arguments of timm.create_model that build it, and its weights.
 
     Raises:
         UserError: there is no such file, it cannot be read, or pretrain.py did not write it.
     """
-    path = path / LAST if path.is_dir() else path
-    if path.suffix != ".safetensors":
-        saved = load_checkpoint(path)
-        config = PretrainConfig(**saved["config"])
-        name, options = encoder_recipe(config, channels=saved["data"]["channels"])
-        weights = {
-            key.removeprefix(PREFIX): value
-            for key, value in evaluated_weights(saved).items()
-            if key.startswith(PREFIX)
-        }
-        return {"model": name, **options}, weights
     if not path.is_file():
         raise UserError(f"there is no encoder {path}")
     try:
@@ -108,32 +128,34 @@ def _read_metadata(metadata: dict[str, str]) -> dict[str, Any]:
     return {}
 
 
-def load_model(path: Path, saved: dict[str, Any]) -> Embedder:
-    """The network whose weights a checkpoint, read from `path`, would have evaluated.
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Give a model the weights that `path` holds.
 
     Raises:
-        UserError: the checkpoint does not hold such a network.
+        UserError: they are those of another model.
     """
-    with restored_from(path):
-        model = build_model(PretrainConfig(**saved["config"]), channels=saved["data"]["channels"])
-    load_weights(model, evaluated_weights(saved), path)
-    return model
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        # After a first line come the names of all weights that are missing, left over, or unlike.
+        difference = shorten(str(error).partition("\n")[2], 200)
+        raise UserError(
+            f"{path} holds the weights of another model than its options build here: {difference}"
+        ) from error
 
 
 def write_encoder(
-    folder: Path, encoder: nn.Module, config: PretrainConfig, data: ImageData
+    folder: Path, encoder: nn.Module, options: NetworkOptions, data: ImageData
 ) -> None:
     """Write encoder.safetensors, and export/ for `timm.create_model("local-dir:.../export")`.
 
     Either says from what arguments timm builds the encoder and how an image is made its input. A
     small stem is built after `import supcon_kernels.small_stem`.
     """
-    name, options = encoder_recipe(
-        replace(config, image_size=data.image_size), channels=data.channels
-    )
+    name, arguments = encoder_recipe(options, channels=data.channels, image_size=data.image_size)
     about = {
         "model": name,
-        "options": options,
+        "options": arguments,
         "image_size": data.image_size,
         "mean": data.mean,
         "std": data.std,
@@ -144,7 +166,7 @@ def write_encoder(
     export = folder / EXPORT
     export.mkdir(exist_ok=True)
     link_file(folder / ENCODER, export / "model.safetensors")
-    replace_text(export / "config.json", json.dumps(_timm_config(encoder, name, options, data)))
+    replace_text(export / "config.json", json.dumps(_timm_config(encoder, name, arguments, data)))
 
 
 def pack_encoder(weights: dict[str, Tensor], about: dict[str, Any]) -> bytes:
@@ -163,19 +185,19 @@ def pack_encoder(weights: dict[str, Tensor], about: dict[str, Any]) -> bytes:
 
 
 def _timm_config(
-    encoder: nn.Module, name: str, options: dict[str, Any], data: ImageData
+    encoder: nn.Module, name: str, arguments: dict[str, Any], data: ImageData
 ) -> dict[str, Any]:
     of_model: Any = encoder.pretrained_cfg
     # Whoever gives it a number of classes again needs the names of the layers that change.
     kept = {key: of_model[key] for key in ("first_conv", "classifier") if of_model.get(key)}
     return {
         "architecture": name.partition(".")[0],
-        "num_classes": options["num_classes"],
+        "num_classes": arguments["num_classes"],
         "num_features": encoder.num_features,
-        "model_args": options,
+        "model_args": arguments,
         "pretrained_cfg": kept
         | {
-            "num_classes": options["num_classes"],
+            "num_classes": arguments["num_classes"],
             "input_size": [data.channels, data.image_size, data.image_size],
             "fixed_input_size": bool(of_model.get("fixed_input_size")),
             "interpolation": "bilinear",

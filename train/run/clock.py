@@ -56,4 +56,6 @@ def _seconds_between(before: float | torch.cuda.Event, after: float | torch.cuda
     if isinstance(before, float):
         assert isinstance(after, float)
         return after - before
-    return before.elapsed_time(after) / 1e3
+    assert not isinstance(after, float)
+    seconds: float = before.elapsed_time(after) / 1e3
+    return seconds

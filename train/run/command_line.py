@@ -6,13 +6,15 @@ import os
 import re
 import signal
 import sys
+from argparse import Action
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass
 from types import FrameType
-from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+import docstring_parser
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from run.errors import UserError
 
@@ -25,7 +27,7 @@ INTERRUPTED = 128 + signal.SIGINT  # as shells count a program that a signal end
 
 
 class Options(Protocol):
-    """A dataclass of options, each of which its docstring describes."""
+    """A dataclass of options, each of which its docstring describes; or of such dataclasses."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -33,7 +35,16 @@ class Options(Protocol):
         """What is out of range or contradicts itself, one sentence each."""
 
 
-Config = TypeVar("Config", bound=Options)
+Kind = TypeVar("Kind", bound=Options)
+
+
+class _Help(DefaultHelpFormatter):
+    """Shows a boolean as the two flags that it is."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if isinstance(action, ActionYesNo):
+            return ", ".join(action.option_strings)
+        return str(super()._format_action_invocation(action))
 
 
 class _Parser(ArgumentParser):
@@ -43,6 +54,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with code 2."""
+        message = message.replace("invalid _boolean_type value", "true or false is accepted, not")
         # argparse lists the unknown words of the command line, jsonargparse quotes a key of YAML.
         _, _, unknown = message.partition("nrecognized arguments: ")
         words = [word for word in unknown.split() if word.startswith("-")]
@@ -62,23 +74,63 @@ def _suggestion(word: str, accepted: Iterable[str]) -> str | None:
     return f"(did you mean --{close[0]}?)" if close else None
 
 
-def parse(kind: type[Config], argv: list[str] | None, *, prog: str, description: str) -> Config:
-    """Read a config; unknown, malformed and contradictory options exit with code 2."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.accepted = ["config", *(field.name for field in fields(kind))]
+def parse(kind: type[Kind], argv: list[str] | None, *, prog: str, description: str) -> Kind:
+    """Read options; unknown, malformed and contradictory ones exit with code 2."""
+    parser = _Parser(
+        prog=prog,
+        usage=f"python {prog} [--config FILE] [--OPTION VALUE ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
+    rooms = _rooms(kind)
+    parser.accepted = [
+        "config",
+        *(option.name for room in rooms.values() for option in fields(room)),
+    ]
     parser.add_argument(
         "--config",
         action=ActionConfigFile,
         help="YAML file of options; the command line wins wherever it stands.",
     )
-    parser.add_class_arguments(kind, None, as_group=False)
+    for room in rooms.values():
+        _add_room(parser, room)
     arguments = _config_files_first(sys.argv[1:] if argv is None else argv)
     values = vars(parser.parse_args(arguments))
-    del values["config"]
-    config = kind(**values)
-    if mistakes := config.mistakes():
+    made = {
+        name: room(**{option.name: values[option.name] for option in fields(room)})
+        for name, room in rooms.items()
+    }
+    options = made[""] if "" in made else kind(**made)
+    if mistakes := options.mistakes():
         parser.error("; ".join(mistakes))
-    return config
+    return options
+
+
+def _rooms(kind: type[Options]) -> dict[str, type[Any]]:
+    """The dataclasses of a dataclass by name; of one without any it alone, without a name."""
+    types = get_type_hints(kind)
+    rooms = {field.name: types[field.name] for field in fields(kind)}
+    return rooms if all(map(is_dataclass, rooms.values())) else {"": kind}
+
+
+def _add_room(parser: ArgumentParser, room: type[Any]) -> None:
+    """Add the options of a dataclass, in a group that its docstring gives the title."""
+    doc = docstring_parser.parse(room.__doc__ or "")
+    described = {
+        param.arg_name: " ".join((param.description or "").split()) for param in doc.params
+    }
+    group = parser.add_argument_group((doc.short_description or "").rstrip("."))
+    types = get_type_hints(room)
+    for option in fields(room):
+        required = option.default is MISSING
+        how: dict[str, Any] = {"required": True} if required else {"default": option.default}
+        how["help"] = described[option.name]
+        if types[option.name] is bool:
+            how |= {"action": ActionYesNo(no_prefix="no_"), "nargs": "?"}
+        else:
+            how["type"] = types[option.name]
+        group.add_argument(f"--{option.name}", **how)
 
 
 def _config_files_first(argv: list[str]) -> list[str]:

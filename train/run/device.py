@@ -1,8 +1,32 @@
-"""The device that --device names."""
+"""The device that a process computes on, and how long it waits for others."""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from run.errors import UserError
+from run.rules import out_of_range
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@dataclass
+class DeviceOptions:
+    """Devices and processes.
+
+    Args:
+        device: auto takes cuda, then mps, then cpu. Of several processes each takes a GPU to itself.
+        timeout_minutes: How long one of several processes waits for another before it ends with an
+            error; the first of each host may be downloading the data set meanwhile.
+    """
+
+    device: Device = "auto"
+    timeout_minutes: float = 10.0
+
+    def mistakes(self) -> list[str]:
+        """What is out of range, one sentence each."""
+        return out_of_range(self, greater_than_0=("timeout_minutes",))
 
 
 def pick_device(name: str) -> torch.device:

@@ -7,17 +7,56 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from run.checkpoint import LAST, checkpoints_in
-from run.config import PretrainConfig
 from run.errors import UserError
+from run.rules import broken
 
 if sys.platform != "win32":
     import fcntl
 
 LOCK = ".lock"
+
+
+@dataclass
+class FolderOptions:
+    """The folder of the run.
+
+    Args:
+        output_dir: The run is written to output_dir/name.
+        name: Default: made of dataset, method and seed, numbered when that name is taken.
+        resume: none: start a new run. auto: go on from the newest checkpoint of the run of this
+            name that is not damaged (without --name: the latest of the default name), or start it
+            if there is none. PATH: go on from this checkpoint, or in this run folder. Options that
+            would change the past are refused; epochs, max_steps, knn_every and save_every may change,
+            and data_root or the path in dataset, where the same images have moved.
+    """
+
+    output_dir: str = "runs"
+    name: str | None = None
+    resume: str = "none"
+
+    def mistakes(self) -> list[str]:
+        """What contradicts itself, one sentence each."""
+        rules = [
+            (
+                self.name is None
+                or (self.name == Path(self.name).name and self.name not in ("", "..")),
+                f"--name {self.name}: a folder name without slashes is needed",
+            ),
+            (
+                self.name is None or self.resume in ("none", "auto") or self._resumes_itself(),
+                f"--name {self.name} contradicts --resume {self.resume}: a run stays in its folder",
+            ),
+        ]
+        return broken(rules)
+
+    def _resumes_itself(self) -> bool:
+        path = Path(self.resume).resolve()
+        return self.name == (path if path.is_dir() else path.parent).name
 
 
 class RunLock:
@@ -66,8 +105,13 @@ class RunLock:
             self.file.close()
 
 
-def open_run(config: PretrainConfig, lock: RunLock) -> tuple[Path, list[Path]]:
+def open_folder(
+    options: FolderOptions, default_name: str, lock: RunLock
+) -> tuple[Path, list[Path]]:
     """Find or make the folder of a run, and take its lock.
+
+    Args:
+        default_name: of a run whose --name was not given, before it is numbered.
 
     Returns:
         The folder, and the checkpoints to go on from, the newest first; none: the run is new.
@@ -77,19 +121,19 @@ def open_run(config: PretrainConfig, lock: RunLock) -> tuple[Path, list[Path]]:
             nothing can be written there.
     """
     try:
-        folder = _find_or_make(config)
+        folder = _find_or_make(options, default_name)
         with tempfile.TemporaryFile(dir=folder):
             lock.take(folder)
     except OSError as error:
         raise UserError(f"cannot write a run: {error}; choose another --output_dir") from error
-    if config.resume == "none" and any(path.name != LOCK for path in folder.iterdir()):
+    if options.resume == "none" and any(path.name != LOCK for path in folder.iterdir()):
         raise UserError(
             f"{folder} already holds a run: choose another --name, or go on with --resume auto"
         )
-    if config.resume in ("none", "auto"):
+    if options.resume in ("none", "auto"):
         # Without any the run stopped before its first checkpoint: nothing to keep, it starts again.
         return folder, checkpoints_in(folder)
-    path = Path(config.resume)
+    path = Path(options.resume)
     return folder, [path] if path.is_file() else checkpoints_in(folder)
 
 
@@ -106,34 +150,27 @@ def removed_if_empty(folder: Path) -> Iterator[None]:
         raise
 
 
-def _find_or_make(config: PretrainConfig) -> Path:
-    if config.resume not in ("none", "auto"):
-        return _of_path(config)
-    parent = Path(config.output_dir)
-    folder = parent / config.name if config.name else None
-    if folder is None and config.resume == "auto":
-        folder = _latest(parent, default_name(config))
+def _find_or_make(options: FolderOptions, default_name: str) -> Path:
+    if options.resume not in ("none", "auto"):
+        return _of_path(options)
+    parent = Path(options.output_dir)
+    folder = parent / options.name if options.name else None
+    if folder is None and options.resume == "auto":
+        folder = _latest(parent, default_name)
     if folder is None:
-        return _make_numbered(parent, default_name(config))
+        return _make_numbered(parent, default_name)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def default_name(config: PretrainConfig) -> str:
-    """The name of a run whose --name was not given, before it is numbered."""
-    dataset, _, path = config.dataset.partition(":")
-    folder = re.sub(r"[^\w.-]+", "_", Path(path).resolve().name) if path else ""
-    return "-".join(filter(None, [dataset, folder, config.method, f"seed{config.seed}"]))
-
-
-def _of_path(config: PretrainConfig) -> Path:
-    path = Path(config.resume)
+def _of_path(options: FolderOptions) -> Path:
+    path = Path(options.resume)
     if path.is_file():
         return path.parent
     # A run that stopped before its first checkpoint has left its config, and starts again.
     if not checkpoints_in(path) and not (path / "config.yaml").is_file():
         missing = path / LAST if path.is_dir() else path
-        raise UserError(f"--resume {config.resume}: there is no checkpoint {missing}")
+        raise UserError(f"--resume {options.resume}: there is no checkpoint {missing}")
     return path
 
 

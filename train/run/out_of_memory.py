@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from textwrap import shorten
 
-from run.config import PretrainConfig
 from run.errors import UserError
 
 # How torch says so for the CPU, CUDA and MPS, and of tensors that no address reaches.
@@ -26,15 +25,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_for(config: PretrainConfig, *options: str) -> Iterator[None]:
-    """Turn running out of memory into an error of the options that ask for it."""
+def out_of_memory_names(**options: object) -> Iterator[None]:
+    """Turn running out of memory into an error that names the options that ask for it."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        values = {option: getattr(config, option) for option in options}
-        asked = ", ".join(f"--{key} {value}" for key, value in values.items() if value is not None)
+        asked = ", ".join(f"--{key} {value}" for key, value in options.items() if value is not None)
         raise UserError(
             f"out of memory: lower one of {asked} ({shorten(str(error), 200)})"
         ) from error

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,7 @@ PATIENCE = 3.0
 REASON, SPOKEN = "reason", "spoken"
 
 
-@dataclass
+@dataclass(eq=False)
 class Ranks:
     """This process among those of its run. Every process makes the calls of all methods, in order.
 
@@ -128,9 +128,11 @@ class Ranks:
             except UserError as error:
                 said[1] = error
         dist.broadcast_object_list(said, src=0, group=self.group)
-        if said[1] is not None:
-            raise said[1]
-        return said[0]
+        found: T
+        found, mistake = said
+        if mistake is not None:
+            raise mistake
+        return found
 
     @contextmanager
     def local_rank_0_first(self) -> Iterator[None]:
@@ -203,7 +205,7 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
-        ranks.group = dist.group.WORLD
+        ranks.group = cast(dist.ProcessGroup, dist.group.WORLD)
         with nullcontext() if ranks.is_rank_0 else _silence():
             yield ranks
     except (UserError, RuntimeError) as error:
@@ -211,11 +213,11 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
             raise
         failure = error
     finally:
-        error = failure or sys.exc_info()[1]
-        if isinstance(error, Exception) and not _is_of_others(error):
-            reason = str(error) or type(error).__name__
+        ended_by = failure or sys.exc_info()[1]
+        if isinstance(ended_by, Exception) and not _is_of_others(ended_by):
+            reason = str(ended_by) or type(ended_by).__name__
             _post(store, SPOKEN if ranks.is_rank_0 else REASON, f"{ranks}: {reason}")
-        _disconnect(ranks, error)
+        _disconnect(ranks, ended_by)
     if failure is not None:
         _raise_once(failure, store, ranks, timeout_minutes)
 
@@ -287,9 +289,9 @@ def _raise_once(
             f"{reason}"
         )
     if ranks.is_rank_0:
-        reason = _posted(store, REASON, seconds=PATIENCE)
+        of_another = _posted(store, REASON, seconds=PATIENCE)
         _post(store, SPOKEN, "")
-        raise UserError(reason) if reason else error
+        raise UserError(of_another) if of_another else error
     if _posted(store, SPOKEN, seconds=2 * PATIENCE) is not None:
         time.sleep(0.5)  # torchrun ends all when one has ended: the first must have spoken
         raise SystemExit(1)

@@ -23,9 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from run.atomic_write import replace_text
 from run.checkpoint import RunState
 from run.clock import PHASES, PhaseClock, shares
-from run.config import PretrainConfig
 from training.divergence import DivergenceCheck
-from training.trainer import Trainer
 
 METRICS = (
     "step",
@@ -152,37 +150,35 @@ class ProgressLine:
 class Report:
     """The records of one run, continued from `resumed` (None: begun anew).
 
-    Of several processes each checks the numbers of the run, and one writes.
+    Args:
+        folder: where to write; None: of several processes each checks the numbers, and one writes.
+        images_per_step: of all processes together.
+        phases: marks what the time of each step is spent on.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         resumed: RunState | None,
-        total_steps: int,
-        config: PretrainConfig,
-        phases: PhaseClock,
         *,
-        writes: bool = True,
+        total_steps: int,
+        images_per_step: int,
+        divergence: DivergenceCheck,
+        phases: PhaseClock,
     ) -> None:
         self.metrics: Any = NoRecord()
         self.timings: Any = NoRecord()
         self.board: Any = NoRecord()
         self.progress: Any = NoRecord()
-        if writes:
+        if folder is not None:
             self.metrics = Table(folder / "metrics.csv", METRICS, resumed=resumed)
             self.timings = Table(folder / "timings.csv", TIMINGS, resumed=resumed)
             step = 0 if resumed is None else resumed.step
             purge = 0 if resumed is None else step + 1
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
             self.progress = ProgressLine(step=step, total_steps=total_steps)
-        self.images_per_step = config.batch_size
-        self.divergence = DivergenceCheck(
-            config.queue_size or config.num_views * config.batch_size - 1,
-            scale=config.loss_scale,
-            skips=config.precision == "fp16",
-            num_skipped=0 if resumed is None else resumed.skipped,
-        )
+        self.images_per_step = images_per_step
+        self.divergence = divergence
         self.skipped_said = self.divergence.num_skipped
         # Of each step: its number, its epoch, its learning rate; its loss and gradient norm.
         self.pending: list[tuple[int, int, float, Tensor]] = []
@@ -213,10 +209,11 @@ class Report:
         self._flush()
         self.seconds[part] += time.perf_counter() - began
 
-    def step(self, state: RunState, trainer: Trainer, loss: Tensor) -> None:
-        """Record the step just made, of a scalar `loss`, in an epoch that is not over."""
-        learning_rate = trainer.optimizer.param_groups[0]["lr"]
-        measured = torch.stack([loss, trainer.gradient_norm])
+    def step(
+        self, state: RunState, learning_rate: float, loss: Tensor, gradient_norm: Tensor
+    ) -> None:
+        """Record the step just made, of scalars on its device, in an epoch that is not over."""
+        measured = torch.stack([loss, gradient_norm])
         self.pending.append((state.step, state.epoch + 1, learning_rate, measured))
         self.epoch_steps += 1
         if len(self.pending) == STEPS_PER_FLUSH:

@@ -3,9 +3,29 @@
 What a network draws itself (dropout) does depend on it: the state of that generator is saved.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from run.rules import broken, out_of_range
+
+
+@dataclass
+class SeedOptions:
+    """Random numbers.
+
+    Args:
+        seed: Of weights, order and augmentation.
+    """
+
+    seed: int = 0
+
+    def mistakes(self) -> list[str]:
+        """What is out of range, one sentence each."""
+        rules = [(self.seed < 2**63, f"--seed {self.seed}: must be less than 2**63")]
+        return broken(rules) + out_of_range(self, at_least={"seed": 0})
 
 
 def seed_of(*key: int) -> int:

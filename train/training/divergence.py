@@ -19,18 +19,22 @@ class DivergenceCheck:
     """Watches the loss and the gradient of every step.
 
     Args:
-        num_contrasts: embeddings that each one is contrasted with; of a queue, all its slots: while
-            it fills a collapse has no loss of its own.
-        scale: what the loss is multiplied by, temperature / base_temperature.
+        collapsed_loss: that of a network that embeds every image alike; None: it is no number.
+        scale: what the loss is multiplied by.
         skips: whether a step whose gradient is not finite leaves the weights alone (fp16).
         num_skipped: such steps of the run so far.
     """
 
     def __init__(
-        self, num_contrasts: int, *, scale: float = 1.0, skips: bool = False, num_skipped: int = 0
+        self,
+        collapsed_loss: float | None,
+        *,
+        scale: float = 1.0,
+        skips: bool = False,
+        num_skipped: int = 0,
     ) -> None:
         self.scale = scale
-        self.collapsed_loss = scale * math.log(num_contrasts)
+        self.collapsed_loss = math.nan if collapsed_loss is None else collapsed_loss
         self.collapsed_steps = 0
         self.skips = skips
         self.num_skipped = num_skipped

@@ -1,15 +1,14 @@
-"""The optimiser and the learning rate of every step, both from timm."""
+"""The optimiser, from timm: which parameters it moves, how, and whether they decay."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, StepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from run.config import PretrainConfig
+from run.rules import out_of_range
 
 # Of each --optimizer: its name in timm, whose "sgd" would be Nesterov's, and the options that
 # are not timm's defaults. RMSprop's eps is that of the SupCon authors' stage 1 (of stage 2: 0.001).
@@ -22,26 +21,50 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build_optimizer(model: nn.Module, config: PretrainConfig) -> Optimizer:
-    """The optimiser that a config asks for, over all parameters.
+@dataclass
+class OptimizerOptions:
+    """The optimiser.
+
+    Args:
+        optimizer: momentum: SGD with momentum 0.9; nesterov: the same with Nesterov's; lars: with
+            momentum 0.9 and trust coefficient 0.001; rmsprop: TensorFlow's, with momentum 0.9 and
+            eps 1; adamw.
+        learning_rate: At its peak; not scaled by the batch size.
+        weight_decay: Applied to all parameters, as the SupCon authors do; but see the next one.
+        decay_norm_and_bias: Whether biases and norm layers decay, too, and with lars are adapted.
+            bias: biases alone, as the SupCon authors. Default: true; with lars false.
+    """
+
+    optimizer: Literal["momentum", "nesterov", "lars", "rmsprop", "adamw"] = "momentum"
+    learning_rate: float = 0.2
+    weight_decay: float = 5e-4
+    decay_norm_and_bias: bool | Literal["bias"] | None = None
+
+    def mistakes(self) -> list[str]:
+        """What is out of range, one sentence each."""
+        return out_of_range(self, at_least={"weight_decay": 0}, greater_than_0=("learning_rate",))
+
+
+def build_optimizer(options: OptimizerOptions, *modules: nn.Module) -> Optimizer:
+    """The optimiser that the options ask for, over all parameters of some modules that are trained.
 
     They are one group, or two where norm layers, or they and biases, do not decay.
     """
-    decays = config.decay_norm_and_bias
+    decays = options.decay_norm_and_bias
     if decays is None:
-        decays = config.optimizer != "lars"
-    parameters = list(model.parameters())
-    biases = _biases(model) if decays == "bias" else set()
+        decays = options.optimizer != "lars"
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    biases = {b for module in modules for b in _biases(module)} if decays == "bias" else set()
     decaying = [p for p in parameters if decays is True or p.ndim > 1 or p in biases]
     others = [p for p in parameters if not (decays is True or p.ndim > 1 or p in biases)]
-    groups: list[dict[str, Any]] = [{"params": decaying, "weight_decay": config.weight_decay}]
-    if config.optimizer == "lars":
+    groups: list[dict[str, Any]] = [{"params": decaying, "weight_decay": options.weight_decay}]
+    if options.optimizer == "lars":
         # Left to itself, timm's adapts nothing where nothing decays.
         groups[0]["always_adapt"] = True
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
-    name, options = OPTIMIZERS[config.optimizer]
-    return create_optimizer_v2(groups, opt=name, lr=config.learning_rate, momentum=0.9, **options)
+    name, rest = OPTIMIZERS[options.optimizer]
+    return create_optimizer_v2(groups, opt=name, lr=options.learning_rate, momentum=0.9, **rest)
 
 
 def _biases(model: nn.Module) -> set[nn.Parameter]:
@@ -52,40 +75,6 @@ def _biases(model: nn.Module) -> set[nn.Parameter]:
         if isinstance(weight, Tensor) and weight.ndim > 1 and isinstance(bias, nn.Parameter):
             found.add(bias)
     return found
-
-
-def build_schedule(
-    optimizer: Optimizer, config: PretrainConfig, steps_per_epoch: int, total_steps: int
-) -> Scheduler:
-    """Linear warm-up, then what --schedule says; a cosine is at its end after `total_steps`.
-
-    `schedule.step_update(step)` before a step sets its learning rate from `step` alone, so a
-    resumed run has no schedule to restore.
-    """
-    assert config.warmup_epochs is not None
-    warmup_steps = min(config.warmup_epochs * steps_per_epoch, total_steps - 1)
-    options: dict[str, Any] = {
-        "warmup_t": warmup_steps,
-        # A warm-up from zero would lose the first step.
-        "warmup_lr_init": config.learning_rate / (warmup_steps + 1),
-        # Without it the schedule starts part-way down and the rate jumps where warm-up ends.
-        "warmup_prefix": True,
-        "t_in_epochs": False,
-    }
-    if config.schedule == "cosine":
-        # A single step is at the peak with either length; timm warns of a length of 1.
-        length = max(total_steps - warmup_steps, 2)
-        return CosineLRScheduler(optimizer, length, lr_min=config.final_learning_rate, **options)
-    assert config.decay_epochs
-    decay_steps = [epochs * steps_per_epoch for epochs in config.decay_epochs]
-    if config.schedule == "exponential":
-        factor = config.decay_rate ** (1 / decay_steps[0])
-        return StepLRScheduler(optimizer, decay_t=1, decay_rate=factor, **options)
-    # timm counts from the end of the warm-up, and lowers the rate one step before a milestone.
-    milestones = [round(steps) - warmup_steps + 1 for steps in decay_steps]
-    return MultiStepLRScheduler(
-        optimizer, decay_t=milestones, decay_rate=config.decay_rate, **options
-    )
 
 
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
@@ -107,4 +96,5 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 def gradient_norm(optimizer: Optimizer) -> Tensor:
     """The norm of all gradients together, a scalar on their device."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    return get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    total: Tensor = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    return total

@@ -1,132 +1,105 @@
 """One step of training: random views of a batch, their loss, and the weights that follow."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from data.images import ImageData
 from data.prefetch import on_device
-from data.views import build_views
+from data.views import Views
 from evaluation.probe import Probe
-from network.embedder import Embedder, build_model, sync_batch_norms
-from network.momentum_queue import MomentumQueue
+from methods.method import Method
+from network.embedder import Embedder
 from run.clock import PhaseClock
-from run.config import PretrainConfig
-from run.errors import UserError
-from run.out_of_memory import memory_for
 from run.processes import ALONE, Ranks
-from run.seeds import random_state, seed_of, set_random_state
-from supcon_kernels import grad_cache_backward, supcon_loss
-from training.optimizer import build_optimizer, build_schedule, gradient_norm, load_optimizer
+from run.rules import out_of_range
+from supcon_kernels import grad_cache_backward
+from training.optimizer import gradient_norm, load_optimizer
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Trainer:
-    """A network, the random views that it sees, and how its weights move.
+@dataclass
+class StepOptions:
+    """How a step is computed.
 
     Args:
-        config: what to build, and how to train it.
-        data: what the images are like.
-        steps_per_epoch: of the learning rate's schedule, as total_steps.
-        device: where everything is.
+        clip_grad: Scale the gradient of all parameters together down to this norm. Default: never.
+        ema_decay: Evaluate and export an average of the weights, of which each step keeps this share,
+            such as 0.999, and less early on: at step k at most 1 - k^(-2/3). Default: no average.
+        precision: Of the network in training: fp32, or by autocast bf16 or fp16, whose gradients are
+            scaled, and a step whose gradient overflows skipped. The loss is always in float32.
+        compile: Compile the network for training (torch.compile); checkpoints are the same.
+        grad_cache_chunk: For batches that do not fit in memory: embed so many rows (an image in one view is
+            one) at a time, without a graph, and once more with it for the gradient, which is that
+            of the whole batch; but batch norm takes the statistics of each chunk by itself. Of
+            several processes each goes by its own rows. Default: all rows at once.
+        sync_batchnorm: Have batch norm take the statistics of all processes' rows (CUDA only); else
+            they are each process's own, and the first one's are evaluated and saved.
+    """
+
+    clip_grad: float | None = None
+    ema_decay: float | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    grad_cache_chunk: int | None = None
+    sync_batchnorm: bool = False
+
+    def mistakes(self) -> list[str]:
+        """What is out of range, one sentence each."""
+        return out_of_range(
+            self,
+            at_least={"grad_cache_chunk": 1},
+            greater_than_0=("clip_grad",),
+            between_0_and_1=("ema_decay",),
+        )
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """While entered, networks on the device compute in this precision."""
+        dtype = AUTOCAST.get(self.precision)
+        return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+@dataclass(eq=False)
+class Trainer:
+    """A network, the random views that it sees, a loss, and how its weights move.
+
+    Args:
+        model: what is trained, on the device of the run.
+        network: the model as training calls it: compiled, or averaging gradients over the ranks.
+        num_views: of each image in a batch.
+        probe: learns from the embeddings of each step.
         ranks: the processes that train together, each on its share of every batch.
     """
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        data: ImageData,
-        *,
-        steps_per_epoch: int,
-        total_steps: int,
-        device: torch.device,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        if config.sync_batchnorm and device.type != "cuda":
-            raise UserError(f"--sync_batchnorm needs --device cuda, and this is {device.type}")
-        config = replace(config, image_size=data.image_size)
-        torch.manual_seed(config.seed)
-        model = build_model(config, channels=data.channels)
-        if ranks.seed_key:
-            # The weights are the same; what the network draws itself is not.
-            torch.manual_seed(seed_of(config.seed, *ranks.seed_key))
-        if config.sync_batchnorm:
-            model = sync_batch_norms(model)
-        self.model = model.to(device).to(memory_format=config.memory_format)
-        # For training alone, whose batches have one size: evaluation stays as exact as without, and
-        # what it sees cannot lead to another program for training. The names of the weights are the
-        # model's own.
-        network = torch.compile(self.model, dynamic=False) if config.compile else self.model
-        self.device, self.ranks, self.config = device, ranks, config
-        self.network = self._parallel(network, data)
-        self.views = build_views(config, data, ranks)
-        self.optimizer = build_optimizer(self.model, config)
-        self.schedule = build_schedule(self.optimizer, config, steps_per_epoch, total_steps)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    model: Embedder
+    network: nn.Module
+    method: Method
+    views: Views
+    optimizer: Optimizer
+    schedule: Scheduler
+    options: StepOptions
+    num_views: int = 2
+    probe: Probe | None = None
+    ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        self.device = next(self.model.parameters()).device
+        of_method = [weight for weight in self.method.parameters() if weight.requires_grad]
+        self.parameters_of_method = of_method
+        self.trained = [*self.model.parameters(), *of_method]
+        fp16 = self.options.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.average: ModelEmaV3 | None = None
-        if config.ema_decay is not None:
-            self.average = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True)
-        with memory_for(config, "queue_size"):
-            self.momentum_queue = (
-                None if config.queue_size is None else MomentumQueue(self.model, config, ranks)
-            )
-        self.probe: Probe | None = None
-        if config.probe:
-            self.probe = Probe(self.model.num_features, len(data.classes), device, ranks)
+        if self.options.ema_decay is not None:
+            self.average = ModelEmaV3(self.model, decay=self.options.ema_decay, use_warmup=True)
         # Of the last step, before it was clipped: a scalar on the device.
-        self.gradient_norm = torch.zeros((), device=device)
-        self.clock = PhaseClock(device)
-
-    def _parallel(self, network: nn.Module, data: ImageData) -> nn.Module:
-        """The network, whose gradients are averaged over the ranks, in one order from the start on.
-
-        DDP lays out its buckets anew after its first backward, and sums depend on the layout. Were
-        that the first step, a resumed run would add up one step in another order than a run never
-        stopped. So the first backward is one of empty images, of which nothing stays.
-        """
-        if self.ranks.group is None:
-            return network
-        config = self.config
-        num_views = config.num_views if config.queue_size is None else 1
-        num_rows = num_views * config.batch_size // self.ranks.world_size
-        num_rows = min(num_rows, config.grad_cache_chunk or num_rows)
-        shape = (num_rows, data.channels, data.image_size, data.image_size)
-        images = torch.zeros(shape, device=self.device)
-        images = images.contiguous(memory_format=config.memory_format)
-        state = {key: value.clone() for key, value in self.model.state_dict().items()}
-        random = random_state(self.device)
-        network = self.ranks.parallel(network)
-        with self._autocast():
-            network(images)[1].sum().backward()
-        if any(weight.grad is None for weight in self.model.parameters() if weight.requires_grad):
-            raise UserError(
-                f"--model {config.model} has weights that its embedding does not depend on, which "
-                "several processes cannot average: train it in one process"
-            )
-        self.model.zero_grad()
-        self.model.load_state_dict(state)
-        set_random_state(random, self.device)
-        return network
-
-    @property
-    def measured(self) -> Embedder:
-        """What is evaluated and exported: the average of the weights where there is one."""
-        if self.average is None:
-            return self.model
-        average: Embedder = self.average.module
-        return average
-
-    def restart_averages(self) -> None:
-        """Begin every average of the weights with them as they are."""
-        if self.average is not None:
-            self.average.set(self.model)
-        if self.momentum_queue is not None:
-            self.momentum_queue.average.set(self.model)
+        self.gradient_norm = torch.zeros((), device=self.device)
+        self.clock = PhaseClock(self.device)
 
     def step(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """Train on one batch, the next after `step` others.
@@ -143,130 +116,136 @@ class Trainer:
         self.schedule.step_update(step)
         images, labels = (on_device(part, self.device) for part in (images, labels))
         self.clock.mark("data")
+
+        # Views, of which the network embeds all or the first.
+        views = [self.views.random(images, step=step, view=view) for view in range(self.num_views)]
+        targets = self.method.targets(labels, step)
+        with self.options.autocast(self.device):
+            self.method.prepare(views, targets, step)
+        rows = torch.cat(views[: self.method.num_embedded])
+
+        # Embeddings, their loss and its gradient.
         self.optimizer.zero_grad()
-        if self.config.grad_cache_chunk is None:
-            loss = self.loss(images, labels, step)
+        if self.options.grad_cache_chunk is None:
+            embedded, projected = self._encode(rows)
+            loss = self.loss(embedded, projected, targets)
             self.scaler.scale(loss).backward()
         else:
-            loss = self.chunked_backward(images, labels, step, self.config.grad_cache_chunk)
+            chunks = rows.split(self.options.grad_cache_chunk)
+            embedded, loss = self._backward_by_chunks(chunks, targets)
         self.clock.mark("backward")
+        if self.probe is not None:
+            self.probe.step(embedded, labels)
+
+        # New weights, and their averages.
+        for weight in self.parameters_of_method:
+            if weight.grad is not None:  # those of the network are averaged in its backward
+                weight.grad = self.ranks.mean(weight.grad)
         self.scaler.unscale_(self.optimizer)
-        if self.config.clip_grad is None:
+        if self.options.clip_grad is None:
             self.gradient_norm = gradient_norm(self.optimizer)
         else:
-            self.gradient_norm = nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.config.clip_grad
-            )
+            self.gradient_norm = nn.utils.clip_grad_norm_(self.trained, self.options.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.model, step=step + 1)
-        if self.momentum_queue is not None:
-            self.momentum_queue.average.update(self.model)
+        self.method.follow(self.model)
         self.clock.mark("optimizer")
-        # Without a queue it is that of the rows of all.
-        return loss.detach() if self.momentum_queue is None else self.ranks.mean(loss.detach())
+        return loss.detach() if self.method.of_all_ranks else self.ranks.mean(loss.detach())
 
-    def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
-        """The loss of a batch on the device: (B, C, S, S) uint8 images in random views.
+    def loss(self, embedded: Tensor, projected: Tensor, targets: Tensor) -> Tensor:
+        """The loss of what the network made of a batch."""
+        self.clock.mark("forward")
+        loss: Tensor = self.method(embedded, projected, targets)
+        self.clock.mark("loss")
+        return loss
 
-        A memory takes the keys of the batch in, and a probe learns from its embeddings.
+    def _encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        with self.options.autocast(self.device):
+            embedded, projected = self.network(rows)
+        return embedded, projected
+
+    def _backward_by_chunks(
+        self, chunks: tuple[Tensor, ...], targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The embeddings of some chunks of rows, without a graph, and the loss, whose gradient is left.
+
+        The network holds the activations of one chunk. The time of its second forward is counted as
+        "backward".
         """
-        views, loss_of = self._prepare(images, labels, step)
-        return loss_of(*self._encode(views))
-
-    def chunked_backward(self, images: Tensor, labels: Tensor, step: int, num_rows: int) -> Tensor:
-        """`loss` and its backward, where the network holds the activations of `num_rows` views.
-
-        The time of its second forward is counted as "backward".
-        """
-        views, loss_of = self._prepare(images, labels, step)
-        embedded = []
+        embedded: list[Tensor] = []
 
         def encode(chunk: Tensor) -> Tensor:
-            of_chunk, rows = self._encode(chunk)
+            of_chunk, projected = self._encode(chunk)
             if not torch.is_grad_enabled():  # the first of two times
                 embedded.append(of_chunk)
-            return rows
+            return projected
 
-        return grad_cache_backward(
+        loss = grad_cache_backward(
             encode,
-            views.split(num_rows),
-            lambda rows: loss_of(torch.cat(embedded), rows),
+            chunks,
+            lambda projected: self.loss(torch.cat(embedded), projected, targets),
             model=self.network,
             scale=self.scaler.scale,
         )
+        return torch.cat(embedded), loss
 
-    def _prepare(
-        self, images: Tensor, labels: Tensor, step: int
-    ) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-        """The views that the network is to embed, and the loss of (embeddings, projections)."""
-        num_views = self.config.num_views
-        seen = [self.views.random(images, step=step, view=view) for view in range(num_views)]
-        classes = labels
-        if self.config.method == "simclr":
-            # Each image its own class, which no other has, be it of another step in a queue.
-            share = step * self.ranks.world_size + self.ranks.rank
-            classes = torch.arange(len(labels), device=self.device) + share * len(labels)
-        # What a queue holds is the same for all processes; their rows are their own.
-        group, contrast = self.ranks.group, {}
-        if self.momentum_queue is not None:
-            with self._autocast():
-                self.momentum_queue.remember(torch.cat(seen[1:]), classes)
-            group, contrast, seen = "local", self.momentum_queue.contrast(), seen[:1]
+    @property
+    def measured(self) -> Embedder:
+        """What is evaluated and exported: the average of the weights where there is one."""
+        if self.average is None:
+            return self.model
+        average: Embedder = self.average.module
+        return average
 
-        def loss_of(embedded: Tensor, rows: Tensor) -> Tensor:
-            if self.probe is not None:
-                self.probe.step(embedded, labels)
-            features = rows.float().unflatten(0, (-1, len(images))).transpose(0, 1)
-            self.clock.mark("forward")
-            loss = supcon_loss(
-                features,
-                classes,
-                temperature=self.config.temperature,
-                base_temperature=self.config.base_temperature,
-                group=group,
-                **contrast,
-            )
-            self.clock.mark("loss")
-            return loss
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
 
-        return torch.cat(seen), loss_of
+    def restart_averages(self) -> None:
+        """Begin every average of the weights with them as they are."""
+        if self.average is not None:
+            self.average.set(self.model)
+        self.method.restart(self.model)
 
-    def _encode(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        with self._autocast():
-            embedded, rows = self.network(views)
-        return embedded, rows
-
-    def _autocast(self) -> torch.autocast:
-        dtype = AUTOCAST.get(self.config.precision)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
-
-    def copy_statistics(self) -> None:
-        """Have every process evaluate by the first one's running statistics."""
-        for module in (self.model, self.measured, self.probe and self.probe.classifier):
-            if module is not None:
-                self.ranks.broadcast(module.buffers())
+    def broadcast_statistics(self) -> None:
+        """Have every process evaluate by the running statistics of rank 0."""
+        modules: list[nn.Module] = [self.model, self.measured]
+        if self.probe is not None:
+            modules.append(self.probe.classifier)
+        for module in modules:
+            self.ranks.broadcast(module.buffers())
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
         return {
             "model": self.model.state_dict(),
+            "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.average is None else self.average.module.state_dict(),
-            "memory": None if self.momentum_queue is None else self.momentum_queue.state_dict(),
             "probe": None if self.probe is None else self.probe.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Resume from what `state_dict` gave."""
         self.model.load_state_dict(saved["model"])
+        self.method.load_state_dict(_method_state(saved))
         load_optimizer(self.optimizer, saved["optimizer"])
         self.scaler.load_state_dict(saved.get("scaler", {}))
         if self.average is not None:
             self.average.module.load_state_dict(saved["ema"])
-        if self.momentum_queue is not None:
-            self.momentum_queue.load_state_dict(saved["memory"])
         if self.probe is not None:
             self.probe.load_state_dict(saved["probe"])
+
+
+def _method_state(saved: dict[str, Any]) -> dict[str, Any]:
+    if "method" in saved:
+        state: dict[str, Any] = saved["method"]
+        return state
+    # Of an older checkpoint: a queue and its momentum encoder, if any.
+    memory = saved.get("memory") or {}
+    return {f"encoder.{key}" if key.startswith("average.") else key: memory[key] for key in memory}

@@ -1,0 +1,77 @@
+"""Everything that the backend may launch, for those who compile or test it without a device."""
+
+from __future__ import annotations
+
+import itertools
+
+from supcon_kernels.triton_launch import Launch, Plan
+from supcon_kernels.triton_tiles import Target
+
+
+def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, Launch]]:
+    """Every launch that the backend may choose for features of this dtype, width and architecture.
+
+    Args:
+        dtype: "float32", "float16" or "bfloat16"; "tf32" is float32 in one product of TF32.
+        dim: D.
+        capability: 80, 86, 90 or 100.
+
+    Returns:
+        (label, launch) pairs, the default loss first, one for each that compiles to a kernel of
+        its own. Sizes stand in grids alone, so that one number of rows stands for all.
+    """
+    launches: dict[object, tuple[str, Launch]] = {}
+    options = itertools.product(
+        ("out", "in"),
+        ("all", "one_positive", "only_negatives"),
+        ((True, True), (True, False), (True, None), (False, False), (False, None)),
+        (None, 16384),
+    )
+    for summation, denominator, (normalize, fits), num_cols in options:
+        plan = Plan(
+            dtype="float32" if dtype == "tf32" else dtype,
+            dim=dim,
+            num_rows=8192,
+            num_cols=num_cols,
+            target=Target(capability, 100),
+            fits=fits,
+            summation=summation,
+            denominator=denominator,
+            normalize=normalize,
+            tf32=dtype == "tf32",
+        )
+        for label, launch in _launches_of(plan):
+            launches.setdefault(launch.code, (label, launch))
+    return list(launches.values())
+
+
+def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
+    """The launches of one plan under labels that tell them from those of another plan."""
+    loss = f"{plan.summation}/{plan.denominator}"
+    shape = "" if plan.square else ", memory"
+    given = "" if plan.normalize else ", as given"
+    tau = ", τ on the device" if plan.fits is None else ""
+    n, found = plan.num_rows, []
+    for running in plan.running:
+        call = f"{loss}{', running maximum' if running else ''}{tau}{given}{shape}"
+        found.append((f"forward {call}", plan.forward(running)))
+        if plan.looks_twice:
+            found.append((f"second forward {call}", plan.forward(running, second=True)))
+        found.append((f"backward {call}", plan.backward(running)))
+        if not plan.square:
+            found += [
+                (f"backward of both {call}", plan.backward(running, both_anchor=True)),
+                (f"backward of columns {call}", plan.backward(running, of_columns=True)),
+            ]
+    for reduction in ("mean", "positive_mean", "sum", "none"):
+        found.append((f"loss {loss}, {reduction}", plan.loss(reduction)))
+    for sort, anchors in itertools.product((False, True), (True, False)):
+        side = f"{shape}{'' if anchors else ', not counted'}{', sorted' if sort else ''}"
+        found.append((f"prepare{tau}{given}{side}", plan.prepare(n, anchors=anchors, sort=sort)))
+    return [
+        *found,
+        (f"weights {loss}{tau}{given}", plan.weights(n)),
+        (f"gradient{given}", plan.gradient(n, dots=False)),
+        (f"gradient{given}, dots", plan.gradient(n, dots=True)),
+        (f"temperature{tau}{given}", plan.temperature_gradient()),
+    ]

@@ -1,0 +1,145 @@
+"""What a program of a pair kernel works on at a time: tables of tiles, by architecture, width and dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+
+# Rows of a side, zeros behind the last, so that no tile of any pair kernel needs a mask to load.
+ROW_PADDING = 128
+MAX_DIM = 2048
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What a program of a pair kernel works on at a time.
+
+    Attributes:
+        rows: rows of a block.
+        cols: columns that are streamed at a time.
+        chunk: features multiplied at a time; all where there are no more.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+        residents: programs that a multiprocessor holds: one's exponentials run beside another's products.
+    """
+
+    rows: int
+    cols: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+    residents: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where the kernels run.
+
+    Attributes:
+        capability: compute capability as 80, 86, 90, 100; 0 under the interpreter.
+        num_multiprocessors: of the device.
+    """
+
+    capability: int
+    num_multiprocessors: int
+
+
+INTERPRETER = Target(capability=0, num_multiprocessors=1)
+
+
+def architecture(major: int, minor: int) -> int:
+    """The architecture whose limits a device of this compute capability shares."""
+    if major in (9, 10):
+        return major * 10
+    return 80 if (major, minor) == (8, 0) else 86
+
+
+def padded_dim(dim: int) -> int:
+    """Features of a padded row: a power of two up to 256, then whole chunks."""
+    if dim <= 256:
+        return max(16, 1 << (dim - 1).bit_length()) if dim > 0 else 16
+    return cdiv(dim, 128) * 128
+
+
+def padded_rows(num_rows: int) -> int:
+    """Rows of a side with the zeros behind them; never none, so that it has an address."""
+    return max(cdiv(num_rows, ROW_PADDING), 1) * ROW_PADDING
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A tile, where it applies, and why it is as it is.
+
+    Attributes:
+        products: how numbers are multiplied.
+        max_dim: widest padded rows.
+        capabilities: architectures.
+        tile: the tile; a chunk wider than the rows is all of a row.
+        why: what decided.
+        lean: only for the default loss, whose powers fit.
+    """
+
+    products: str
+    max_dim: int
+    capabilities: tuple[int, ...]
+    tile: Tile
+    why: str
+    lean: bool = False
+
+
+_INTERPRETED = Tile(32, 32, 64, 4, 1)  # small enough for several tiles of 100 rows
+_ALL, _MMA = (80, 86, 90, 100), (80, 86)
+# How numbers are multiplied: 16-bit ones as they are, float32 in three products of TF32, or in one.
+SHORT, TF32X3, TF32 = "16 bits", "tf32x3", "tf32"
+
+FORWARD = (
+    Row(SHORT, 128, (90,), Tile(64, 128, 128, 4, 2, 2), "fewest instructions", lean=True),
+    Row(SHORT, 128, _ALL, Tile(64, 64, 128, 4, 2, 2), "two programs, of two exponentials too"),
+    Row(SHORT, MAX_DIM, _ALL, Tile(64, 64, 64, 4, 3, 2), "as above"),
+    Row(TF32X3, MAX_DIM, _ALL, Tile(64, 64, 16, 4, 2), "TF32's parts are in registers"),
+    Row(TF32, MAX_DIM, _ALL, Tile(64, 64, 32, 4, 2, 2), "two programs"),
+)
+BACKWARD = (
+    Row(SHORT, 128, (80, 90), Tile(64, 128, 128, 4, 2, 2), "two programs", lean=True),
+    Row(SHORT, 128, (86,), Tile(64, 64, 128, 4, 2, 2), "two programs in 99 KiB", lean=True),
+    Row(SHORT, 128, _ALL, Tile(64, 32, 128, 4, 3, 2), "two exponentials: 64 columns spill"),
+    Row(SHORT, 256, (90,), Tile(128, 64, 256, 8, 2), "gradient: half a thread", lean=True),
+    Row(SHORT, 256, _MMA, Tile(64, 32, 256, 8, 2), "gradient: half a thread"),
+    Row(SHORT, MAX_DIM, (90,), Tile(128, 32, 64, 8, 3), "with 256 features 64 columns spill"),
+    Row(SHORT, MAX_DIM, _MMA, Tile(64, 32, 64, 8, 3), "with 256 features 64 columns spill"),
+    Row(SHORT, MAX_DIM, (100,), Tile(64, 32, 64, 4, 2, 2), "gradient: half a thread"),
+    Row(TF32X3, MAX_DIM, (86,), Tile(64, 16, 16, 4, 2, 2), "as below; one stage spills"),
+    Row(TF32X3, MAX_DIM, _ALL, Tile(64, 16, 16, 4, 1, 2), "TF32's parts are in registers"),
+    Row(TF32, MAX_DIM, (100,), Tile(64, 32, 32, 4, 3, 2), "as below; two stages spill"),
+    Row(TF32, MAX_DIM, _ALL, Tile(64, 32, 32, 4, 2, 2), "gradient: half a thread"),
+)
+
+
+def tile_of(
+    table: tuple[Row, ...], products: str, padded: int, capability: int, lean: bool
+) -> Tile:
+    """The tile of the first row that applies, for rows of ``padded`` features."""
+    tile = _INTERPRETED
+    if capability:
+        tile = next(
+            row.tile
+            for row in table
+            if row.products == products
+            and padded <= row.max_dim
+            and capability in row.capabilities
+            and (lean or not row.lean)
+        )
+    return dataclasses.replace(tile, chunk=min(tile.chunk, padded))
+
+
+def slice_of(dim: int, dtype: str = "bfloat16", capability: int = 90) -> int:
+    """Features of the gradient that one program of the backward owns."""
+    padded, widest = padded_dim(dim), 1024 // (2 * _BYTES[dtype])
+    if capability == 100:  # what leaves tensor memory takes all registers
+        widest = 128
+    return padded if padded <= widest else widest if padded % widest == 0 else 128

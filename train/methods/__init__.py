@@ -1,0 +1,1 @@
+"""What a run can train with: each file a method, from embeddings and labels to a loss."""
