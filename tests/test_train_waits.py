@@ -1,6 +1,5 @@
 """Where the host would wait for a GPU: nowhere in a step, counted on tensors that pretend to be on one."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,8 +73,6 @@ def test_policies_take_few_operations_whatever_the_batch(name):
 def test_records_are_read_every_few_steps_and_before_a_checkpoint(tmp_path):
     with pretend_cuda() as device:
         loss = torch.zeros(()).to(CUDA)
-        optimizer = torch.optim.SGD([loss], lr=0.1)
-        trainer = SimpleNamespace(optimizer=optimizer, gradient_norm=loss)
         state = RunState(raw_pixels=0.0, untrained=0.0, accuracy=0.0)
         with Report(
             tmp_path,
@@ -88,11 +85,11 @@ def test_records_are_read_every_few_steps_and_before_a_checkpoint(tmp_path):
             device.reset()
             for _ in range(STEPS_PER_FLUSH - 1):
                 state.step += 1
-                report.step(state, trainer, loss)
+                report.step(state, 0.1, loss, loss)
             assert sum(device.waits.values()) == 0
-            report.step(state, trainer, loss)
+            report.step(state, 0.1, loss, loss)
             assert sum(device.waits.values()) == 1
-            report.step(state, trainer, loss * torch.inf)
+            report.step(state, 0.1, loss * torch.inf, loss)
             with pytest.raises(UserError, match="the loss is nan"):
                 report.sync(state)
 
