@@ -39,27 +39,21 @@ def layers(num_rows: int, dim: int) -> dict[str, Callable[[], object]]:
     labels = torch.randint(10, (num_rows,), generator=g)
     problem = Problem(features, None, labels, None, None, None, 0.1, 0, "out", "all", True, -100)
     leaf = features.clone().requires_grad_()
-    upstream = torch.full((num_rows,), 1 / num_rows)
-    operands = (*problem.operands(), "none", "native")
-    loss, total, counts, stats = native.forward(problem)
-    grad = torch.empty_like(features)
-    call = native._call(problem)
+    operands = (*problem.operands(), "mean", "native")
     wanted = (True, False, False)
+    assert native.makes_gradients(problem, "mean")
+    results, grads = native.forward_and_backward(problem, "mean", wanted)
+    written = (*results, results[2], grads[0])
+    call = native._call(problem)
 
     def core() -> None:
-        call.forward(loss.data_ptr(), total.data_ptr(), counts.data_ptr(), stats.data_ptr())
-        call.backward(upstream.data_ptr(), stats.data_ptr(), grad.data_ptr(), 0, 0)
+        call.forward_and_backward(*[x.data_ptr() for x in written], 0, 0)
 
     def backend() -> None:
-        native.backward(problem, upstream, native.forward(problem)[3], *wanted)
-
-    def operator() -> None:
-        saved = op.forward(*operands)[1:]
-        op.backward(upstream, *saved, *wanted, *operands)
+        native.forward_and_backward(problem, "mean", wanted)
 
     def autograd() -> None:
-        result = op.forward(leaf, *operands[1:])
-        torch.autograd.grad(result[0], leaf, upstream)
+        torch.autograd.grad(op.forward(leaf, *operands[1:])[0], leaf)
 
     def whole() -> None:
         torch.autograd.grad(supcon_loss(leaf, labels, temperature=0.1), leaf)
@@ -67,7 +61,6 @@ def layers(num_rows: int, dim: int) -> dict[str, Callable[[], object]]:
     return {
         "core": core,
         "backend": backend,
-        "operator": operator,
         "autograd": autograd,
         "supcon_loss": whole,
     }
@@ -115,7 +108,7 @@ def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 def table(rows: list[dict[str, str]]) -> str:
     """Microseconds by size and layer, as markdown."""
-    names = ["core", "backend", "operator", "autograd", "supcon_loss"]
+    names = [key.removesuffix("_us") for key in rows[0] if key.endswith("_us")]
     lines = [
         f"| N | {' | '.join(names)} | share of peak, core alone | all |",
         "|---" * (len(names) + 3) + "|",

@@ -151,12 +151,32 @@ supcon::RowStatistics statistics_at(uintptr_t address, int64_t num_rows) {
 
 // The addresses of supcon::Results.
 template <typename Real>
+supcon::Results<Real> results(const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
+                              uintptr_t statistics) {
+  return {pointer<Real>(loss), pointer<Real>(total), pointer<Real>(counts),
+          statistics_at(statistics, call.num_rows)};
+}
+
+template <typename Real>
 void forward(const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
              uintptr_t statistics) {
-  const supcon::Results<Real> out = {pointer<Real>(loss), pointer<Real>(total),
-                                     pointer<Real>(counts),
-                                     statistics_at(statistics, call.num_rows)};
-  supcon::forward(call.problem<Real>(), isa_of(call.isa), call.team(), out);
+  supcon::forward(call.problem<Real>(), isa_of(call.isa), call.team(),
+                  results<Real>(call, loss, total, counts, statistics));
+}
+
+// As forward, with the address of what the total is divided by, and those of the gradients, 0 where
+// there is none.
+template <typename Real>
+void forward_and_backward(const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
+                          uintptr_t statistics, uintptr_t count, uintptr_t rows, uintptr_t cols,
+                          uintptr_t temperature) {
+  supcon::Gradients<Real> gradients = {};
+  gradients.rows = pointer<Real>(rows);
+  gradients.cols = pointer<Real>(cols);
+  gradients.temperature = pointer<double>(temperature);
+  supcon::forward_and_backward(call.problem<Real>(), isa_of(call.isa), call.team(),
+                               results<Real>(call, loss, total, counts, statistics),
+                               pointer<const Real>(count), gradients);
 }
 
 // The addresses of supcon::Gradients, 0 for a gradient that is not wanted and for what is not
@@ -262,6 +282,16 @@ void define(py::module_ module) {
              uintptr_t statistics) {
             const auto run = call.is_double ? forward<double> : forward<float>;
             run(call, loss, total, counts, statistics);
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "forward_and_backward",
+          [](const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
+             uintptr_t statistics, uintptr_t count, uintptr_t rows, uintptr_t cols,
+             uintptr_t temperature) {
+            const auto run =
+                call.is_double ? forward_and_backward<double> : forward_and_backward<float>;
+            run(call, loss, total, counts, statistics, count, rows, cols, temperature);
           },
           py::call_guard<py::gil_scoped_release>())
       .def(

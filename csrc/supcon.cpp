@@ -19,17 +19,18 @@
 #include "weights.h"
 
 namespace supcon {
+namespace {
 
 template <typename Real>
-void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
-             const Results<Real>& out) {
+void forward(const Sides<Real>& sides, const Results<Real>& out) {
+  const Problem<Real>& problem = sides.problem;
+  const Team& team = sides.team;
   const int64_t n = problem.num_rows;
   const double infinity = std::numeric_limits<double>::infinity();
   std::fill(out.loss, out.loss + n, Real(0));
   const RowStatistics& s = out.statistics;
   for (double* of_row : {s.lse, s.normalizer, s.softmax_weight})
     std::fill(of_row, of_row + n, infinity);
-  const Sides<Real> sides(problem, isa, team);
   *out.total = 0;
   out.counts[0] = static_cast<Real>(std::max<int64_t>(sides.rows.size, 1));
   out.counts[1] = 1;
@@ -61,9 +62,9 @@ void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
 }
 
 template <typename Real>
-void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
-              const Gradients<Real>& out) {
-  const Sides<Real> sides(problem, isa, team);
+void backward(const Sides<Real>& sides, const Gradients<Real>& out) {
+  const Problem<Real>& problem = sides.problem;
+  const Team& team = sides.team;
   const Side<Real>&rows = sides.rows, &cols = sides.cols;
   const double unit = unit_of(sides, out);
   const Weights<Real> weights(sides, out.col_loss != nullptr);
@@ -101,6 +102,32 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
   if (wants_cols) finish_side(cols, sides, grad_cols, unit, problem.num_cols, out.cols);
 }
 
+}  // namespace
+
+template <typename Real>
+void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
+             const Results<Real>& out) {
+  forward(Sides<Real>(problem, isa, team), out);
+}
+
+template <typename Real>
+void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
+              const Gradients<Real>& out) {
+  backward(Sides<Real>(problem, isa, team), out);
+}
+
+template <typename Real>
+void forward_and_backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
+                          const Results<Real>& results, const Real* count,
+                          Gradients<Real> gradients) {
+  const Sides<Real> sides(problem, isa, team);
+  forward(sides, results);
+  const std::vector<Real> weight(problem.num_rows, count == nullptr ? Real(1) : 1 / *count);
+  gradients.loss = weight.data();
+  gradients.statistics = results.statistics;
+  backward(sides, gradients);
+}
+
 template <typename Real>
 double peak_flops(const Functions<Real>& functions, const Team& team, int64_t iterations) {
   typedef std::chrono::steady_clock Clock;
@@ -131,10 +158,12 @@ std::vector<std::vector<ScheduledPair>> scheduled_jobs(int64_t num_rows, int64_t
   return jobs;
 }
 
-#define SUPCON_INSTANTIATE(Real)                                                              \
-  template double peak_flops(const Functions<Real>&, const Team&, int64_t);                   \
-  template void forward(const Problem<Real>&, const Isa&, const Team&, const Results<Real>&); \
-  template void backward(const Problem<Real>&, const Isa&, const Team&, const Gradients<Real>&);
+#define SUPCON_INSTANTIATE(Real)                                                                 \
+  template double peak_flops(const Functions<Real>&, const Team&, int64_t);                      \
+  template void forward(const Problem<Real>&, const Isa&, const Team&, const Results<Real>&);    \
+  template void backward(const Problem<Real>&, const Isa&, const Team&, const Gradients<Real>&); \
+  template void forward_and_backward(const Problem<Real>&, const Isa&, const Team&,              \
+                                     const Results<Real>&, const Real*, Gradients<Real>);
 SUPCON_INSTANTIATE(float)
 SUPCON_INSTANTIATE(double)
 #undef SUPCON_INSTANTIATE

@@ -12,7 +12,7 @@
 namespace supcon {
 
 // Changes whenever the Python module's functions take or return something else.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 enum class Summation { kOut, kIn };
 enum class Denominator { kAll, kOnePositive, kOnlyNegatives };
@@ -104,6 +104,13 @@ void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
 template <typename Real>
 void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
               const Gradients<Real>& out);
+
+// Both, with one preparation: the gradients are of the total, over *count where that is given. It
+// may be one of the counts that the forward writes. `gradients` brings what is to be written alone.
+template <typename Real>
+void forward_and_backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
+                          const Results<Real>& results, const Real* count,
+                          Gradients<Real> gradients);
 
 // Which pairs a pass looks at.
 enum class Pairs { kAll, kNegatives, kPositives };

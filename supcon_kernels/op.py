@@ -7,13 +7,13 @@ written once, and hand them to the backend that was chosen for the call. They ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from supcon_kernels.backends import BACKENDS, triton
+from supcon_kernels.backends import BACKENDS, native, triton
 from supcon_kernels.problem import Problem, as_asked, statistics_dtype, working_dtype
 
 _PROBLEM = (
@@ -22,7 +22,9 @@ _PROBLEM = (
     "str denominator, bool normalize, int ignore_index, bool tf32, str reduction, str backend"
 )
 _ROWS, _COLS, _TEMPERATURE, _NUM_TENSORS = 0, 1, 5, 6
+_DIFFERENTIABLE = (_ROWS, _COLS, _TEMPERATURE)
 _NUM_OPERANDS = 15  # of _PROBLEM
+_PLAIN = (Tensor, torch.nn.Parameter)
 _LIBRARY: Any = torch.library.Library("supcon_kernels", "DEF")
 
 
@@ -54,10 +56,41 @@ def _forward(*operands: Any) -> tuple[Tensor, ...]:
     problem = Problem(*fields)
     if backend == "triton":
         return triton.forward(problem, reduction)
-    loss, total, counts, stats = BACKENDS[backend].forward(problem.by_rows())
+    return _results(BACKENDS[backend].forward(problem.by_rows()), reduction)
+
+
+def _results(of_backend: tuple[Tensor, ...], reduction: str) -> tuple[Tensor, ...]:
+    loss, total, counts, stats = of_backend
     asked, count = as_asked(loss, total, counts, reduction)
     count = loss.new_ones(()) if count is None else count
     return asked, count, stats, loss.new_empty(0)
+
+
+def _forward_for(
+    wanted: Sequence[bool], *operands: Any
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What ``forward`` returns, and the gradients ``wanted`` where they are better made at once.
+
+    They are of an upstream gradient of 1; no tensor where ``backward`` makes them.
+    """
+    *fields, reduction, backend = operands
+    problem = Problem(*fields)
+    if backend != "native" or not native.makes_gradients(problem, reduction):
+        return _forward(*operands), ()
+    losses, grads = native.forward_and_backward(problem.by_rows(), reduction, wanted)
+    if not problem.has_integer_labels:
+        grads = tuple(grad + problem.target_poison() for grad in grads)
+    return _results(losses, reduction), grads
+
+
+def _scaled(
+    grad_loss: Tensor, grads: Sequence[Tensor], inputs: Sequence[Any], wanted: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients of the ``inputs`` that are wanted, given those of an upstream gradient of 1."""
+    return [
+        _as_given((grad * grad_loss).to(x.dtype), x) if want else grad
+        for grad, x, want in zip(grads, inputs, wanted)
+    ]
 
 
 def _backward(
@@ -99,7 +132,7 @@ def _backward(
 
 def _as_given(gradient: Tensor, features: Tensor | None) -> Tensor:
     """The gradient (N, D) in the shape of the features."""
-    if features is None or features.ndim == 2:
+    if features is None or features.ndim != 3:
         return gradient
     batch, views, dim = features.shape
     return gradient.view(views, batch, dim).transpose(0, 1).contiguous()
@@ -136,8 +169,19 @@ def _backward_fake(
 
 def _below_autograd(operator: Any, *operands: Any) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
+        if _is_plain(operands):
+            return _KERNELS[operator](*operands)
         result: tuple[Tensor, ...] = operator(*operands)
     return result
+
+
+def _is_plain(operands: Sequence[Any]) -> bool:
+    """Whether the dispatcher would lead to the kernel: no mode, transform, subclass or meta tensor."""
+    if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.Python):
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(x) in _PLAIN and not x.is_meta for x in operands if isinstance(x, Tensor))
 
 
 class _Differentiable(torch.autograd.Function):
@@ -145,10 +189,17 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, ...]:
-        loss, *saved = _below_autograd(forward, *operands)
+        grads: tuple[Tensor, ...] = ()
+        if _is_plain(operands):
+            with torch._C._AutoDispatchBelowAutograd():
+                wanted = [ctx.needs_input_grad[k] for k in _DIFFERENTIABLE]
+                (loss, *saved), grads = _forward_for(wanted, *operands)
+        else:
+            loss, *saved = _below_autograd(forward, *operands)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*saved)
-        ctx.save_for_backward(*saved, *operands[:_NUM_TENSORS])
+        ctx.save_for_backward(*grads, *saved, *operands[:_NUM_TENSORS])
+        ctx.num_made = len(grads)
         ctx.options = operands[_NUM_TENSORS:]
         return loss, *saved
 
@@ -158,9 +209,17 @@ class _Differentiable(torch.autograd.Function):
         if grad_loss is None:
             return tuple(result)
         saved, tensors = ctx.saved_tensors[:-_NUM_TENSORS], ctx.saved_tensors[-_NUM_TENSORS:]
-        wanted = [ctx.needs_input_grad[k] for k in (_ROWS, _COLS, _TEMPERATURE)]
-        grads = backward(grad_loss, *saved, *wanted, *tensors, *ctx.options)
-        for index, want, grad in zip((_ROWS, _COLS, _TEMPERATURE), wanted, grads):
+        made, saved = saved[: ctx.num_made], saved[ctx.num_made :]
+        wanted = [ctx.needs_input_grad[k] for k in _DIFFERENTIABLE]
+        call = (grad_loss, *saved, *wanted, *tensors, *ctx.options)
+        # A graph of the gradient is made, and refused, by the operator.
+        if torch.is_grad_enabled() or not _is_plain(call):
+            grads = backward(*call)
+        elif made:
+            grads = _scaled(grad_loss, made, [tensors[k] for k in _DIFFERENTIABLE], wanted)
+        else:
+            grads = _backward(*call)
+        for index, want, grad in zip(_DIFFERENTIABLE, wanted, grads):
             if want:
                 result[index] = grad.to(tensors[index]) if index == _TEMPERATURE else grad
         return tuple(result)
@@ -196,5 +255,6 @@ def _register(
     torch.library.register_fake(operator, fake, lib=_LIBRARY)
 
 
+_KERNELS = {forward: _forward, backward: _backward}
 _register(forward, _forward, _forward_fake, _Differentiable)
 _register(backward, _backward, _backward_fake, _NotTwice)

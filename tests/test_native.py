@@ -459,3 +459,50 @@ def test_any_call_is_right_or_refused(arguments):
 @given(weighted_calls())
 def test_any_weights_are_right_or_refused(arguments):
     assert_right_or_refused(arguments)
+
+
+# --- small batches: the gradient is made in the forward
+
+
+@pytest.mark.parametrize("reduction", ["mean", "positive_mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_gradients_made_in_the_forward_have_the_bits_of_the_backward(dtype, reduction, monkeypatch):
+    results = []
+    for limit in (native.MAX_PAIRS_AT_ONCE, 0):
+        monkeypatch.setattr(native, "MAX_PAIRS_AT_ONCE", limit)
+        for k, case in enumerate(CASES):
+            arguments = arguments_of(case, VARIANTS[k % len(VARIANTS)])
+            if takes("native", arguments) and arguments["features"].numel():
+                widths = {x: v.to(dtype) for x, v in arguments.items() if x.endswith("features")}
+                arguments = {**arguments, **widths, "reduction": reduction}
+                got = value_and_gradients({**arguments, "base_temperature": None})
+                results.append([x.nan_to_num() for x in got])
+    half = len(results) // 2
+    assert half
+    for at_once, apart in zip(results[:half], results[half:]):
+        assert all(torch.equal(a, b) for a, b in zip(at_once, apart))
+
+
+def test_one_entry_into_the_core_makes_loss_and_gradient(monkeypatch):
+    features, labels = torch.randn(8, 4, requires_grad=True), torch.arange(8) % 2
+    monkeypatch.setattr(native, "backward", lambda *_: pytest.fail("a second entry"))
+    loss = native_loss(features, labels)
+    loss.backward(retain_graph=True)
+    first = features.grad.clone()
+    loss.backward()  # what was made is kept
+    assert torch.equal(features.grad, 2 * first)
+    monkeypatch.setattr(native, "forward_and_backward", lambda *_: pytest.fail("not wanted"))
+    with torch.no_grad():
+        native_loss(features, labels)
+    native_loss(features, labels, reduction="none")
+
+
+def test_gradients_are_narrowed_after_they_are_scaled():
+    features, labels = torch.randn(64, 16, dtype=torch.float16), torch.arange(64) % 8
+    gradients = []
+    for x in (features, features.float()):
+        loss = native_loss(x.requires_grad_(), labels, temperature=1e5)
+        gradients.append(torch.autograd.grad(loss * 2.0**16, x)[0])  # as GradScaler does
+    narrow, wide = gradients
+    assert wide.abs().max() < 2.0**-8  # without the factor float16 holds nothing of it
+    assert torch.equal(narrow, wide.half())

@@ -354,6 +354,32 @@ def test_the_tiled_backend_waits_for_no_device(variant):
             tiled.backward(problem, torch.ones_like(loss), stats, *needs)
 
 
+class Operators(TorchDispatchMode):
+    """Writes down which of the operators are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "supcon_kernels":
+            self.called.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_see_both_operators_and_profilers_the_call():
+    features, labels = torch.randn(8, 4, requires_grad=True), torch.arange(8) % 2
+    with Operators() as operators:
+        supcon_loss(features, labels).backward()
+    assert operators.called == ["forward", "backward"]
+    expected, features.grad = features.grad, None
+    with torch.profiler.profile() as profile:
+        supcon_loss(features, labels).backward()
+    names = [event.name for event in profile.events()]
+    assert names.count("supcon_kernels::forward") == 1  # and no second pass of the dispatcher
+    torch.testing.assert_close(features.grad, expected)
+
+
 def test_shapes_alone_suffice():
     with torch._subclasses.FakeTensorMode():
         features, labels = torch.randn(6, 3), torch.rand(6, 2)

@@ -8,6 +8,7 @@ and soft labels are read where they are, in any dtype.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from supcon_kernels._version import __version__
 from supcon_kernels.problem import Problem
 
 # That of csrc/supcon.h: a core that was compiled before it changed takes other arguments.
-INTERFACE = 3
+INTERFACE = 4
+# Up to so many pairs a preparation saved is worth keeping a gradient for.
+MAX_PAIRS_AT_ONCE = 2**22
 
 
 def _load_core() -> tuple[Any, str]:
@@ -73,12 +76,56 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     The statistics are ``RowStatistics`` in csrc/supcon.h.
     """
+    results = _empty_results(problem)
+    _call(problem).forward(*[x.data_ptr() for x in results])
+    return _poisoned(problem, results)
+
+
+def makes_gradients(problem: Problem, reduction: str) -> bool:
+    """Whether ``forward_and_backward`` is the faster way to the gradients of ``problem``."""
+    return reduction != "none" and problem.num_rows * problem.num_cols <= MAX_PAIRS_AT_ONCE
+
+
+def forward_and_backward(
+    problem: Problem, reduction: str, wanted: Sequence[bool]
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+    """What ``forward`` returns, and the gradients of the loss that ``reduction`` asks for.
+
+    Those are in the working dtype: scaled by what came from above, they may fit in no narrower one.
+    """
+    results, grads = _empty_results(problem), _empty_gradients(problem, wanted)
+    counts = results[2]
+    count = 0
+    if reduction != "sum":
+        count = counts.data_ptr() + (reduction == "positive_mean") * counts.element_size()
+    _call(problem).forward_and_backward(
+        *[x.data_ptr() for x in results],
+        count,
+        *[x.data_ptr() if want else 0 for x, want in zip(grads, wanted)],
+    )
+    return _poisoned(problem, results), (*grads[:2], grads[2].to(problem.dtype))
+
+
+def _empty_results(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, dtype = problem.rows.shape[0], problem.dtype
-    loss = _empty((n,), dtype)
-    total = _empty((), dtype)
-    counts = _empty((2,), dtype)
-    stats = _empty((3, n), torch.float64)
-    _call(problem).forward(loss.data_ptr(), total.data_ptr(), counts.data_ptr(), stats.data_ptr())
+    loss, total, counts = _empty((n,), dtype), _empty((), dtype), _empty((2,), dtype)
+    return loss, total, counts, _empty((3, n), torch.float64)
+
+
+def _empty_gradients(problem: Problem, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = problem.rows, problem.rows if problem.cols is None else problem.cols
+    needs_rows, needs_cols, needs_temperature = wanted
+    return (
+        _empty(rows.shape if needs_rows else (0,), problem.dtype),
+        _empty(cols.shape if needs_cols else (0,), problem.dtype),
+        _empty(() if needs_temperature else (0,), torch.float64),
+    )
+
+
+def _poisoned(
+    problem: Problem, results: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, total, counts, stats = results
     if not problem.has_integer_labels:
         poison = problem.target_poison()
         loss += poison
@@ -104,19 +151,16 @@ def backward(
     of_cols: list[Tensor] = []
     if col_grad_loss is not None and col_stats is not None:
         of_cols = [col_grad_loss.to(problem.dtype).contiguous(), col_stats.contiguous()]
-    rows, cols = problem.rows, problem.rows if problem.cols is None else problem.cols
-    grad_rows = _empty(rows.shape if needs_rows else (0,), problem.dtype)
-    grad_cols = _empty(cols.shape if needs_cols else (0,), problem.dtype)
-    grad_tau = _empty(() if needs_temperature else (0,), torch.float64)
+    wanted = (needs_rows, needs_cols, needs_temperature)
+    grads = _empty_gradients(problem, wanted)
     _call(problem).backward(
         grad_loss.data_ptr(),
         stats.data_ptr(),
-        grad_rows.data_ptr() if needs_rows else 0,
-        grad_cols.data_ptr() if needs_cols else 0,
-        grad_tau.data_ptr() if needs_temperature else 0,
+        *[x.data_ptr() if want else 0 for x, want in zip(grads, wanted)],
         *[x.data_ptr() for x in of_cols],
     )
-    return grad_rows.to(rows.dtype), grad_cols.to(rows.dtype), grad_tau.to(problem.dtype)
+    dtype = problem.rows.dtype
+    return grads[0].to(dtype), grads[1].to(dtype), grads[2].to(problem.dtype)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
