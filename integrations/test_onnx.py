@@ -9,9 +9,8 @@ import torch
 
 import embed
 from export import main
-from network.weights import load_model
-from run.checkpoint import load_checkpoint
 from run.command_line import run_script
+from run.saved_run import open_run
 from train_fixtures import pretrain, write_images
 
 
@@ -34,11 +33,11 @@ def test_same_embeddings_for_any_number_of_images(folder, tmp_path, encoder):
     if encoder == "vit":
         vit = ("--model=test_vit", "--stem=standard", "--width=16", "--image_size=32")
         run = pretrain(tmp_path, *vit, "--batch_size=4", "--max_steps=1")
-    saved = load_checkpoint(run / "last.pt")
-    size, data = saved["config"]["image_size"], saved["data"]
+    saved = open_run(run / "last.pt")
+    size, data = saved.options.data.image_size, saved.about_images
     images = torch.randn(7, data["channels"], size, size)
     with torch.no_grad():
-        expected = load_model(run / "last.pt", saved).encoder.eval()(images).numpy()
+        expected = saved.network().encoder.eval()(images).numpy()
 
     session = onnxruntime.InferenceSession(export(run / "last.pt", tmp_path / "e.onnx"))
     for rows in (1, 7):
