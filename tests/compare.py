@@ -145,12 +145,13 @@ def _floor(name: str, exact: Tensor, arguments: dict[str, Any], dtype: torch.dty
         other = arguments.get("contrast_features")
         for x in (arguments["features"], arguments["features"] if other is None else other):
             reach *= x[x.isfinite().all(dim=-1)].norm(dim=-1).amax().item() if x.numel() else 1.0
+    similarity = reach
     labels = arguments.get("labels")
     if arguments.get("summation") == "in" and labels is not None and labels.is_floating_point():
         weights = labels.double() @ labels.double().T  # their logarithms are part of exponents
         logarithms = weights[weights > 0].log().abs()
         reach = max(reach, logarithms.max().item() if logarithms.numel() else 0.0)
-    term = {"loss": 1.0, "temperature": 1.0 / tau}.get(name, 1.0 / num_anchors)
+    term = {"loss": 1.0, "temperature": similarity}.get(name, 1.0 / num_anchors)
     size = exact.abs().max().item()
     working = torch.float64 if dtype == torch.float64 else torch.float32
     floor = FLOOR_ROUNDINGS * torch.finfo(working).eps * (size + term) * max(1.0, reach)

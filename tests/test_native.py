@@ -389,7 +389,12 @@ def calls(draw):
     n, dim = draw(st.integers(0, 70)), draw(st.integers(0, 40))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
-    wide = torch.randn(2 * n + 1, 2 * dim + 1, generator=g, dtype=torch.float64).to(dtype)
+    temperature = draw(st.sampled_from([0.01, 0.05, 0.5, 10.0, -1.0]))
+    normalize = draw(st.booleans())
+    # Rows that are taken as they are given have similarities as large as unit rows have.
+    size = 1.0 if normalize else max(dim, 1) ** -0.5
+    wide = size * torch.randn(2 * n + 1, 2 * dim + 1, generator=g, dtype=torch.float64)
+    wide = wide.to(dtype)
     rows = {
         "packed": wide[:n, :dim].contiguous(),
         "strided": wide[1 : 2 * n + 1 : 2, 1 : 2 * dim + 1 : 2],
@@ -403,10 +408,10 @@ def calls(draw):
         "labels": torch.randint(
             num_classes, (n + draw(st.sampled_from([0, 0, 0, 1])),), generator=g
         ),
-        "temperature": draw(st.sampled_from([0.01, 0.05, 0.5, 10.0, -1.0])),
+        "temperature": temperature,
         "summation": draw(st.sampled_from(["out", "in"])),
         "denominator": draw(st.sampled_from(["all", "one_positive", "only_negatives"])),
-        "normalize": draw(st.booleans()),
+        "normalize": normalize,
         "reduction": draw(st.sampled_from(["mean", "positive_mean", "sum", "none"])),
         "ignore_index": draw(st.sampled_from([-100, 0])),
     }
