@@ -153,6 +153,14 @@ PAGE: dict[str, Callable[[], str]] = {
         "batch_cpu_float32",
         {"provider": "loss", "largest_rows": "largest N", "peak_mib": "its peak in MiB"},
     ),
+    "bfloat16": table_of(
+        "loss_cpu_bfloat16",
+        {"num_rows": "N", "provider": "features", "phase": "phase", "time_ms": "ms"},
+    ),
+    "targets": table_of(
+        "targets_cpu_float32",
+        {"targets": "positives by", "time_ms": "ms", "time_over_labels": "of integer labels"},
+    ),
     "threads": table_of(
         "threads_cpu_float32",
         {
@@ -171,6 +179,14 @@ PAGE: dict[str, Callable[[], str]] = {
             "over_bare": "of the bare loop",
             "loss_share": "share of the loss",
             "data_share": "share of the data",
+        },
+    ),
+    "input": table_of(
+        "input_cpu",
+        {
+            "loader": "loader",
+            "views": "crops an image",
+            "images_per_second_per_core": "images/s a core",
         },
     ),
     "options": table_of("train_options_cpu", {"loop": "loop", "images_per_second": "images/s"}),
