@@ -130,7 +130,9 @@ def cell(text: str) -> str:
         value = float(text)
     except ValueError:
         return text
-    return text if value.is_integer() and "." not in text else f"{value:.3g}"
+    if value.is_integer() and "." not in text:
+        return text
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def number(value: float | None) -> str:
