@@ -46,4 +46,5 @@ weights = get_model_state_dict(model, options=whole)  # on rank 0, {} on the oth
 if rank == 0:
     torch.save({"losses": losses, "model": weights}, "encoder.pt")
     print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+dist.barrier()  # no rank leaves while another still sends or writes
 dist.destroy_process_group()
