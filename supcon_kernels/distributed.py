@@ -457,7 +457,7 @@ def _gradients(
         backend: made the statistics.
     """
     wants_rows, wants_cols, wants_temperature = wanted
-    problem = _widened(problem)  # as the backends do anyway: the parts are rounded once, in the end
+    problem = _widened(problem)  # the parts are rounded once, in the end
     cols, labels = _contrasts(problem)
     *of_cols, other_rows, other_row_labels = gathered
     other_cols, other_col_labels = [x[problem.num_cols :] for x in of_cols]

@@ -208,7 +208,8 @@ class _Differentiable(torch.autograd.Function):
         result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if grad_loss is None:
             return tuple(result)
-        saved, tensors = ctx.saved_tensors[:-_NUM_TENSORS], ctx.saved_tensors[-_NUM_TENSORS:]
+        unpacked = ctx.saved_tensors  # once: activation checkpointing refuses a second time
+        saved, tensors = unpacked[:-_NUM_TENSORS], unpacked[-_NUM_TENSORS:]
         made, saved = saved[: ctx.num_made], saved[ctx.num_made :]
         wanted = [ctx.needs_input_grad[k] for k in _DIFFERENTIABLE]
         call = (grad_loss, *saved, *wanted, *tensors, *ctx.options)
@@ -236,7 +237,7 @@ class _NotTwice(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             "supcon_loss can be differentiated twice only with backend='reference': "
-            "the other backends recompute their gradient and do not record it"
+            "the other backends do not record how their gradient is made"
         )
 
 

@@ -74,7 +74,7 @@ def test_workers_without_shared_memory_are_refused(flat, monkeypatch, tmp_path):
     usage = type("usage", (), {"free": 2**20})
     monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"^--workers 3 needs 90 MiB of .*/dev/shm has 1 MiB free"):
+    with pytest.raises(UserError, match=r"^--workers 3 needs 105 MiB of .*/dev/shm has 1 MiB free"):
         training_batches(split, batch_options(26, workers=3), seed=0)
     training_batches(split, batch_options(26), seed=0)
 

@@ -7,6 +7,10 @@ The file's metadata holds, as JSON: `resize_size` (of the shorter side) and `cro
 `mean` and `std` of pixels in [0, 1], and `classes`, the names of the classes of the run.
 """
 
+import run.quiet_interrupt  # noqa: F401  before all that takes long to import
+
+# isort: split
+
 import json
 from dataclasses import dataclass
 from importlib.util import find_spec

@@ -152,7 +152,10 @@ class Batches:
         size = IMAGES_PER_PART if decoded and workers > 0 else len(split)
         self.parts = _Parts(sampler, size)
         if workers > 0:
-            _check_shared_memory(workers, min(size, _longest(batches)) * split.image_bytes)
+            longest = _longest(batches)
+            # The parts that wait, and those of the batch that is being joined.
+            num_images = workers * PARTS_AHEAD * min(size, longest) + longest
+            _check_shared_memory(workers, num_images * split.image_bytes)
         self.loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
             split,
             batch_size=None,
@@ -174,9 +177,12 @@ class Batches:
     def _joined(self) -> Iterator[tuple[Tensor, Tensor]]:
         parts = iter(self.loader)
         for first in parts:
-            rest = [next(parts) for _ in range(self.parts.counts.popleft() - 1)]
-            images, labels = zip(first, *rest)
-            yield self._join(images), self._join(labels)
+            batch = [first, *(next(parts) for _ in range(self.parts.counts.popleft() - 1))]
+            del first
+            images, labels = map(self._join, zip(*batch))
+            del batch  # parts lie in shared memory for as long as somebody holds them
+            yield images, labels
+            del images, labels
 
     def _join(self, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
@@ -209,11 +215,11 @@ def _longest(batches: TrainingOrder | list[list[int]]) -> int:
     return max(map(len, batches), default=0)
 
 
-def _check_shared_memory(workers: int, part_bytes: int) -> None:
-    """Refuse workers whose parts, on their way to this process, have no room."""
+def _check_shared_memory(workers: int, num_bytes: int) -> None:
+    """Refuse workers whose images, on their way to this process, have no room."""
     if not SHARED_MEMORY.is_dir():
         return
-    needed = workers * PARTS_AHEAD * part_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         raise UserError(

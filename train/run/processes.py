@@ -107,9 +107,10 @@ class Ranks:
         return things
 
     def all_gather_rows(self, rows: Tensor) -> Tensor:
-        """The (n, D) rows of all processes, of each as many, in their order."""
+        """The rows (n, ...) of all processes, of each as many, in their order."""
         if self.group is None:
             return rows
+        rows = rows.contiguous()  # NCCL sends memory as it lies
         gathered = rows.new_empty(self.world_size * len(rows), *rows.shape[1:])
         _all_gather(gathered, rows, group=self.group)
         return gathered
