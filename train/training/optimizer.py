@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from run.rules import out_of_range
@@ -96,5 +96,6 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 def gradient_norm(optimizer: Optimizer) -> Tensor:
     """The norm of all gradients together, a scalar on their device."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    total: Tensor = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    norms = torch._foreach_norm([weight.grad for weight in weights if weight.grad is not None])
+    total: Tensor = torch.stack(norms).norm()
     return total
