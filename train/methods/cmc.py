@@ -20,7 +20,8 @@ from run.errors import UserError
 class CMC(Contrastive):
     """The network sees images as they are; a second one their colours, or of grey images the edges.
 
-    So the network can be used without the second one. In the paper it sees lightness alone.
+    So the network can be used without the second one. In the paper it sees lightness alone, and both
+    kinds are of one random view.
     """
 
     uses_labels = False

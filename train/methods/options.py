@@ -8,8 +8,8 @@ from run.rules import LARGEST, broken, out_of_range
 # Do not look at the labels.
 WITHOUT_LABELS = ("simclr", "moco", "cmc")
 WITH_CLASSIFIER = ("cross_entropy", "joint", "max_margin")
-# Learn from one view of an image alone.
-ONE_VIEW = ("cross_entropy", "max_margin", "cmc")
+# Learn from one view of an image; of the others cmc can, too.
+ONE_VIEW = ("cross_entropy", "max_margin")
 CONTRASTIVE = ("supcon", "simclr", "moco", "joint", "cmc")
 # Of each option that not every method reads, those that do.
 READ_BY = {
@@ -80,9 +80,14 @@ class MethodOptions:
         return self.method not in WITHOUT_LABELS
 
     @property
-    def least_views(self) -> int:
-        """The views of an image that it needs, and takes where --num_views does not say."""
+    def default_views(self) -> int:
+        """The views of an image where --num_views does not say."""
         return 1 if self.method in ONE_VIEW else 2
+
+    @property
+    def least_views(self) -> int:
+        """The views of an image that it needs."""
+        return 1 if self.method in (*ONE_VIEW, "cmc") else 2
 
     @property
     def num_keys(self) -> int | None:
