@@ -95,7 +95,7 @@ def test_features_in_a_file_give_what_those_in_memory_give(run, monkeypatch):
         return encode_stored(model, views, images)
 
     monkeypatch.setattr(features, "_in_file", lambda *how: made.append(how) or in_file(*how))
-    monkeypatch.setattr("linear.encode_stored", spy)
+    monkeypatch.setattr("linear_stage.stage.encode_stored", spy)
     before = sorted(run.iterdir())
     again, mapped = stage(run, "--features_gib", 0)
     assert made == [((1347, 32), run)] and sorted(run.iterdir()) == before
@@ -104,16 +104,33 @@ def test_features_in_a_file_give_what_those_in_memory_give(run, monkeypatch):
     assert again["top1"] == pytest.approx(found["top1"], abs=0.005)
 
 
-def test_a_disk_without_room_for_features_is_named(run, monkeypatch, capsys):
-    def full(*arguments):
+def error_of(capsys, run, *options):
+    with pytest.raises(SystemExit) as ended:
+        run_script(partial(stage, run, *options))
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_a_machine_without_room_is_named_in_one_line(run, monkeypatch, capsys):
+    def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
-    with pytest.raises(SystemExit):
-        run_script(partial(stage, run, "--features_gib", 0))
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"{run} has no room for 0.0 GiB of features" in error
-    assert "--features_gib" in error
+    def out_of_memory(*arguments, **options):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.posix_fallocate", full, raising=False)
+        error = error_of(capsys, run, "--features_gib", 0)
+    assert f"{run} has no room for 0.0 GiB of features" in error and "--features_gib" in error
+    with monkeypatch.context() as patch:
+        patch.setattr("linear.replace_text", full)
+        error = error_of(capsys, run)
+    assert f"cannot write to {run}: No space left on device" in error
+    with monkeypatch.context() as patch:
+        patch.setattr("linear_stage.stage.Features", out_of_memory)
+        error = error_of(capsys, run)
+    assert "out of memory: lower one of --features_gib 8.0" in error
 
 
 @pytest.fixture
@@ -121,7 +138,7 @@ def seen(monkeypatch):
     """The number of images of each split that is encoded as it is, in order."""
     sizes = []
     monkeypatch.setattr(
-        "linear.embedded_batches",
+        "linear_stage.stage.embedded_batches",
         lambda encode, split, **how: (
             sizes.append(len(split)) or features.embedded_batches(encode, split, **how)
         ),
