@@ -65,12 +65,10 @@ class Features:
         for embedded, labels in batches:
             if start == 0:
                 shape = (num_rows, embedded.shape[1])
-                self.is_in_file = 4 * math.prod(shape) > limit
-                self.rows = (
-                    _in_file(shape, folder)
-                    if self.is_in_file
-                    else torch.empty(shape, dtype=torch.float32, device=device)
-                )
+                if 4 * math.prod(shape) > limit:
+                    self.rows = _in_file(shape, folder)
+                else:
+                    self.rows = torch.empty(shape, dtype=torch.float32, device=device)
             self.rows[start : start + len(embedded)] = embedded
             self.labels[start : start + len(labels)] = labels
             start += len(embedded)
