@@ -16,6 +16,8 @@ from linear_stage import features
 from linear_stage.classifier import load_classifier
 from linear_stage.options import LinearOptions
 from linear_stage.paper_protocol import PaperOptions
+from linear_stage.stage import LinearStage
+from pretend_cuda import pretend_cuda
 from run.command_line import parse, run_script
 from run.errors import UserError
 from run.saved_run import open_run
@@ -34,6 +36,10 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pretrain.draw", lambda *arguments: None)
         return pretrain(folder, "--epochs", 2, "--probe", "false")
+
+
+def read(*options):
+    return parse(LinearOptions, ["--checkpoint", "x", *options], prog="linear", description="")
 
 
 def stage(run, *options):
@@ -122,7 +128,7 @@ def test_a_machine_without_room_is_named_in_one_line(run, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("os.posix_fallocate", full, raising=False)
         error = error_of(capsys, run, "--features_gib", 0)
-    assert f"{run} has no room for 0.0 GiB of features" in error and "--features_gib" in error
+    assert f"{run} cannot hold 0.0 GiB of features" in error and "--features_gib" in error
     with monkeypatch.context() as patch:
         patch.setattr("linear.replace_text", full)
         error = error_of(capsys, run)
@@ -190,6 +196,29 @@ def test_finetuning_trains_the_encoder_by_its_own_rate(run, seen):
     assert not torch.equal(classifier.encoder["conv1.weight"], start.conv1.weight)
 
 
+@pytest.mark.parametrize("finetune", ["--finetune", "--no_finetune"])
+def test_host_does_not_wait_for_a_gpu_in_its_steps(run, finetune):
+    saved, waits = open_run(run), []
+    data = load_data(saved.options)
+    for steps in (2, 5):  # of one epoch, which waits to print its loss
+        options = ("--protocol=paper", f"--max_steps={steps}", finetune)
+        with pretend_cuda() as device:
+            made = LinearStage(read(*options), saved, data, torch.device("cuda"))
+            model = saved.network().to("cuda")
+            device.reset()
+            made.train(model)
+            waits.append(device.waits.total())
+    assert waits[0] == waits[1]
+
+
+def test_features_in_a_file_are_fitted_on_a_gpu(run):
+    saved = open_run(run)
+    with pretend_cuda():
+        options = read("--max_iterations=2", "--features_gib=0")
+        made = LinearStage(options, saved, load_data(saved.options), torch.device("cuda"))
+        assert made.fit(saved.network().to("cuda")).classifier.is_finite
+
+
 def test_rates_without_validation_images_are_refused(run):
     with pytest.raises(UserError, match=r"^2 pairs of --learning_rate .* --validation_fraction"):
         stage(run, *PAPER, "--learning_rate", "[1,5]")
@@ -253,6 +282,6 @@ def test_views_of_the_linear_stage():
 )  # fmt: skip
 def test_mistakes_exit_with_code_2(argv, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        parse(LinearOptions, ["--checkpoint=x", *argv], prog="linear", description="")
+        read(*argv)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and message in error and error.count("\n") == 1

@@ -99,7 +99,7 @@ def _in_file(shape: tuple[int, int], folder: Path) -> Tensor:
     """A float32 tensor in a file whose name is gone already.
 
     Raises:
-        UserError: the disk has no room for it.
+        UserError: it cannot be made, for instance because the disk is full.
     """
     count = math.prod(shape)
     try:
@@ -112,6 +112,6 @@ def _in_file(shape: tuple[int, int], folder: Path) -> Tensor:
             return torch.from_file(file.name, shared=True, size=count).view(shape)
     except OSError as error:
         raise UserError(
-            f"{folder} has no room for {4 * count / 2**30:.1f} GiB of features "
-            f"({error.strerror}): make room, or raise --features_gib"
+            f"{folder} cannot hold {4 * count / 2**30:.1f} GiB of features ({error.strerror}): "
+            "make room there, or raise --features_gib"
         ) from error
