@@ -9,7 +9,17 @@ from itertools import combinations
 from codegen.kernels import Source
 
 # Constants of a launch that follow from dtype, width and architecture.
-_DERIVED = "ROWS COLS CHUNK SLICE PRECISION TF32 PADDED_DIM BLOCK_ROWS BLOCK_DIM".split()
+_DERIVED = [
+    "ROWS",
+    "COLS",
+    "CHUNK",
+    "SLICE",
+    "PRECISION",
+    "TF32",
+    "PADDED_DIM",
+    "BLOCK_ROWS",
+    "BLOCK_DIM",
+]
 
 
 def distinct(sources: Sequence[Source]) -> list[Source]:
