@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from itertools import chain, islice, repeat
 
+import kornia
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ import train_fixtures  # noqa: F401  puts train/ on the path
 from data.batches import training_batches
 from evaluation.embeddings import encode_stored
 from evaluation.knn import accuracy, knn_predict
+from methods.cmc import Edges
 from methods.n_pairs import sets_of_pairs
 from methods.options import WITH_CLASSIFIER, MethodOptions
 from run.errors import UserError
@@ -177,7 +179,14 @@ def test_colours_do_not_know_lightness(digits):
     grey = torch.rand(2, 1, 8, 8).expand(-1, 3, -1, -1)
     red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
     assert colours((grey - 0.2) / 0.5).abs().max() < 1e-3
-    assert colours((red - 0.2) / 0.5).min() > 0.5
+    blueness, redness = colours((red - 0.2) / 0.5).unbind(1)
+    assert blueness.max() < -0.3 and redness.min() > 0.9
+
+
+def test_edges_are_sobels():
+    images = torch.randn(2, 1, 9, 9)
+    expected = kornia.filters.sobel(images, eps=0)
+    torch.testing.assert_close(Edges()(images), expected)
 
 
 def test_views_of_an_image_are_as_many_as_the_method_needs():
