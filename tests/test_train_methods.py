@@ -1,6 +1,7 @@
 """Each method: it learns digits, goes on exactly, and does what its paper says."""
 
 import copy
+import json
 import sys
 from dataclasses import replace
 from itertools import chain, islice, repeat
@@ -215,7 +216,9 @@ def test_library_that_is_missing_is_named(digits, monkeypatch):
 
 def test_run_of_simclr_with_a_queue_is_one_of_moco(tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.draw", lambda *arguments: None)
-    run = pretrain(tmp_path, "--max_steps", 1, "--method", "moco", "--queue_size", 128)
+    learned = "--learn_temperature"
+    run = pretrain(tmp_path, "--max_steps", 1, "--method", "moco", "--queue_size", 128, learned)
+    assert json.loads((run / "results.json").read_text())["temperature"] != pytest.approx(0.1)
     saved = torch.load(run / "last.pt", weights_only=True)
     saved["config"]["method"] = "simclr"
     torch.save(saved, run / "old.pt")

@@ -44,6 +44,7 @@ class MethodOptions:
             does not follow the temperature. 1: as the SupCon authors' code; 0.07: as SupContrast's.
             Default: do not.
         learn_temperature: Train the temperature, too, from the one given on; it stays above 0.01.
+            Where it ends is in results.json.
         summation: out: average the log-probabilities of the positives (the paper's equation 2); in:
             take the logarithm of their average (equation 3).
         denominator: What stands under a positive. all: every other view (the paper); one_positive:
