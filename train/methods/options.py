@@ -93,7 +93,9 @@ class MethodOptions:
     @property
     def num_keys(self) -> int | None:
         """What the queue holds, if there is one."""
-        return self.queue_size or (MOCO_QUEUE_SIZE if self.method == "moco" else None)
+        if self.queue_size is None and self.method == "moco":
+            return MOCO_QUEUE_SIZE
+        return self.queue_size
 
     @property
     def margin_or_default(self) -> float:
