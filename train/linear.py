@@ -23,6 +23,7 @@ from data.sources import DataOptions, load_data
 from data.views import build_views
 from evaluation.embeddings import embed, encode_stored
 from evaluation.knn import accuracy
+from run import next_steps
 from run.atomic_write import replace_text
 from run.command_line import parse, run_script
 from run.device import Device, pick_device
@@ -118,6 +119,9 @@ def linear(options: LinearOptions) -> float:
     print(f"linear top-1 {results['top1']:.2%} on {len(data.test)} test images")
     others = ", ".join(f"{name} images {share:.2%}" for name, share in shares.items())
     print(f"({others}); written to {written}")
+    checkpoint = Path(options.checkpoint)
+    following = next_steps.embed(checkpoint, named.dataset), next_steps.export(checkpoint)
+    print(next_steps.lines(*following))
     return results["top1"]
 
 

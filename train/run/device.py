@@ -29,6 +29,18 @@ class DeviceOptions:
         return out_of_range(self, greater_than_0=("timeout_minutes",))
 
 
+def gpu_memory(device: torch.device) -> str:
+    """The most GPU memory that torch has held, of all there is; empty without CUDA.
+
+    Both are numbers on the host: reading them does not wait for the GPU.
+    """
+    if device.type != "cuda":
+        return ""
+    held = torch.cuda.max_memory_reserved(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    return f"{held / 2**30:.1f} of {total / 2**30:.1f} GiB"
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name; auto: the fastest kind that is there."""
     there = {
