@@ -1,4 +1,4 @@
-"""Pretrain a ResNet with the supervised contrastive loss and say how good its embedding is.
+"""Train an image encoder with the supervised contrastive loss, and measure its embeddings.
 
 python train/pretrain.py
 python train/pretrain.py --dataset fashion_mnist --data_root DIR
@@ -206,8 +206,7 @@ def train(run: Run) -> None:
         report.end_training()
         tested = evaluator.at_the_end(num_drawn=MAX_POINTS)
         if ranks.is_rank_0:
-            has_metrics = "csv" in options.logging.chosen
-            draw(folder, data, state, tested, has_metrics=has_metrics)
+            draw(folder, data, state, tested, options.logging)
             write_encoder(folder, trainer.measured.encoder, options.network, data)
             write_results(folder, data, state, tested)
             say_what_is_next(folder, options.data.dataset)
@@ -243,4 +242,4 @@ def is_due(count: int, every: int) -> bool:
 
 
 if __name__ == "__main__":
-    run_script(main, if_interrupted="(--resume auto goes on from the last checkpoint)")
+    run_script(main, if_interrupted="(--resume auto continues from the last checkpoint)")

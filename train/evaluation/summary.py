@@ -18,6 +18,7 @@ from network.weights import ENCODER, EXPORT
 from run import next_steps
 from run.atomic_write import replace_text
 from run.checkpoint import LAST, RunState
+from run.loggers import LogOptions
 
 
 def describe(folder: Path, data: ImageData, device: torch.device, state: RunState) -> str:
@@ -39,7 +40,7 @@ def watched(data: ImageData) -> str:
 
 
 def draw(
-    folder: Path, data: ImageData, state: RunState, tested: Tested, *, has_metrics: bool
+    folder: Path, data: ImageData, state: RunState, tested: Tested, logging: LogOptions
 ) -> None:
     """Draw the curves of a run, how it embeds test images, and which classes k-NN confuses."""
     with fonts_for([folder.name, *data.classes]) as fit:
@@ -49,7 +50,7 @@ def draw(
         draw_embedding(*points, classes, folder / "embedding.png", title)
         labels = data.test.labels
         draw_confusion(tested.predictions, labels, classes, folder / "confusion.png", title)
-        if has_metrics:
+        if "csv" in logging.chosen:
             curves = folder / "curves.png"
             draw_curves(folder / "metrics.csv", curves, name, state, images=watched(data))
 
