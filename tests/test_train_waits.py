@@ -87,6 +87,7 @@ def test_records_are_read_every_few_steps_and_before_a_checkpoint(tmp_path, caps
                 state.step += 1
                 report.step(state, 0.1, loss, loss)
             assert sum(device.waits.values()) == 0
+            state.step += 1
             report.step(state, 0.1, loss, loss)
             assert sum(device.waits.values()) == 1
             assert "GPU 1.5 of 80.0 GiB" in capsys.readouterr().out
