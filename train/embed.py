@@ -40,11 +40,11 @@ class EmbedOptions:
     """Embedding a folder of images.
 
     Args:
-        checkpoint: last.pt or best.pt of a run of pretrain.py, or the run's folder (its last.pt).
+        checkpoint: A checkpoint of pretrain.py (last.pt, best.pt), or the folder of a run (its last.pt).
         images: A folder of images, or of a folder per class.
         output: The .npz file to write.
         workers: Processes that decode images.
-        device: auto takes cuda, then mps, then cpu.
+        device: auto: cuda if available, then mps, then cpu.
     """
 
     checkpoint: str

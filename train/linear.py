@@ -39,7 +39,7 @@ class LinearOptions:
     """The linear stage.
 
     Args:
-        checkpoint: last.pt or best.pt of a run of pretrain.py, or the run's folder (its last.pt).
+        checkpoint: A checkpoint of pretrain.py (last.pt, best.pt), or the folder of a run (its last.pt).
         dataset: Fit on and measure by this data set, which has the run's classes; as of pretrain.py.
             Default: that of the run, of which nothing is fetched.
         data_root: Default: the one that the run was trained with; with --dataset as of pretrain.py.
@@ -48,7 +48,7 @@ class LinearOptions:
         weight_decay: L2 penalty of the linear layer.
         max_iterations: Most L-BFGS iterations.
         workers: Processes that load images.
-        device: auto takes cuda, then mps, then cpu.
+        device: auto: cuda if available, then mps, then cpu.
     """
 
     checkpoint: str

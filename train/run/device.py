@@ -16,9 +16,10 @@ class DeviceOptions:
     """Devices and processes.
 
     Args:
-        device: auto takes cuda, then mps, then cpu. Of several processes each takes a GPU to itself.
-        timeout_minutes: How long one of several processes waits for another before it ends with an
-            error; the first of each host may be downloading the data set meanwhile.
+        device: auto: cuda if available, then mps, then cpu. Each of several processes uses its own
+            GPU.
+        timeout_minutes: Minutes that a process waits for another before it ends with an error. A
+            download of the data set must be shorter.
     """
 
     device: Device = "auto"
