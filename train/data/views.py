@@ -34,7 +34,7 @@ class ViewOptions:
     Args:
         augment: Random changes. auto: digits for the data set digits, otherwise simclr. digits:
             shear, rotation, shift and scale. All others crop and flip. crop_flip: nothing else.
-            simclr: also colour jitter. simclr_blur: also color jitter and blur. autoaugment,
+            simclr: also colour jitter. simclr_blur: also colour jitter and blur. autoaugment,
             randaugment: also that policy, drawn per image. stacked_randaugment: randaugment with
             colour jitter of twice the strength and blur.
         min_crop_area: Smallest share of an image that a random crop keeps. The SupCon authors use
