@@ -27,8 +27,16 @@ from supcon_kernels.triton_tiles import Target
 # Probabilities are multiplied by this before they are rounded to float16, whose subnormals begin
 # at 2^-14, and stay within its range: both anchors of a pair add up to at most 2^15.
 HEADROOM = 2.0**14
+
+
+def _workspace_bytes(mib: str) -> int:
+    if not mib.isdecimal() or int(mib) == 0:
+        raise ValueError(f"SUPCON_KERNELS_WORKSPACE_MIB must be a whole number > 0, got {mib!r}")
+    return 2**20 * int(mib)
+
+
 # Where rows are wide, so many bytes of H are written at a time.
-workspace_bytes = 2**20 * int(os.environ.get("SUPCON_KERNELS_WORKSPACE_MIB", "256"))
+workspace_bytes = _workspace_bytes(os.environ.get("SUPCON_KERNELS_WORKSPACE_MIB", "256"))
 # A gradient in one piece.
 WHOLE = Shares(num_blocks=1, num_tiles=1, group=1, share=1)
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
