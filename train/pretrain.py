@@ -36,7 +36,8 @@ from network.weights import load_encoder, load_pretrained, write_encoder
 from run.atomic_write import explain_full_disk, replace_text
 from run.checkpoint import RunState
 from run.command_line import parse, run_script
-from run.device import pick_device
+from run.compiler_caches import keep_caches_local
+from run.device import pick_device, set_arithmetic
 from run.folder import RunLock, open_folder, removed_if_empty
 from run.options import PretrainOptions, to_yaml
 from run.out_of_memory import out_of_memory_names
@@ -58,6 +59,9 @@ def main(argv: list[str] | None = None) -> Path:
         options = parse(PretrainOptions, argv, prog="train/pretrain.py", description=DESCRIPTION)
         device = pick_device(options.device.device)
     with joined(device, timeout_minutes=options.device.timeout_minutes) as ranks:
+        set_arithmetic(options.device, device)
+        if device.type == "cuda" or options.step.compile:
+            keep_caches_local()
         return pretrain(options, ranks.own_device(device), ranks)
 
 
