@@ -48,6 +48,7 @@ from run.resume import resume, write_checkpoint
 from run.saved_run import open_encoder
 from training.build import build_trainer
 from training.divergence import DivergenceCheck
+from training.memory import say_memory
 from training.trainer import Trainer
 
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
@@ -120,6 +121,8 @@ def set_up(
         trainer = build_trainer(
             options, data, steps_per_epoch=len(order), device=device, ranks=ranks
         )
+    if ranks.is_rank_0:
+        say_memory(options, data, trainer)
     options = options.changed(name=folder.name, resume="none", image_size=data.image_size)
     run = Run(options, folder, data, order, batches, trainer)
     if checkpoints:
