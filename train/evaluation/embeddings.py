@@ -4,6 +4,7 @@ Nothing here draws a random number: evaluating more or less often does not chang
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,18 @@ def _cells(size: int) -> Tensor:
     return F.adaptive_avg_pool1d(torch.eye(size), BASELINE_SIZE)
 
 
-@torch.no_grad()
+class Share(NamedTuple):
+    """The embeddings of the images that are this process's share of a split.
+
+    Attributes:
+        rows: (n, F), of images one after another.
+        first: the number of the first of them in the split.
+    """
+
+    rows: Tensor
+    first: int
+
+
 def embed(
     encode: Callable[[Tensor], Tensor],
     split: Split,
@@ -60,6 +72,34 @@ def embed(
     Returns:
         (N, F) on `device`.
     """
+    rows = _encode_share(encode, split, device=device, workers=workers, ranks=ranks)
+    return ranks.all_gather_rows(rows)[: len(split)]
+
+
+def embed_share(
+    encode: Callable[[Tensor], Tensor],
+    split: Split,
+    *,
+    device: torch.device,
+    workers: int,
+    ranks: Ranks = ALONE,
+) -> Share:
+    """The same, of which each process keeps what it has encoded: whole batches, all but the last."""
+    rows = _encode_share(encode, split, device=device, workers=workers, ranks=ranks)
+    first = ranks.rank * len(rows)
+    return Share(rows[: max(len(split) - first, 0)], first)
+
+
+@torch.no_grad()
+def _encode_share(
+    encode: Callable[[Tensor], Tensor],
+    split: Split,
+    *,
+    device: torch.device,
+    workers: int,
+    ranks: Ranks,
+) -> Tensor:
+    """As many rows for each process, in whole batches; those of no image come last."""
     batches = sequential_batches(
         split,
         batch_size=EMBED_BATCH_SIZE,
@@ -74,4 +114,4 @@ def embed(
             # Filled batch by batch: a list of them, put together at the end, takes twice the memory.
             rows = encoded.new_empty(len(batches) * EMBED_BATCH_SIZE, *encoded.shape[1:])
         rows[number * EMBED_BATCH_SIZE :][: len(encoded)] = encoded
-    return ranks.all_gather_rows(rows)[: len(split)]
+    return rows
