@@ -126,6 +126,7 @@ class Trainer:
 
         # Views, of which the network embeds all or the first.
         views = [self.views.random(images, step=step, view=view) for view in range(self.num_views)]
+        self.clock.mark("views")
         targets = self.method.targets(labels, step)
         with self.options.autocast(self.device):
             self.method.prepare(views, targets, step)
