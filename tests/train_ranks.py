@@ -107,12 +107,9 @@ def nearest(ranks: Ranks = ALONE) -> dict[str, Any]:
             return rows[numbers.flatten()]
 
         share = embed_share(encode, split, device=torch.device("cpu"), workers=0, ranks=ranks)
-        keys = knn._nearest(queries, share.rows, 20, chunk=16, first=share.first)
         found[f"{size} rows here"] = len(share.rows)
-        found[f"nearest of {size}"] = knn._merged(keys, 20, ranks)
-        found[f"classes of {size}"] = knn.knn_predict(
-            queries, share.rows, labels[:size], num_classes=6, first=share.first, ranks=ranks
-        )
+        found[f"nearest of {size}"] = knn.nearest(queries, share, 20)
+        found[f"classes of {size}"] = knn.knn_predict(queries, share, labels[:size], num_classes=6)
     return found
 
 

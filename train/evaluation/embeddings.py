@@ -44,15 +44,17 @@ def _cells(size: int) -> Tensor:
 
 
 class Share(NamedTuple):
-    """The embeddings of the images that are this process's share of a split.
+    """The embeddings of a split, of which each process keeps those of some images.
 
     Attributes:
-        rows: (n, F), of images one after another.
-        first: the number of the first of them in the split.
+        rows: (n, F), of this process's images, one after another.
+        first: the number of the first of them in the split, a multiple of EMBED_BATCH_SIZE.
+        ranks: the processes that keep the others.
     """
 
     rows: Tensor
-    first: int
+    first: int = 0
+    ranks: Ranks = ALONE
 
 
 def embed(
@@ -87,7 +89,7 @@ def embed_share(
     """The same, of which each process keeps what it has encoded: whole batches, all but the last."""
     rows = _encode_share(encode, split, device=device, workers=workers, ranks=ranks)
     first = ranks.rank * len(rows)
-    return Share(rows[: max(len(split) - first, 0)], first)
+    return Share(rows[: max(len(split) - first, 0)], first, ranks)
 
 
 @torch.no_grad()

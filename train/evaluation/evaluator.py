@@ -111,7 +111,7 @@ class Evaluator:
         watched, bank = self._embed(encode, self.watched), self._embed_share(encode, self.bank)
         untrained, raw_pixels = (
             accuracy(
-                self._classify(watched[:, part], Share(bank.rows[:, part], bank.first)),
+                self._classify(watched[:, part], bank._replace(rows=bank.rows[:, part])),
                 self.watched.labels,
             )
             for part in (slice(num_features), slice(num_features, None))
@@ -164,13 +164,11 @@ class Evaluator:
     def _classify(self, queries: Tensor, bank: Share) -> Tensor:
         predictions = knn_predict(
             queries,
-            bank.rows,
+            bank,
             self.bank.labels,
             num_classes=self.num_classes,
             neighbours=self.options.knn_k,
             temperature=self.options.knn_temperature,
-            first=bank.first,
-            ranks=self.trainer.ranks,
         )
         return predictions.cpu()
 

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.embeddings import EMBED_BATCH_SIZE
-from run.processes import ALONE, Ranks
+from evaluation.embeddings import EMBED_BATCH_SIZE, Share
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
+# Queries that are compared with a block of the bank at a time.
+CHUNK = 1024
 MASK_32 = 2**32 - 1
 # Less than the key of every similarity.
 NOTHING = -(2**63)
@@ -19,15 +20,12 @@ NOTHING = -(2**63)
 
 def knn_predict(
     queries: Tensor,
-    bank: Tensor,
+    bank: Tensor | Share,
     bank_labels: Tensor,
     *,
     num_classes: int,
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
-    chunk: int = 1024,
-    first: int = 0,
-    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Classify by the vote of the nearest neighbours in cosine similarity.
 
@@ -35,46 +33,40 @@ def knn_predict(
     arXiv 1805.01978). Of equal neighbours in different blocks the first counts as nearer.
 
     Args:
-        queries: (N, F), any scale; of several processes the same.
-        bank: (m, F), any scale: this process's share of M rows; only min(neighbours, M) of them vote.
-        bank_labels: (M,) integers below num_classes, of all processes' rows.
-        chunk: queries compared at a time with a block: memory is O(chunk * EMBED_BATCH_SIZE).
-        first: the number of the bank's first row among the M; a multiple of EMBED_BATCH_SIZE.
-        ranks: the processes that hold the M rows.
+        queries: (N, F), any scale; the same for every process.
+        bank: (M, F), any scale, or this process's share of them; only min(neighbours, M) vote.
+        bank_labels: (M,) integers below num_classes.
 
     Returns:
         (N,) predicted labels.
     """
-    nearest = _nearest(queries, bank, neighbours, chunk=chunk, first=first)
-    similarity, number = _from_keys(_merged(nearest, min(neighbours, len(bank_labels)), ranks))
+    share = bank if isinstance(bank, Share) else Share(bank)
+    keys = nearest(queries, share, min(neighbours, len(bank_labels)))
+    similarity, number = _from_keys(keys)
     predictions = []
     for weights, labels in zip(
-        (similarity / temperature).exp().split(chunk),
-        bank_labels.to(number.device)[number].split(chunk),
+        (similarity / temperature).exp().split(CHUNK),
+        bank_labels.to(number.device)[number].split(CHUNK),
     ):
         votes = weights.new_zeros(len(weights), num_classes)
         predictions.append(votes.scatter_add_(1, labels, weights).argmax(1))
     return torch.cat(predictions).to(queries.device)
 
 
-def _nearest(queries: Tensor, bank: Tensor, neighbours: int, *, chunk: int, first: int) -> Tensor:
-    """The keys of the nearest of a share, (N, neighbours), the nearest first, then NOTHING."""
+def nearest(queries: Tensor, bank: Share, neighbours: int) -> Tensor:
+    """The keys of the nearest of a bank, (N, neighbours), the nearest first; memory is O(N)."""
     queries = F.normalize(queries.float(), dim=1)
     # MPS sorts no 64-bit integers in some versions of macOS.
     device = torch.device("cpu") if queries.device.type == "mps" else queries.device
-    nearest = torch.full((len(queries), neighbours), NOTHING, device=device)
-    for start in range(0, len(bank), EMBED_BATCH_SIZE):
-        block = F.normalize(bank[start : start + EMBED_BATCH_SIZE].float(), dim=1)
-        for part, best in zip(queries.split(chunk), nearest.split(chunk)):
+    keys = torch.full((len(queries), neighbours), NOTHING, device=device)
+    for start in range(0, len(bank.rows), EMBED_BATCH_SIZE):
+        block = F.normalize(bank.rows[start : start + EMBED_BATCH_SIZE].float(), dim=1)
+        first = bank.first + start
+        for part, best in zip(queries.split(CHUNK), keys.split(CHUNK)):
             found = (part @ block.T).topk(min(neighbours, len(block)), dim=1)
-            keys = _keys(found.values.to(device), found.indices.to(device) + (first + start))
-            best.copy_(torch.cat([best, keys], dim=1).topk(neighbours, dim=1).values)
-    return nearest
-
-
-def _merged(nearest: Tensor, neighbours: int, ranks: Ranks) -> Tensor:
-    """The keys of the nearest of all shares, (N, neighbours)."""
-    shares = ranks.all_gather_rows(nearest).view(ranks.world_size, *nearest.shape)
+            more = _keys(found.values.to(device), found.indices.to(device) + first)
+            best.copy_(torch.cat([best, more], dim=1).topk(neighbours, dim=1).values)
+    shares = bank.ranks.all_gather_rows(keys).view(bank.ranks.world_size, *keys.shape)
     return shares.transpose(0, 1).flatten(1).topk(neighbours, dim=1).values
 
 
