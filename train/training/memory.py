@@ -1,23 +1,25 @@
 """The memory of a training step, estimated before the first: no row is computed for it.
 
-A network without memory (torch's meta and fake tensors) embeds a few rows. What autograd would save of
-them is linear in the number of rows.
+A network without memory (on torch's meta device) embeds a few rows. What autograd would save of them is
+linear in the number of rows.
 """
 
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from textwrap import shorten
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from data.images import ImageData
 from network.embedder import PROJECTION_DIM, build_model
 from run.options import PretrainOptions
 from training.optimizer import build_optimizer
-from training.trainer import StepOptions, Trainer
+from training.trainer import AUTOCAST, StepOptions, Trainer
 
 GIB = 2**30
 FLOAT = 4
@@ -27,6 +29,12 @@ LOSS_COPIES = 6
 BATCHES, VIEW_COPIES = 2, 2
 # The share of a GPU that an estimate may take: cuDNN's workspaces and fragments of memory are not in it.
 USABLE = 0.9
+# What autocast computes in 16 bits.
+PRODUCTS = {
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.nn.functional.linear, torch.mm, torch.addmm,
+    torch.bmm, torch.baddbmm, torch.matmul, Tensor.matmul, Tensor.__matmul__,
+    torch.nn.functional.scaled_dot_product_attention,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,20 +131,30 @@ def saved_by_autograd(
 def _saved_of(
     model: nn.Module, options: StepOptions, data: ImageData, num_rows: int
 ) -> tuple[int, int]:
-    with FakeTensorMode():
-        # Fake tensors, unlike those of the meta device, are on a CPU as far as autocast sees.
-        state = {
-            name: torch.empty_strided(
-                value.size(), value.stride(), dtype=value.dtype, requires_grad=value.requires_grad
-            )
-            for name, value in [*model.named_parameters(), *model.named_buffers()]
-        }
-        images = torch.empty(num_rows, data.channels, data.image_size, data.image_size)
-        kept = SavedTensors([*state.values(), images])
-        with kept, options.autocast(torch.device("cpu")):
-            torch.func.functional_call(model, state, (images,))
+    images = torch.empty(num_rows, data.channels, data.image_size, data.image_size, device="meta")
+    kept = SavedTensors([*model.parameters(), *model.buffers(), images])
+    with kept, _Autocast(AUTOCAST.get(options.precision, torch.float32)):
+        model(images)
     sizes = kept.sizes()
     return sum(sizes), max(sizes, default=0)
+
+
+class _Autocast(TorchFunctionMode):
+    """torch.autocast for the meta device, which it does not know: products are of this dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in PRODUCTS:
+            args, kwargs = tree_map(self._cast, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _cast(self, value: Any) -> Any:
+        is_cast = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self.dtype) if is_cast else value
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
