@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
+from pretrain import main
 from run import compiler_caches
 from run.compiler_caches import VARIABLES, file_system_of, keep_caches_local
 from run.device import DeviceOptions, set_arithmetic
@@ -159,3 +160,14 @@ def test_caches_of_compilers_stay_on_a_disk_of_the_host(mounts, monkeypatch):
     monkeypatch.setattr("pathlib.Path.home", lambda: mounts[1])
     keep_caches_local()
     assert not os.environ.keys() & VARIABLES.keys()
+
+
+def test_run_sets_up_its_machine_before_it_computes(monkeypatch):
+    calls = []
+    for name in ("set_arithmetic", "keep_caches_local", "pretrain"):
+        monkeypatch.setattr(f"pretrain.{name}", lambda *arguments, name=name: calls.append(name))
+    main(["--device=cpu"])
+    assert calls == ["set_arithmetic", "pretrain"]
+    calls.clear()
+    main(["--device=cpu", "--compile"])
+    assert calls == ["set_arithmetic", "keep_caches_local", "pretrain"]

@@ -117,7 +117,8 @@ def set_up(
     order, batches = training_batches(
         images, options.batches, seed=seed, ranks=ranks, device=device
     )
-    with out_of_memory_names(model=options.network.model, width=options.network.width):
+    # Of several processes each makes a first backward there, of as many rows as a step has.
+    with out_of_memory_names(**sizes(options)):
         trainer = build_trainer(
             options, data, steps_per_epoch=len(order), device=device, ranks=ranks
         )

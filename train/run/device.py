@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.utils.deterministic
 
 from run.errors import UserError
 from run.rules import out_of_range
