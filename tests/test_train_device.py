@@ -63,7 +63,7 @@ def test_cuda_is_fast_or_deterministic(restored, monkeypatch, capsys, tf32):
 
 def test_deterministic_cublas_keeps_what_the_user_set(restored, monkeypatch):
     set_arithmetic(DeviceOptions(deterministic=True), CUDA)
-    # ImageNet's networks pool by an operation that has no deterministic kernel.
+    # A network may take an operation without a deterministic algorithm.
     assert torch.is_deterministic_algorithms_warn_only_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
