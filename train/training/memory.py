@@ -78,7 +78,7 @@ def estimate_memory(
     num_embedded: int | None = None,
     world_size: int = 1,
 ) -> Memory:
-    """What one of `world_size` processes needs for a step, to about a tenth; less where compiled.
+    """What one of `world_size` processes needs for a step; where it is compiled, less.
 
     Args:
         num_embedded: of the views of an image those that are embedded with gradient; None: all.
@@ -95,7 +95,10 @@ def estimate_memory(
     parameters, buffers = num_bytes(model.parameters()), num_bytes(model.buffers())
     averages = (options.step.ema_decay is not None) + (num_embedded < num_views)
     buckets = world_size > 1
-    view_bytes = data.channels * data.image_size**2 * FLOAT
+    view_pixels = data.channels * data.image_size**2
+    # Of files every view is cut where they are decoded.
+    in_memory = isinstance(data.train.images, Tensor)
+    image_bytes = data.train.image_bytes if in_memory else num_views * view_pixels
     chunk = min(rows, options.step.grad_cache_chunk or rows)
     saved, largest = saved_by_autograd(model, options.step, data, chunk)
     return Memory(
@@ -108,8 +111,7 @@ def estimate_memory(
         ),
         activations=saved,
         backward=2 * largest,
-        images=num_images
-        * (BATCHES * data.train.image_bytes + VIEW_COPIES * num_views * view_bytes),
+        images=num_images * (BATCHES * image_bytes + VIEW_COPIES * num_views * view_pixels * FLOAT),
         loss=FLOAT * rows * (LOSS_COPIES * PROJECTION_DIM * world_size + model.num_features),
     )
 
@@ -227,4 +229,4 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:.3g}"
+    return f"{size / GIB:.0f}" if size >= 100 * GIB else f"{size / GIB:.3g}"
