@@ -1,7 +1,7 @@
 """README and docs/: every program runs, and every command's options exist.
 
-docs/training.md is run on a folder of images by test_train_docs.py, which has the program of
-docs/export.md, too, and docs/frameworks.md with the libraries that it names by the tests in integrations/.
+docs/training.md and docs/export.md are run on a folder of images by test_train_docs.py, and
+docs/frameworks.md with the libraries that it names by the tests in integrations/.
 """
 
 import re

@@ -1,4 +1,7 @@
-"""docs/training.md: each of its commands and programs runs, in order, on a folder of small images."""
+"""docs/training.md and docs/export.md: their commands and programs run, on a folder of small images.
+
+`pip install` aside, and train/export.py, which integrations/test_onnx.py runs: it needs onnx.
+"""
 
 import re
 import shlex
@@ -9,8 +12,10 @@ import pytest
 
 from train_fixtures import TRAIN, write_images
 
-TEXT = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+DOCS = Path(__file__).parent.parent / "docs"
+TRAINING, EXPORT = ((DOCS / name).read_text() for name in ("training.md", "export.md"))
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+NOT_RUN = ("pip install ", "python train/export.py ")
 SHORT = ["--batch_size", "6", "--max_steps", "2", "--device", "cpu"]
 
 
@@ -36,15 +41,17 @@ def run(command: str) -> None:
 def test_every_command_and_program(folder, monkeypatch):
     monkeypatch.chdir(folder)
     seen = set()
-    for language, block in BLOCKS:
+    for language, block in BLOCK.findall(TRAINING + EXPORT):
         if language == "python":
-            exec(compile(block, "docs/training.md", "exec"), {})
+            exec(compile(block, "docs", "exec"), {})
             continue
         for command in block.strip().splitlines():
+            if command.startswith(NOT_RUN):
+                continue
             run(command)
             seen.add(re.search(r"train/(\w+)\.py", command)[1])
     assert seen == {"pretrain", "linear", "embed"}
     runs = {path.name for path in Path("runs").iterdir()}
-    assert runs == set(re.findall(r"--name (\w+)", TEXT))
+    assert runs == set(re.findall(r"--name (\w+)", TRAINING))
     for name in runs:
         assert (Path("runs") / name / "results.json").is_file()

@@ -18,14 +18,15 @@ class DeviceOptions:
     """Devices and processes.
 
     Args:
-        device: auto takes cuda, then mps, then cpu. Of several processes each takes a GPU to itself.
-        timeout_minutes: How long one of several processes waits for another before it ends with an
-            error; the first of each host may be downloading the data set meanwhile.
-        deterministic: On CUDA, take the deterministic algorithms of cuDNN, cuBLAS and torch, so that a
-            resumed run ends with the same weights; slower. torch warns of an operation that has
-            none. A CPU is deterministic without.
+        device: auto: cuda if available, then mps, then cpu. Each of several processes uses its own
+            GPU.
+        timeout_minutes: Minutes that a process waits for another before it ends with an error. A
+            download of the data set must be shorter.
+        deterministic: On CUDA, use the deterministic algorithms of cuDNN, cuBLAS and torch, so that a
+            resumed run ends with the same weights. Slower. torch warns of an operation that has none.
+            A CPU is deterministic without this option.
         tf32: On CUDA, round the float32 inputs of convolutions and matrix products to TF32 (10 bits of
-            mantissa): several times as fast from Ampere on. Has no effect on bf16 and fp16.
+            mantissa). Faster from Ampere on. No effect on bf16 and fp16.
     """
 
     device: Device = "auto"
@@ -36,6 +37,18 @@ class DeviceOptions:
     def mistakes(self) -> list[str]:
         """What is out of range, one sentence each."""
         return out_of_range(self, greater_than_0=("timeout_minutes",))
+
+
+def gpu_memory(device: torch.device) -> str:
+    """The most GPU memory that torch has held, of all there is; empty without CUDA.
+
+    Both are numbers on the host: reading them does not wait for the GPU.
+    """
+    if device.type != "cuda":
+        return ""
+    held = torch.cuda.max_memory_reserved(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    return f"{held / 2**30:.1f} of {total / 2**30:.1f} GiB"
 
 
 def pick_device(name: str) -> torch.device:
