@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import sequential_batches
+from data.corrupted import Corrupted
 from data.images import Split
 from data.views import Views
 from network.embedder import Embedder
 from run.processes import ALONE, Ranks
 
 EMBED_BATCH_SIZE = 512
-
-
 BASELINE_SIZE = 32
 
 
@@ -39,11 +38,12 @@ def pixels(images: Tensor) -> Tensor:
 @torch.no_grad()
 def embed(
     encode: Callable[[Tensor], Tensor],
-    split: Split,
+    split: Split | Corrupted,
     *,
     device: torch.device,
     workers: int,
     ranks: Ranks = ALONE,
+    batch_size: int = EMBED_BATCH_SIZE,
 ) -> Tensor:
     """Encode every image of a split, in order.
 
@@ -56,7 +56,7 @@ def embed(
     """
     batches = sequential_batches(
         split,
-        batch_size=EMBED_BATCH_SIZE,
+        batch_size=batch_size,
         workers=workers,
         ranks=ranks,
         device=device,
@@ -66,6 +66,6 @@ def embed(
         encoded = encode(images)
         if number == 0:
             # Filled batch by batch: a list of them, put together at the end, takes twice the memory.
-            rows = encoded.new_empty(len(batches) * EMBED_BATCH_SIZE, *encoded.shape[1:])
-        rows[number * EMBED_BATCH_SIZE :][: len(encoded)] = encoded
+            rows = encoded.new_empty(len(batches) * batch_size, *encoded.shape[1:])
+        rows[number * batch_size :][: len(encoded)] = encoded
     return ranks.all_gather_rows(rows)[: len(split)]
