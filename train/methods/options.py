@@ -1,0 +1,133 @@
+"""The options of the methods, and which method reads which."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from run.rules import LARGEST, broken, out_of_range
+
+# Do not look at the labels.
+WITHOUT_LABELS = ("simclr", "moco", "cmc")
+# Learn from one view of an image alone.
+ONE_VIEW = ("cross_entropy", "max_margin", "cmc")
+CONTRASTIVE = ("supcon", "simclr", "moco", "joint", "cmc")
+# Of each option that not every method reads, those that do.
+READ_BY = {
+    "temperature": CONTRASTIVE,
+    "base_temperature": CONTRASTIVE,
+    "learn_temperature": CONTRASTIVE,
+    "summation": CONTRASTIVE,
+    "denominator": CONTRASTIVE,
+    "queue_size": ("supcon", "moco"),
+    "queue_momentum": ("supcon", "moco"),
+    "label_smoothing": ("cross_entropy", "joint"),
+    "contrast_weight": ("joint",),
+    "margin": ("triplet", "max_margin"),
+}
+MOCO_QUEUE_SIZE = 4096
+MARGINS = {"triplet": 0.2, "max_margin": 4.0}
+
+
+@dataclass
+class MethodOptions:
+    """The method: its loss.
+
+    Args:
+        method: supcon: images of one class attract each other. simclr: only the views of one
+            image do (labels are not used in training). moco: as simclr, against a queue of keys
+            from a momentum encoder. cross_entropy: a linear classifier on the embedding. joint:
+            cross_entropy and supcon at once. n_pairs, triplet, max_margin: N-pair loss, triplet
+            loss with semi-hard negatives, large-margin softmax, all of pytorch-metric-learning.
+            cmc: two encoders see two kinds of view of an image, which attract each other.
+        temperature: Of the contrastive loss.
+        base_temperature: Multiply the loss by temperature / base_temperature, so that the size of a step
+            does not follow the temperature. 1: as the SupCon authors' code; 0.07: as SupContrast's.
+            Default: do not.
+        learn_temperature: Train the temperature, too, from the one given on; it stays above 0.01.
+        summation: out: average the log-probabilities of the positives (the paper's equation 2); in:
+            take the logarithm of their average (equation 3).
+        denominator: What stands under a positive. all: every other view (the paper); one_positive:
+            itself and the negatives (SINCERE); only_negatives: DCL.
+        queue_size: Of supcon and moco: contrast the first view of each image with a queue of so many keys,
+            such as 8192: the other views of this step's and of earlier images, embedded without
+            gradient by an average of the weights. Default: moco 4096; supcon none, the views of a
+            step with each other.
+        queue_momentum: The share of that average which a step keeps.
+        label_smoothing: Of cross-entropy: this share of the target is spread over all classes.
+        contrast_weight: Of joint: the loss is that of cross_entropy plus so many times that of supcon.
+        margin: Of triplet: by how much a negative is to be farther than a positive. Of max_margin: an
+            integer, by which the angle to an image's own class is multiplied. Default: 0.2; 4.
+    """
+
+    method: Literal[
+        "supcon", "simclr", "moco", "cross_entropy", "joint",
+        "n_pairs", "triplet", "max_margin", "cmc",
+    ] = "supcon"  # fmt: skip
+    temperature: float = 0.1
+    base_temperature: float | None = None
+    learn_temperature: bool = False
+    summation: Literal["out", "in"] = "out"
+    denominator: Literal["all", "one_positive", "only_negatives"] = "all"
+    queue_size: int | None = None
+    queue_momentum: float = 0.999
+    label_smoothing: float = 0.0
+    contrast_weight: float = 0.5
+    margin: float | None = None
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether images of one class are treated alike."""
+        return self.method not in WITHOUT_LABELS
+
+    @property
+    def least_views(self) -> int:
+        """The views of an image that it needs, and takes where --num_views does not say."""
+        return 1 if self.method in ONE_VIEW else 2
+
+    @property
+    def num_keys(self) -> int | None:
+        """What the queue holds, if there is one."""
+        return self.queue_size or (MOCO_QUEUE_SIZE if self.method == "moco" else None)
+
+    @property
+    def scale(self) -> float:
+        """What the contrastive loss is multiplied by."""
+        return self.temperature / (self.base_temperature or self.temperature)
+
+    def mistakes(self) -> list[str]:
+        """What is out of range or contradicts itself, one sentence each."""
+        unread = [
+            (
+                self.method in methods or getattr(self, name) == getattr(MethodOptions, name),
+                f"--{name} contradicts --method {self.method}: it is for {', '.join(methods)}",
+            )
+            for name, methods in READ_BY.items()
+        ]
+        rules = [
+            (
+                self.num_keys is not None or self.queue_momentum == MethodOptions.queue_momentum,
+                "--queue_momentum contradicts the absence of a queue: give --queue_size",
+            ),
+            (
+                0 <= self.queue_momentum < 1,
+                f"--queue_momentum {self.queue_momentum}: must be at least 0 and less than 1",
+            ),
+            (
+                not self.learn_temperature or self.base_temperature is None,
+                "--base_temperature contradicts --learn_temperature: the scale of the loss would "
+                "be learned, too",
+            ),
+            (
+                0 <= self.label_smoothing < 1,
+                f"--label_smoothing {self.label_smoothing}: must be at least 0 and less than 1",
+            ),
+            (
+                self.method != "max_margin" or float(self.margin or 1).is_integer(),
+                f"--margin {self.margin}: must be an integer for --method max_margin",
+            ),
+        ]
+        mistakes = broken(unread) or broken(rules)
+        return mistakes + out_of_range(
+            self,
+            at_most={"queue_size": LARGEST},
+            greater_than_0=("temperature", "base_temperature", "contrast_weight", "margin"),
+        )
