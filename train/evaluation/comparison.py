@@ -33,7 +33,7 @@ def numbers_of(results: dict[str, Any]) -> dict[str, float]:
     transfers = {
         f"{dataset} {kind}": ("transfer", dataset, kind)
         for dataset in results.get("transfer", {})
-        for kind in ("knn", "linear")
+        for kind in ("k-NN", "linear")
     }
     found = {}
     for title, place in (BEFORE | transfers | AFTER).items():

@@ -3,7 +3,7 @@
 A corruption at one severity is a test of its own: those that were finished before are kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -66,6 +66,7 @@ class Corruptions:
         assert imagecorruptions.get_corruption_names() == list(CORRUPTIONS)
         cv2.setNumThreads(0)
         found = {name: dict(found.get(name, {})) for name in CORRUPTIONS}
+        print("  top-1 under corruptions, severity 1 to 5", flush=True)
         for name in CORRUPTIONS:
             for severity in SEVERITIES:
                 if str(severity) in found[name]:
@@ -88,22 +89,39 @@ def draw_corruptions(data: ImageData, options: EvaluateOptions) -> Corruptions:
     return Corruptions(split, places, data.image_size, options.corruption_side)
 
 
-def mean_errors(
-    accuracies: Accuracies, baseline: Accuracies, clean: float = 1.0, baseline_clean: float = 1.0
-) -> float | None:
-    """mCE, or relative mCE where accuracies on clean images are given (arXiv 1903.12261).
+def compare(tested: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+    """mCE and relative mCE of what `Corruptions.test` found, and what they are the means of.
 
-    Of each corruption the errors over all severities, as a share of the baseline's; then the mean.
-    Relative errors are those beyond the errors on clean images. None where the baseline makes none.
+    Of each corruption, over all severities (arXiv 1903.12261): CE = Σ errors / Σ errors of the baseline;
+    in the relative one, errors are those beyond the errors on clean images. None where the baseline
+    makes none; the mean is of the others.
     """
-    shares = []
+    ce = _shares(tested["top1"], baseline["top1"], 1.0, 1.0)
+    clean = tested["clean_top1"], baseline["clean_top1"]
+    relative_ce = _shares(tested["top1"], baseline["top1"], *clean)
+    return {
+        "mce": _mean(ce.values()),
+        "relative_mce": _mean(relative_ce.values()),
+        "ce": ce,
+        "relative_ce": relative_ce,
+    }
+
+
+def _shares(
+    accuracies: Accuracies, baseline: Accuracies, best: float, best_of_baseline: float
+) -> dict[str, float | None]:
+    """What accuracies lack of the best, as a share of what the baseline's do."""
+    shares: dict[str, float | None] = {}
     for name in CORRUPTIONS:
-        errors = sum(clean - accuracies[name][str(severity)] for severity in SEVERITIES)
-        of_baseline = sum(baseline_clean - baseline[name][str(severity)] for severity in SEVERITIES)
-        if of_baseline <= 0:
-            return None
-        shares.append(errors / of_baseline)
-    return rounded(sum(shares) / len(shares))
+        lacking = sum(best - share for share in accuracies[name].values())
+        of_baseline = sum(best_of_baseline - share for share in baseline[name].values())
+        shares[name] = rounded(lacking / of_baseline) if of_baseline > 0 else None
+    return shares
+
+
+def _mean(shares: Iterable[float | None]) -> float | None:
+    numbers = [share for share in shares if share is not None]
+    return rounded(sum(numbers) / len(numbers)) if numbers else None
 
 
 def _means(accuracies: Accuracies) -> dict[str, Any]:

@@ -98,4 +98,3 @@ def transfer_mistakes(data: DataOptions) -> list[str]:
         )
         for sentence in data.mistakes()
     ]
-

@@ -103,6 +103,6 @@ def draw_corruptions(figure: Figure, axes: Axes, corruptions: dict[str, Any]) ->
     for (row, column), share in np.ndenumerate(percent):
         colour = "white" if share > 60 else "black"
         axes.text(column, row, f"{share:.0f}", ha="center", va="center", size=8, color=colour)
-    axes.set_xticks(range(len(SEVERITIES)), SEVERITIES)
+    axes.set_xticks(range(len(SEVERITIES)), map(str, SEVERITIES))
     axes.set_yticks(range(len(CORRUPTIONS)), [name.replace("_", " ") for name in CORRUPTIONS])
     axes.set(title="accuracy by corruption", xlabel="severity")

@@ -85,4 +85,3 @@ def retrieve(
         title: rounded(sum(found[name] for found in found_of) / len(asking))
         for name, title in NAMES.items()
     }
-

@@ -19,7 +19,7 @@ from data.sources import load_data
 from data.views import Views, build_views
 from evaluation.classification import classify, top1
 from evaluation.comparison import numbers_of, write_table, written
-from evaluation.corruptions import Corruptions, draw_corruptions, mean_errors
+from evaluation.corruptions import Corruptions, compare, draw_corruptions
 from evaluation.embeddings import embed, encode_stored
 from evaluation.options import EvaluateOptions
 from evaluation.page import draw_page
@@ -81,7 +81,8 @@ def evaluate(options: EvaluateOptions, device: torch.device, ranks: Ranks = ALON
     if ranks.is_rank_0:
         for path, one in opened.items():
             if baseline:
-                _compare(results[path], results[baseline])
+                own, other = (results[of]["corruptions"] for of in (path, baseline))
+                own |= {"baseline": results[baseline]["run"], **compare(own, other)}
             write(one, results[path])
             draw_page(results[path], one.file("png"))
         for path in paths:
@@ -105,9 +106,7 @@ def open_evaluated(
     if data.classes != run.about_images["classes"]:
         raise UserError(f"{data.name} has other classes now than when {path} was trained")
     model = run.network().to(device).eval()
-    views = build_views(
-        of_run.views, data, seed=seed, memory_format=of_run.network.memory_format
-    )
+    views = build_views(of_run.views, data, seed=seed, memory_format=of_run.network.memory_format)
     classifier = open_classifier(run, model, views, data)
     corruptions = draw_corruptions(data, options) if options.corruptions else None
     return Opened(run, data, model, views, classifier, corruptions)
@@ -136,11 +135,12 @@ def measure(one: Opened, options: EvaluateOptions, device: torch.device, ranks: 
     }
     if (named := options.transferred()) is not None:
         # Its images are made what the network takes.
-        fitted = replace(named, image_size=one.data.image_size, in_chans=one.data.channels)
+        channels = one.run.about_images["channels"]
+        fitted = replace(named, image_size=one.data.image_size, in_chans=channels)
         with ranks.local_rank_0_first():
             data = load_data(fitted)
-        found = transfer(partial(embed_all, encode), data)
-        results["transfer"] = results.get("transfer", {}) | {data.name: found}
+        shares = transfer(partial(embed_all, encode), data)
+        results["transfer"] = results.get("transfer", {}) | {data.name: shares}
     if (corruptions := one.corruptions) is not None:
         before = results.get("corruptions", {})
         about = {
@@ -199,12 +199,3 @@ def _check_comparable(one: Opened, baseline: Opened) -> None:
             f"--baseline {baseline.run.path} has other test images ({baseline.data.name}) than "
             f"{one.run.path} ({one.data.name})"
         )
-
-
-def _compare(results: Results, baseline: Results) -> None:
-    own, other = results["corruptions"], baseline["corruptions"]
-    own["baseline"] = baseline["run"]
-    own["mce"] = mean_errors(own["top1"], other["top1"])
-    own["relative_mce"] = mean_errors(
-        own["top1"], other["top1"], own["clean_top1"], other["clean_top1"]
-    )

@@ -36,6 +36,6 @@ def transfer(embed_all: Callable[[Split], Tensor], data: ImageData) -> dict[str,
     print(f"  transfer to {data.name}: linear classifier {fit}")
     linear = classifier.logits(test).argmax(1)
     return {
-        "knn": rounded(accuracy(neighbours.cpu(), data.test.labels)),
+        "k-NN": rounded(accuracy(neighbours.cpu(), data.test.labels)),
         "linear": rounded(accuracy(linear.cpu(), data.test.labels)),
     }
