@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import cv2
-import imagecorruptions
+import imagecorruptions  # noqa: F401  once, and not by each process that corrupts images
 from torch import Tensor
 
 from data.corrupted import CORRUPTIONS, SEVERITIES, Corrupted
@@ -62,8 +62,7 @@ class Corruptions:
             scores_of: takes `Corrupted` images, and `batch_size`, and gives (N, C) scores.
             keep: called with all that is found, again after each test.
         """
-        # Once, and not by each worker; and a fork of a process in which OpenCV has threads may hang.
-        assert imagecorruptions.get_corruption_names() == list(CORRUPTIONS)
+        # A fork of a process in which OpenCV has threads may hang.
         cv2.setNumThreads(0)
         found = {name: dict(found.get(name, {})) for name in CORRUPTIONS}
         print("  top-1 under corruptions, severity 1 to 5", flush=True)

@@ -59,13 +59,17 @@ def retrieve(
         ranks: share the queries.
         queries: compared at a time: memory is O(queries * N).
     """
+    if embeddings.device.type == "mps":  # which has no float64
+        embeddings = embeddings.cpu()
     measure = Retrieval(
         include=tuple(NAMES),
         device=embeddings.device,
         knn_func=CustomKNN(CosineSimilarity()),
     )
     asking = (labels.bincount()[labels] > 1).nonzero().flatten()
-    blocks = list(asking.split(queries))
+    if len(asking) == 0:
+        return dict.fromkeys(NAMES.values())
+    blocks = asking.split(queries)
     own = []
     for block in blocks[ranks.rank :: ranks.world_size]:
         # The library wants the queries first among the images that they are compared with.
@@ -79,8 +83,6 @@ def retrieve(
     # In the order of the blocks, so that their sums do not depend on the number of processes.
     shares = ranks.all_gather(own)
     found_of = [shares[k % ranks.world_size][k // ranks.world_size] for k in range(len(blocks))]
-    if not blocks:
-        return dict.fromkeys(NAMES.values())
     return {
         title: rounded(sum(found[name] for found in found_of) / len(asking))
         for name, title in NAMES.items()
