@@ -100,12 +100,14 @@ def test_trains_as_one_process_does(found, monkeypatch, name):
             torch.testing.assert_close(value, alone.model.state_dict()[key], rtol=1e-4, atol=1e-5)
         moved = state["model"]["head.0.weight"] - begun["head.0.weight"]
         assert moved.abs().max() > 1e-3
+        weights = dict(alone.method.named_parameters())
+        for key, value in state["method"].items():
+            assert torch.equal(value, found[0][name][1]["method"][key])
+            if key in weights:
+                torch.testing.assert_close(value, weights[key].detach(), rtol=1e-4, atol=1e-5)
         if "queue_size" in STEPS[name]:
-            queue = state["method"]["queue.features"], state["method"]["queue.labels"]
-            assert torch.equal(queue[0], found[0][name][1]["method"]["queue.features"])
-            ours, theirs = (
-                labels.sort().values for labels in (queue[1], alone.method.queue.labels)
-            )
+            labels = state["method"]["queue.labels"], alone.method.queue.labels
+            ours, theirs = (part.sort().values for part in labels)
             assert torch.equal(ours, theirs)
 
 

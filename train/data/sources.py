@@ -19,6 +19,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from data.images import ImageData, ImageFiles, Split
 from data.shards import NOT_FETCHED, read_index
+from data.training_part import training_part
 from run.errors import UserError
 from run.rules import LARGEST, broken, out_of_range
 from run.seeds import seed_of
@@ -60,6 +61,12 @@ class DataOptions:
             draws it. k-NN during the run is then measured on these, and chooses best.pt; the test
             images are looked at once, at the end. Of a class with one image none is held out.
             Default: none; k-NN is measured on the test images, and nothing is chosen by it.
+        train_images: Train on so many images, of each class its share, as the seed draws them.
+            Default: all.
+        label_noise: Give this share of the training images the label of another class, as the seed draws
+            it; those of test and validation images stay right. Default: none.
+        imbalance: Make the training classes a long tail: the first keeps all its images, the last one of
+            so many, those between fall exponentially (LDAM). Default: as they are.
         in_chans: Channels that the network sees: 1 makes colour images grey, 3 repeats grey ones.
             Default: the data set's own; imagefolder, webdataset: 3.
         mean: Of each channel, subtracted from pixels in [0, 1], such as [0.5]. Default: the
@@ -73,6 +80,9 @@ class DataOptions:
     val_fraction: float | None = None
     val_shards: str | None = None
     validation_fraction: float | None = None
+    train_images: int | None = None
+    label_noise: float | None = None
+    imbalance: float | None = None
     in_chans: Literal[1, 3] | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -111,9 +121,9 @@ class DataOptions:
         ]
         return broken(rules) + out_of_range(
             self,
-            at_least={"image_size": 8},
+            at_least={"image_size": 8, "train_images": 1, "imbalance": 1},
             at_most={"image_size": LARGEST},
-            between_0_and_1=("val_fraction", "validation_fraction"),
+            between_0_and_1=("val_fraction", "validation_fraction", "label_noise"),
         )
 
 
@@ -121,7 +131,7 @@ def load_data(options: DataOptions, *, seed: int = 0, fetch: bool = True) -> Ima
     """Load the data set that the options name.
 
     Args:
-        seed: draws the images of `validation_fraction`.
+        seed: draws the images of `validation_fraction`, and what is changed of the training set.
         fetch: run the commands, open the URLs and download the data sets that it names; else what
             is not in files here is refused, as for a options that came in a checkpoint.
 
@@ -286,7 +296,7 @@ def _in_memory(
     if options.dataset == "stl10" and size < train.images.shape[-1]:
         # Crops are cut from images as they came; those of other data sets are no larger.
         whole = replace(whole, originals=_with_channels(train.images, channels))
-    train, validation = _hold_out_validation(whole, options, seed)
+    train, validation = _training_and_validation(whole, options, seed)
     assert isinstance(train.images, Tensor)
     mean, std = _mean_and_std(train.images)
     return ImageData(train, fit(test), classes, size, channels, mean, std, validation)
@@ -341,7 +351,7 @@ def _in_files(options: DataOptions, seed: int, fetch: bool) -> ImageData:
     if channels == 1:
         # Of ImageNet in grey, as if its channels moved together.
         mean, std = ([sum(w * v for w, v in zip(LUMA, values))] for values in (mean, std))
-    train, validation = _hold_out_validation(train, options, seed)
+    train, validation = _training_and_validation(train, options, seed)
     return ImageData(train, test, classes, size, channels, mean, std, validation)
 
 
@@ -395,6 +405,21 @@ def _hold_out(whole: Split, options: DataOptions) -> tuple[Split, Split]:
     if not held_out:
         raise UserError(f"{options.dataset}: no class has an image to spare for --val_fraction")
     return whole.take(stay), whole.take(held_out)
+
+
+def _training_and_validation(
+    train: Split, options: DataOptions, seed: int
+) -> tuple[Split, Split | None]:
+    """The images to train on, and those to choose by, which are held out first."""
+    train, validation = _hold_out_validation(train, options, seed)
+    part = training_part(
+        train,
+        imbalance=options.imbalance,
+        train_images=options.train_images,
+        label_noise=options.label_noise,
+        seed=seed,
+    )
+    return part, validation
 
 
 def _hold_out_validation(

@@ -7,6 +7,7 @@ from run.rules import LARGEST, broken, out_of_range
 
 # Do not look at the labels.
 WITHOUT_LABELS = ("simclr", "moco", "cmc")
+WITH_CLASSIFIER = ("cross_entropy", "joint", "max_margin")
 # Learn from one view of an image alone.
 ONE_VIEW = ("cross_entropy", "max_margin", "cmc")
 CONTRASTIVE = ("supcon", "simclr", "moco", "joint", "cmc")
@@ -87,6 +88,11 @@ class MethodOptions:
     def num_keys(self) -> int | None:
         """What the queue holds, if there is one."""
         return self.queue_size or (MOCO_QUEUE_SIZE if self.method == "moco" else None)
+
+    @property
+    def margin_or_default(self) -> float:
+        """Of the methods that have one."""
+        return self.margin or MARGINS[self.method]
 
     @property
     def scale(self) -> float:

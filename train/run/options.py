@@ -15,7 +15,7 @@ from data.batches import BatchOptions
 from data.sources import DataOptions
 from data.views import ViewOptions
 from evaluation.evaluator import EvaluationOptions
-from methods.options import MethodOptions
+from methods.options import WITH_CLASSIFIER, MethodOptions
 from network.embedder import NetworkOptions
 from network.weights import StartOptions
 from run.checkpoint import CheckpointOptions
@@ -107,6 +107,15 @@ class PretrainOptions:
                 self.num_views >= method.least_views,
                 f"--num_views {self.num_views}: must be at least {method.least_views} for --method "
                 f"{method.method}",
+            ),
+            (
+                self.step.ema_decay is None or method.method not in WITH_CLASSIFIER,
+                f"--ema_decay contradicts --method {method.method}, whose classifier is not averaged",
+            ),
+            (
+                self.step.grad_cache_chunk is None or method.method != "cmc",
+                "--grad_cache_chunk contradicts --method cmc, whose second encoder sees the whole "
+                "batch at once",
             ),
             (
                 method.num_keys is None or method.num_keys >= num_keys,

@@ -9,13 +9,18 @@ from torch import nn
 from data.images import ImageData
 from data.views import build_views
 from evaluation.probe import Probe
+from methods.cmc import CMC
 from methods.contrastive import Contrastive
 from methods.cross_entropy import CrossEntropy
+from methods.joint import Joint
+from methods.max_margin import MaxMargin
 from methods.method import Method, Setup
 from methods.moco import MoCo
 from methods.momentum_queue import MomentumQueue
+from methods.n_pairs import NPairs
 from methods.options import MethodOptions
 from methods.simclr import SimCLR
+from methods.triplet import Triplet
 from network.embedder import Embedder, build_model, sync_batch_norms
 from run.errors import UserError
 from run.options import PretrainOptions
@@ -32,6 +37,11 @@ METHODS: dict[str, Callable[[MethodOptions, Setup], Method]] = {
     "simclr": SimCLR,
     "moco": MoCo,
     "cross_entropy": CrossEntropy,
+    "joint": Joint,
+    "n_pairs": NPairs,
+    "triplet": Triplet,
+    "max_margin": MaxMargin,
+    "cmc": CMC,
 }
 # Tells the seeds of a method's weights from others of the same run.
 WEIGHTS_OF_METHOD = 3

@@ -174,22 +174,21 @@ class Trainer:
         The network holds the activations of one chunk. The time of its second forward is counted as
         "backward".
         """
-        embedded: list[Tensor] = []
+        embedded = torch.empty(0)
 
-        def encode(chunk: Tensor) -> Tensor:
-            of_chunk, projected = self._encode(chunk)
-            if not torch.is_grad_enabled():  # the first of two times
-                embedded.append(of_chunk)
-            return projected
+        def loss_of(rows: Tensor) -> Tensor:
+            nonlocal embedded
+            embedded, projected = rows.tensor_split([self.model.num_features], dim=1)
+            return self.loss(embedded, projected, targets)
 
         loss = grad_cache_backward(
-            encode,
+            lambda chunk: torch.cat(self._encode(chunk), dim=1),
             chunks,
-            lambda projected: self.loss(torch.cat(embedded), projected, targets),
+            loss_of,
             model=self.network,
             scale=self.scaler.scale,
         )
-        return torch.cat(embedded), loss
+        return embedded.detach(), loss
 
     @property
     def measured(self) -> Embedder:
