@@ -10,7 +10,7 @@ from dataclasses import fields
 import pytest
 
 import train_fixtures
-from linear import LinearOptions
+from linear_stage.options import LinearOptions
 from run.command_line import parse, run_script
 from run.device import pick_device
 from run.errors import UserError
@@ -97,6 +97,7 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--knn_temperature", "0"], "--knn_temperature 0.0: must be greater than 0"),
         (["--epochs", "5", "--warmup_epochs", "5"], "--warmup_epochs 5 contradicts --epochs 5"),
         (["--optimizer", "sgd"], "optimizer"),
+        (["--rmsprop_eps", "0.1"], "--rmsprop_eps contradicts --optimizer momentum"),
         (["--clip_grad", "0"], "--clip_grad 0.0: must be greater than 0"),
         (["--schedule", "step"], "--schedule step needs --decay_epochs"),
         (["--decay_epochs", "[3]"], "--decay_epochs and --decay_rate contradict --schedule cosine"),

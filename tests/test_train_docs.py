@@ -29,7 +29,8 @@ def run(command: str) -> None:
     at = next(k for k, word in enumerate(words) if word.startswith("train/"))
     assert words[0] in ("python", "torchrun") and Path(words[at]).is_file()
     name = Path(words[at]).stem
-    import_module(name).main([*words[at + 1 :], *(SHORT if name == "pretrain" else [])])
+    trains = name == "pretrain" or "paper" in words
+    import_module(name).main([*words[at + 1 :], *(SHORT if trains else [])])
 
 
 def test_every_command_and_program(folder, monkeypatch):

@@ -1,6 +1,7 @@
 """The recipes: each is read, can be built, and has the numbers that were published for it."""
 
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import yaml
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from data.images import ImageData, Split
+from linear_stage.options import LinearOptions
 from run.command_line import parse
 from run.options import PretrainOptions
 from train_fixtures import TRAIN
@@ -78,24 +80,56 @@ def test_learning_rate_follows_the_published_rule(name):
     assert config.optimizer.learning_rate == pytest.approx(rate * batch_size / 256)
 
 
+def tables():
+    """The tables of docs/recipes.md: of each the recipes at its head, and their cells by option."""
+    text = (TRAIN.parent / "docs/recipes.md").read_text()
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, _, *rows = (
+            [cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()
+        )
+        names = [re.search(r"`(\w+)`", cell) for cell in head[1:]]
+        yield [name and name[1] for name in names], {row[0].strip("`"): row[1:] for row in rows}
+
+
+def check_table(names, rows, configs):
+    for option, cells in rows.items():
+        for name, config, cell in zip(names, configs, cells):
+            if cell != "–":  # their code has no such thing
+                assert config[option] == yaml.safe_load(cell), (option, name)
+
+
 def test_recipes_have_what_the_table_says():
-    lines = (TRAIN.parent / "docs/recipes.md").read_text().splitlines()
-    head, _, *rows = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line
-    )
-    names = [re.search(r"`(\w+)`", cell) for cell in head[1:]]
-    configs = [(read(name[1]) if name else options_of()).flat() for name in names]
-    options = [row[0].strip("`") for row in rows]
-    for option, row in zip(options, rows):
-        for name, config, cell in zip(head[1:], configs, row[1:]):
-            value = config[option]
-            if option == "decay_norm_and_bias" and value is None:
-                value = config["optimizer"] != "lars"
-            assert value == yaml.safe_load(cell), (option, name)
+    names, rows = next(tables())
+    configs = [(read(name) if name else options_of()).flat() for name in names]
+    for config in configs:
+        if config["decay_norm_and_bias"] is None:
+            config["decay_norm_and_bias"] = config["optimizer"] != "lars"
+    check_table(names, rows, configs)
     # Nothing that makes the network is said in a recipe alone.
     own = {"dataset", "method", "width", "workers", "knn_every", "knn_bank", "save_every"}
     for name in PUBLISHED.keys() - {"imagenet_rn50_memory"}:
-        assert yaml.safe_load(RECIPES[name].read_text()).keys() - own <= set(options)
+        assert yaml.safe_load(RECIPES[name].read_text()).keys() - own <= rows.keys()
+
+
+def read_linear(name):
+    argv = ["--checkpoint", "x", "--protocol", "paper"]
+    if name is not None:
+        argv += ["--config", str(TRAIN / f"recipes/linear/{name}.yaml")]
+    options = parse(LinearOptions, argv, prog="linear", description="")
+    flat = {name: value for room in asdict(options).values() for name, value in room.items()}
+    [flat["weight_decay"]] = options.stage.weight_decays
+    return flat
+
+
+def test_linear_recipes_have_what_the_table_says():
+    _, (names, rows) = tables()
+    check_table(names, rows, [read_linear(name) for name in names])
+    recipes = {path.stem: path for path in (TRAIN / "recipes/linear").glob("*.yaml")}
+    assert recipes.keys() == PUBLISHED.keys() - {"imagenet_rn50_memory"} == set(names) - {None}
+    for name, path in recipes.items():
+        recipe = yaml.safe_load(path.read_text())
+        assert recipe.pop("protocol") == "paper" and recipe.keys() - {"workers"} <= rows.keys()
+        assert f"recipes/linear/{name}.yaml" in RECIPES[name].read_text()
 
 
 def test_digits_recipe_is_the_default():

@@ -25,6 +25,10 @@ from run.seeds import seed_of
 # Each holds a change that needs three channels.
 POLICIES = ("autoaugment", "randaugment", "stacked_randaugment")
 CIFAR = ("cifar10", "cifar100")
+Augment = Literal[
+    "auto", "digits", "crop_flip", "simclr", "simclr_blur",
+    "autoaugment", "randaugment", "stacked_randaugment",
+]  # fmt: skip
 
 
 @dataclass
@@ -43,10 +47,7 @@ class ViewOptions:
         num_views: Random views of each image in a batch. Default: 2; cross_entropy, max_margin and cmc 1.
     """
 
-    augment: Literal[
-        "auto", "digits", "crop_flip", "simclr", "simclr_blur",
-        "autoaugment", "randaugment", "stacked_randaugment",
-    ] = "auto"  # fmt: skip
+    augment: Augment = "auto"
     min_crop_area: float = 0.2
     num_views: int | None = None
 

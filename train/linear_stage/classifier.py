@@ -37,6 +37,11 @@ class LinearClassifier:
     encoder: dict[str, Tensor] | None = None
     step: int = 0
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether training has not run away."""
+        return bool(self.weight.isfinite().all() and self.bias.isfinite().all())
+
     def logits(self, embedded: Tensor) -> Tensor:
         """Of (N, F) embeddings as the encoder gives them: (N, C)."""
         seen = F.normalize(embedded, dim=1) if self.unit_length else embedded

@@ -1,14 +1,18 @@
 """The options of linear.py, by room, and what contradicts itself across rooms."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from data.batches import BatchOptions
 from data.sources import DataOptions
 from linear_stage.convex_fit import ConvexOptions
+from linear_stage.paper_protocol import PaperOptions, as_list
 from run.device import Device
 from run.errors import UserError
 from run.rules import broken, out_of_range
 from run.saved_run import SavedRun
+from training.schedule import ScheduleOptions
 
 
 @dataclass
@@ -17,17 +21,39 @@ class StageOptions:
 
     Args:
         checkpoint: last.pt or best.pt of a run of pretrain.py, or the run's folder (its last.pt).
-        weight_decay: L2 penalty of the linear layer.
+        protocol: convex: a classifier of embeddings of plain images, fitted by L-BFGS; the quick one.
+            paper: a classifier trained on random views, by the options of an optimiser and a schedule;
+            train/recipes/linear has those of published runs.
+        weight_decay: L2 penalty of the linear layer. With --protocol paper of all that is trained, and of
+            several, such as [0,1e-6], the validation images choose. Default: 1e-4; paper: 0.
         device: auto takes cuda, then mps, then cpu.
     """
 
     checkpoint: str
-    weight_decay: float = 1e-4
+    protocol: Literal["convex", "paper"] = "convex"
+    weight_decay: float | list[float] | None = None
     device: Device = "auto"
 
     def mistakes(self) -> list[str]:
-        """What is out of range, one sentence each."""
-        return out_of_range(self, at_least={"weight_decay": 0})
+        """What is out of range or contradicts itself, one sentence each."""
+        rules = [
+            (
+                bool(self.weight_decays) and min(self.weight_decays) >= 0,
+                f"--weight_decay {self.weight_decay}: must be at least 0",
+            ),
+            (
+                self.protocol == "paper" or len(self.weight_decays) <= 1,
+                f"--weight_decay {self.weight_decay}: several need --protocol paper",
+            ),
+        ]
+        return broken(rules)
+
+    @property
+    def weight_decays(self) -> list[float]:
+        """Those to choose from."""
+        if self.weight_decay is None:
+            return [0.0 if self.protocol == "paper" else 1e-4]
+        return as_list(self.weight_decay)
 
 
 @dataclass
@@ -94,10 +120,40 @@ class LinearOptions:
 
     stage: StageOptions
     images: ImageOptions = field(default_factory=ImageOptions)
-    batches: BatchOptions = field(default_factory=BatchOptions)
     convex: ConvexOptions = field(default_factory=ConvexOptions)
+    paper: PaperOptions = field(default_factory=PaperOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    batches: BatchOptions = field(default_factory=BatchOptions)
 
     def mistakes(self) -> list[str]:
         """What is out of range or contradicts itself, one sentence each."""
         rooms = [getattr(self, room.name) for room in fields(self)]
-        return [sentence for room in rooms for sentence in room.mistakes()]
+        return [sentence for room in rooms for sentence in room.mistakes()] + self._contradictions()
+
+    def _contradictions(self) -> list[str]:
+        """Between rooms."""
+        is_paper = self.stage.protocol == "paper"
+        idle = [self.convex] if is_paper else [self.paper, self.schedule, self.batches]
+        rates = self.paper.learning_rates + [self.paper.encoder_rate] * self.paper.finetune
+        lowest = min(rates, default=0.0)
+        rules = [
+            (
+                0 <= self.schedule.final_learning_rate <= max(lowest, 0),
+                f"--final_learning_rate {self.schedule.final_learning_rate}: must be at least 0 and at "
+                f"most the lowest learning rate, {lowest}",
+            )
+        ]
+        return broken(rules) + [
+            f"--{name} contradicts --protocol {self.stage.protocol}"
+            for room in idle
+            for name in _changed(room)
+            if name != "workers"
+        ]
+
+
+def _changed(room: Any) -> Iterator[str]:
+    """The options of a room that are not at their default."""
+    default = type(room)()
+    for option in fields(room):
+        if getattr(room, option.name) != getattr(default, option.name):
+            yield option.name
