@@ -1,4 +1,4 @@
-"""docs/training.md: each of its commands and programs runs, in order, on a folder of small images."""
+"""docs/training.md and evaluation.md: each command and program runs, in order, on small images."""
 
 import re
 import shlex
@@ -9,18 +9,19 @@ import pytest
 
 from train_fixtures import TRAIN, write_images
 
-TEXT = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+DOCS = Path(__file__).parent.parent / "docs"
 SHORT = ["--batch_size", "6", "--max_steps", "2", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the commands find what they name: train/ and photos/."""
-    folder = tmp_path_factory.mktemp("docs")
-    (folder / "train").symlink_to(TRAIN)
-    write_images(folder / "photos", {"cat": 14, "dog": 14, "owl": 14})
-    return folder
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the commands are given, and find what they name: train/ and folders of images."""
+    (tmp_path / "train").symlink_to(TRAIN)
+    write_images(tmp_path / "photos", {"cat": 14, "dog": 14, "owl": 14})
+    write_images(tmp_path / "others", {"jay": 8, "wren": 8})
+    monkeypatch.setattr("evaluation.corruptions.CORRUPTIONS", ("fog", "pixelate"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def run(command: str) -> None:
@@ -33,18 +34,27 @@ def run(command: str) -> None:
     import_module(name).main([*words[at + 1 :], *(SHORT if trains else [])])
 
 
-def test_every_command_and_program(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    seen = set()
-    for language, block in BLOCKS:
+@pytest.mark.parametrize(
+    ("page", "scripts"),
+    [
+        ("training.md", {"pretrain", "linear", "embed"}),
+        ("evaluation.md", {"pretrain", "linear", "evaluate"}),
+    ],
+)
+def test_every_command_and_program(folder, page, scripts):
+    text, seen = (DOCS / page).read_text(), set()
+    for language, block in re.findall(
+        r"^```(bash|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+    ):
         if language == "python":
-            exec(compile(block, "docs/training.md", "exec"), {})
+            exec(compile(block, f"docs/{page}", "exec"), {})
             continue
         for command in block.strip().splitlines():
             run(command)
             seen.add(re.search(r"train/(\w+)\.py", command)[1])
-    assert seen == {"pretrain", "linear", "embed"}
-    runs = {path.name for path in Path("runs").iterdir()}
-    assert runs == set(re.findall(r"--name (\w+)", TEXT))
+    assert seen == scripts
+    runs = {path.name for path in Path("runs").iterdir() if path.is_dir()}
+    assert runs == set(re.findall(r"--name (\w+)", text))
     for name in runs:
         assert (Path("runs") / name / "results.json").is_file()
+        assert ("evaluate" in scripts) == (Path("runs") / name / "evaluation.png").is_file()

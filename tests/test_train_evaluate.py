@@ -20,13 +20,16 @@ from evaluate import main
 from evaluation import corruptions, runs
 from evaluation.classification import classify
 from evaluation.corruptions import compare
+from evaluation.embeddings import encode_stored
 from evaluation.retrieval import retrieve
 from linear import main as fit_linear
 from linear_stage.classifier import load_classifier, save_classifier
 from run.command_line import run_script
 from train_fixtures import pretrain, write_images
+from train_parts import build_model, build_views, load_data, options_of
 
 CROSS_ENTROPY = ("--method", "cross_entropy", "--max_steps", 20)
+FEW = ("gaussian_noise", "fog", "contrast")
 SHORT = ["--corruption_images=6", "--corruption_side=32", "--device=cpu"]
 PLAIN = ["--no_corruptions", "--device=cpu"]
 
@@ -59,10 +62,15 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def few_corruptions(monkeypatch):
+    """Of the library's all are tested without a network."""
+    monkeypatch.setattr(corruptions, "CORRUPTIONS", FEW)
+
+
 @pytest.fixture
 def copy(folder, tmp_path, monkeypatch):
-    """Copies of runs that a test may change, without pictures and with few corruptions of them."""
-    monkeypatch.setattr(corruptions, "CORRUPTIONS", ("gaussian_noise", "fog", "pixelate"))
+    """Copies of runs that a test may change, of which no pictures are drawn."""
     monkeypatch.setattr(runs, "draw_page", lambda *of: None)
     ignore = shutil.ignore_patterns("evaluation.*")
     return lambda name, new: shutil.copytree(folder / name, tmp_path / new, ignore=ignore)
@@ -80,7 +88,7 @@ def test_two_runs_side_by_side(folder, capsys):
         }  # fmt: skip
         assert (folder / one["run"] / "evaluation.png").stat().st_size > 0
         tested = one["corruptions"]
-        assert set(tested["top1"]) == set(CORRUPTIONS) and tested["of"]["images"] == 6
+        assert tuple(tested["top1"]) == FEW and tested["of"]["images"] == 6
         assert tested["baseline"] == "ce"
     assert ce["corruptions"]["mce"] == ce["corruptions"]["relative_mce"] == 1
     assert "cross_entropy" in ce["classifier"] and "linear stage" in supcon["classifier"]
@@ -95,6 +103,19 @@ def test_two_runs_side_by_side(folder, capsys):
     markdown = (folder / "comparison.md").read_text()
     assert markdown.count("\n") == 4 and "| supcon | supcon | linear stage (convex) |" in markdown
     assert markdown in capsys.readouterr().out
+
+
+def test_own_classifier_is_the_one_that_was_trained(folder):
+    (found,) = evaluate("--checkpoint", folder / "ce", *PLAIN)
+    saved = torch.load(folder / "ce/last.pt", weights_only=True)
+    options = options_of(image_size=8, model="resnet10", width=4)
+    model, data = build_model(options, channels=1), load_data(options)
+    model.load_state_dict(saved["model"])
+    weight, bias = (saved["method"][f"classifier.{name}"] for name in ("weight", "bias"))
+    with torch.no_grad():
+        embedded = encode_stored(model, build_views(options, data), data.test.images)
+    hits = F.linear(embedded, weight, bias).argmax(1) == data.test.labels
+    assert found["classification"]["top1"] == pytest.approx(hits.double().mean().item(), abs=1e-6)
 
 
 def test_what_was_tested_before_is_kept_for_the_same_weights(copy, monkeypatch):
@@ -137,7 +158,7 @@ def rank(number: int, port: int, run: object) -> None:
     """One of two processes as torchrun starts them."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    evaluate("--checkpoint", run, "--transfer=digits", *SHORT)
+    evaluate("--checkpoint", run, *SHORT)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -159,7 +180,7 @@ def test_two_processes_write_what_one_does(copy, monkeypatch):
     assert [process.exitcode for process in processes] == [0, 0]
     together = (run / "evaluation.json").read_bytes()
     (run / "evaluation.json").unlink()
-    evaluate("--checkpoint", run, "--transfer=digits", *SHORT)
+    evaluate("--checkpoint", run, *SHORT)
     assert (run / "evaluation.json").read_bytes() == together
 
 
@@ -198,14 +219,14 @@ def test_grey_images_get_the_noise_of_one_channel():
 def test_mean_corruption_errors():
     def tested(clean, *shares):
         by_severity = {str(severity): shares[0] for severity in SEVERITIES}
-        found = {name: by_severity for name in CORRUPTIONS}
+        found = {name: by_severity for name in FEW}
         found["fog"] = {str(severity): shares[-1] for severity in SEVERITIES}
         return {"clean_top1": clean, "top1": found}
 
     found = compare(tested(0.9, 0.6, 0.8), tested(0.8, 0.6))
-    assert found["ce"]["snow"] == 1 and found["ce"]["fog"] == 0.5
-    assert found["mce"] == pytest.approx((14 + 0.5) / 15, abs=1e-6)
-    assert found["relative_ce"]["snow"] == 1.5 and found["relative_ce"]["fog"] == 0.5
+    assert found["ce"]["contrast"] == 1 and found["ce"]["fog"] == 0.5
+    assert found["mce"] == pytest.approx((2 + 0.5) / 3, abs=1e-6)
+    assert found["relative_ce"]["contrast"] == 1.5 and found["relative_ce"]["fog"] == 0.5
     # Fog costs the baseline nothing: there is no share of it.
     found = compare(tested(0.9, 0.6, 0.8), tested(0.8, 0.6, 0.8))
     assert found["relative_ce"]["fog"] is None and found["relative_mce"] == 1.5

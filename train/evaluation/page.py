@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data.corrupted import CORRUPTIONS, SEVERITIES
+from data.corrupted import SEVERITIES
 from evaluation.comparison import numbers_of, written
 from evaluation.pictures import MAX_NAMED, fonts_for
 from run.atomic_write import replace_file
@@ -81,8 +81,8 @@ def draw_severities(axes: Axes, corruptions: dict[str, Any]) -> None:
         values = [clean, *(shares[str(severity)] for severity in SEVERITIES)]
         axes.plot([0, *SEVERITIES], [100 * value for value in values], **how)
 
-    for name in CORRUPTIONS:
-        line(corruptions["top1"][name], color="0.75", linewidth=0.8)
+    for shares in corruptions["top1"].values():
+        line(shares, color="0.75", linewidth=0.8)
     line(corruptions["mean_top1_by_severity"], color="tab:blue", marker="o", label="mean")
     axes.set(
         title="accuracy by severity",
@@ -96,13 +96,14 @@ def draw_severities(axes: Axes, corruptions: dict[str, Any]) -> None:
 
 def draw_corruptions(figure: Figure, axes: Axes, corruptions: dict[str, Any]) -> None:
     """Draw the accuracy of each corruption at each severity in colours and numbers."""
-    rows = [corruptions["top1"][name] for name in CORRUPTIONS]
-    percent = 100 * np.array([[row[str(severity)] for severity in SEVERITIES] for row in rows])
+    names = [name.replace("_", " ") for name in corruptions["top1"]]
+    rows = [[row[str(severity)] for severity in SEVERITIES] for row in corruptions["top1"].values()]
+    percent = 100 * np.array(rows)
     image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     figure.colorbar(image, label="accuracy (%)", shrink=0.8)
     for (row, column), share in np.ndenumerate(percent):
         colour = "white" if share > 60 else "black"
         axes.text(column, row, f"{share:.0f}", ha="center", va="center", size=8, color=colour)
     axes.set_xticks(range(len(SEVERITIES)), map(str, SEVERITIES))
-    axes.set_yticks(range(len(CORRUPTIONS)), [name.replace("_", " ") for name in CORRUPTIONS])
+    axes.set_yticks(range(len(names)), names)
     axes.set(title="accuracy by corruption", xlabel="severity")

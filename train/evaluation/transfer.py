@@ -27,10 +27,11 @@ def transfer(embed_all: Callable[[Split], Tensor], data: ImageData) -> dict[str,
     features = Features(
         iter([(train, labels)]), len(train), device=train.device, limit=math.inf, folder=Path()
     )
+    [weight_decay] = StageOptions("").weight_decays
     classifier, fit = fit_convex(
         features,
         num_classes,
-        weight_decay=StageOptions.weight_decay,
+        weight_decay=weight_decay,
         max_iterations=ConvexOptions.max_iterations,
     )
     print(f"  transfer to {data.name}: linear classifier {fit}")
