@@ -1,7 +1,8 @@
 """What the Triton kernels compile to, without a GPU: registers, spills, shared memory, instructions.
 
-Every launch that the backend may choose is compiled ahead of time for each architecture, and its
-disassembly is read (codegen/sass.py says what a main loop is). Exits 1 where a kernel spills
+What the backend may launch is compiled ahead of time for each architecture, and its disassembly is
+read (codegen/sass.py says what a main loop is): the kernels of the default loss, and of all
+others so many that any three options meet in one (codegen/covering.py); --every for all. Exits 1 where a kernel spills
 registers, needs more shared memory than the architecture has, multiplies 16-bit numbers without
 tensor cores, or holds an atomic on global memory: python benchmarks/gpu_codegen.py --help
 """
@@ -17,12 +18,15 @@ from pathlib import Path
 
 from codegen.chips import SHARED_KIB
 from codegen.compiler import compile_all, fingerprint
+from codegen.covering import covering, distinct
 from codegen.kernels import DIMS, DTYPES, OURS_CSV, PEERS_CSV, Compiled, Source, shipped
 from codegen.peers import peer_sources
 from codegen.tables import codegen_block, full_table, name_of, peers_block
 from measuring.machine import describe_machine
 from reporting.documents import DOCS, update_document
 from reporting.rows import ints, names, read_rows, write_rows
+
+DEFAULT_LOSS = "ward out/all$"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,17 +52,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compile_wanted(args: argparse.Namespace, known: Sequence[Compiled]) -> list[Compiled]:
-    if args.peers:
-        sources = peer_sources(args.peers, args.dims, args.archs)
-    else:
-        sources = shipped(args.dtypes, args.dims, args.archs)
-        sources = [source for source in sources if re.search(args.labels, source.label)]
+    sources = peer_sources(args.peers, args.dims, args.archs) if args.peers else _selected(args)
     machine = describe_machine("cpu")
     commit, dirty = machine["commit"], machine["dirty"]
     # What is known has this commit's fingerprint, so it is a row of this commit as well.
     return [
         replace(row, commit=commit, dirty=dirty) for row in compile_all(sources, args.jobs, known)
     ]
+
+
+def _selected(args: argparse.Namespace) -> list[Source]:
+    """The default loss in all that it can be launched as, and of other kernels a covering."""
+    every = distinct(shipped(DTYPES, DIMS, tuple(SHARED_KIB)))
+    wanted = [source for source in every if _is_wanted(source, args)]
+    if args.every or all(re.search(DEFAULT_LOSS, source.label) for source in wanted):
+        return wanted
+    covered = {source.key for source in covering(every)}
+    return [s for s in wanted if s.key in covered or re.search(DEFAULT_LOSS, s.label)]
+
+
+def _is_wanted(source: Source, args: argparse.Namespace) -> bool:
+    asked = ((source.dtype, args.dtypes), (source.dim, args.dims), (source.arch, args.archs))
+    found = re.search(args.labels, source.label)
+    return found is not None and all(value in values for value, values in asked)
 
 
 def _possible(peers: Path | None) -> list[Source]:
@@ -81,6 +97,9 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--labels", default="", metavar="REGEX", help="only kernels whose label has it: out/all$"
+    )
+    what.add_argument(
+        "--every", action="store_true", help="all kernels, which takes many hours, not a covering"
     )
     what.add_argument(
         "--peers",

@@ -148,7 +148,7 @@ def supcon_loss(
             losses = backends.reference.rows_loss(problem.by_rows())
             loss, _ = as_asked(*losses, reduction)
         else:
-            loss, *_ = op.forward(*problem.operands(), reduction, chosen)
+            loss = op.loss_of(*problem.operands(), reduction, chosen)
     if base_temperature is not None:
         loss = loss * (problem.tau / base_temperature)
     return loss

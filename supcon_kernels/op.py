@@ -167,6 +167,16 @@ def _backward_fake(
     )
 
 
+def loss_of(*operands: Any) -> Tensor:
+    """The loss of ``forward``; by its autograd function where the dispatcher would only lead there."""
+    tensors = operands[:_NUM_TENSORS]
+    if not torch.compiler.is_compiling() and _wants_gradient(tensors) and _is_plain(tensors):
+        loss: Tensor = SupConLossFunction.apply(*operands)[0]
+    else:
+        loss = forward(*operands)[0]
+    return loss
+
+
 def _below_autograd(operator: Any, *operands: Any) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
         if _is_plain(operands):
@@ -181,16 +191,20 @@ def _is_plain(operands: Sequence[Any]) -> bool:
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    return all(type(x) in _PLAIN and not x.is_meta for x in operands if isinstance(x, Tensor))
+    for x in operands:
+        if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta):
+            return False
+    return True
 
 
-class _Differentiable(torch.autograd.Function):
-    """``forward``, whose gradient is ``backward``."""
+class SupConLossFunction(torch.autograd.Function):
+    """``forward``, whose gradient is ``backward``. Profilers show a training step's call by this name."""
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, ...]:
+        """As the operator; gradients that are better made at once are saved beside the statistics."""
         grads: tuple[Tensor, ...] = ()
-        if _is_plain(operands):
+        if _is_plain(operands[:_NUM_TENSORS]):
             with torch._C._AutoDispatchBelowAutograd():
                 wanted = [ctx.needs_input_grad[k] for k in _DIFFERENTIABLE]
                 (loss, *saved), grads = _forward_for(wanted, *operands)
@@ -205,6 +219,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """One gradient for each operand, None where it has none."""
         result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if grad_loss is None:
             return tuple(result)
@@ -214,7 +229,7 @@ class _Differentiable(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[k] for k in _DIFFERENTIABLE]
         call = (grad_loss, *saved, *wanted, *tensors, *ctx.options)
         # A graph of the gradient is made, and refused, by the operator.
-        if torch.is_grad_enabled() or not _is_plain(call):
+        if torch.is_grad_enabled() or not _is_plain((grad_loss, *tensors)):
             grads = backward(*call)
         elif made:
             grads = _scaled(grad_loss, made, [tensors[k] for k in _DIFFERENTIABLE], wanted)
@@ -241,12 +256,19 @@ class _NotTwice(torch.autograd.Function):
         )
 
 
+def _wants_gradient(operands: Sequence[Any]) -> bool:
+    if torch.is_grad_enabled():
+        for x in operands:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
+
+
 def _register(
     operator: Any, kernel: Callable[..., Any], fake: Callable[..., Any], function: Any
 ) -> None:
     def autograd(*operands: Any) -> tuple[Tensor, ...]:
-        wants_grad = any(isinstance(x, Tensor) and x.requires_grad for x in operands)
-        if wants_grad and torch.is_grad_enabled():
+        if _wants_gradient(operands):
             result: tuple[Tensor, ...] = function.apply(*operands)
             return result
         return _below_autograd(operator, *operands)
@@ -257,5 +279,5 @@ def _register(
 
 
 _KERNELS = {forward: _forward, backward: _backward}
-_register(forward, _forward, _forward_fake, _Differentiable)
+_register(forward, _forward, _forward_fake, SupConLossFunction)
 _register(backward, _backward, _backward_fake, _NotTwice)

@@ -54,7 +54,7 @@ class Launch:
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
         grid: programs along each axis.
-        loaded: what has been compiled of it, by index of the device.
+        loaded: what starts it and the order of its arguments, by index of the device.
     """
 
     kernel: str
@@ -91,7 +91,7 @@ _ARGUMENT_TYPES = {
     "row_weights col_weights factor slices temperature temperature_gradient",
     "*fp64": "dots",
     "*i64": "labels anchor_labels contrast_labels",
-    "*i32": "ids row_ids col_ids sorted_begin sorted_end num_positives",
+    "*i32": "sorted_begin sorted_end num_positives",
     "i64": "sample_stride view_stride gradient_sample_stride gradient_view_stride ignore_index",
     "fp32": "host_temperature headroom part",
 }
@@ -107,7 +107,7 @@ def _remembered(planned: Callable[_P, _T]) -> Callable[_P, _T]:
     return cast(Callable[_P, _T], functools.lru_cache(maxsize=1024)(planned))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # a step looks up launches by the plan: by identity
 class Plan:
     """Every launch of one call, forward and backward.
 
@@ -184,7 +184,7 @@ class Plan:
         return self._launch(
             "_prepare_kernel",
             "features labels anchor_labels contrast_labels sorted_begin sorted_end temperature "
-            "rows ids valid num_positives num_rows num_samples num_anchors num_contrasts "
+            "rows valid num_positives padded_rows num_rows num_samples num_anchors num_contrasts "
             "num_contrast_views own_offset dim sample_stride view_stride ignore_index "
             "host_temperature",
             {
@@ -203,7 +203,7 @@ class Plan:
         """Adds up pieces and goes back through normalisation."""
         return self._launch(
             "_gradient_kernel",
-            "slices features rows ids factor gradient dots num_rows num_samples dim "
+            "slices features rows factor gradient dots num_rows num_samples dim "
             "sample_stride view_stride gradient_sample_stride gradient_view_stride padded_rows "
             "num_tiles group share",
             {
@@ -263,7 +263,7 @@ class Plan:
         tile = self.forward_tile(running)
         return self._launch(
             "_forward_kernel",
-            "rows cols row_ids col_ids col_valid first_sums temperature sums padded_rows "
+            "rows cols col_valid first_sums temperature sums padded_rows padded_cols "
             "num_blocks num_tiles group share max_pieces own_offset host_temperature",
             {**self._pairs(running, tile), "SECOND": second},
             self.forward_shares(running).num_programs,
@@ -278,7 +278,7 @@ class Plan:
         tile = self.backward_tile(running)
         return self._launch(
             "_backward_kernel",
-            "rows cols row_ids col_ids row_weights col_weights temperature slices padded_rows "
+            "rows cols row_weights col_weights temperature slices padded_rows "
             "padded_cols num_blocks num_tiles group share own_offset host_temperature",
             {
                 **self._pairs(running, tile),

@@ -42,9 +42,10 @@ def run(launch: Launch, device: torch.device, arguments: dict[str, Any]) -> None
         key = (launch.code, device.index)
         if key not in _compiled:
             _compiled[key] = _compile(launch)
-        loaded = launch.loaded[device.index] = _compiled[key]
-    compiled, order = loaded
-    compiled[launch.grid](*map(arguments.get, order))
+        compiled, order = _compiled[key]
+        loaded = launch.loaded[device.index] = compiled[launch.grid], order
+    start, order = loaded
+    start(*map(arguments.get, order))
 
 
 def source_of(launch: Launch, kernel: Any) -> Any:

@@ -78,7 +78,7 @@ def check_temperature(features: Tensor, temperature: Any, base_temperature: Any)
             continue
         if isinstance(value, Tensor) and name == "temperature":
             _check_temperature_tensor(features, value)
-        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        elif isinstance(value, bool) or not isinstance(value, (float, numbers.Real)):
             raise ValueError(f"{name} must be a number > 0, got {value!r}")
         elif not 0 < float(value) < float("inf"):
             raise ValueError(f"{name} must be > 0 and finite, got {value}")

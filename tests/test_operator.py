@@ -377,8 +377,12 @@ def test_modes_see_both_operators_and_profilers_the_call():
     with torch.profiler.profile() as profile:
         supcon_loss(features, labels).backward()
     names = [event.name for event in profile.events()]
-    assert names.count("supcon_kernels::forward") == 1  # and no second pass of the dispatcher
+    assert names.count("SupConLossFunction") == 1
+    assert not any(name.startswith("supcon_kernels::") for name in names)  # nor a dispatcher's pass
     torch.testing.assert_close(features.grad, expected)
+    with torch.profiler.profile() as profile:
+        supcon_loss(features.detach(), labels)
+    assert [event.name for event in profile.events()].count("supcon_kernels::forward") == 1
 
 
 def test_shapes_alone_suffice():

@@ -14,36 +14,21 @@ import run.quiet_interrupt  # noqa: F401  before all that takes long to import
 # isort: split
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from data.batches import training_batches
-from data.images import ImageData, Split
+from data.images import ImageData
 from data.sources import load_data
-from data.views import build_views, training_images
-from evaluation.embeddings import encode_stored
-from linear_stage.classifier import Accuracy, LinearClassifier, measure, save_classifier
-from linear_stage.convex_fit import fit_convex
-from linear_stage.features import Features, embedded_batches
+from linear_stage.classifier import save_classifier
 from linear_stage.options import LinearOptions
-from linear_stage.paper_protocol import PaperStage, train_and_choose
-from network.embedder import Embedder
+from linear_stage.stage import Found, LinearStage
 from run.atomic_write import replace_text
 from run.command_line import parse, run_script
 from run.device import pick_device
 from run.errors import UserError
 from run.saved_run import SavedRun, open_run
-from run.seeds import seed_of
 
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
-# Tells the seeds of the linear stage from those of the run.
-LINEAR_STAGE = 2
 
 
 def main(argv: list[str] | None = None) -> float:
@@ -52,72 +37,20 @@ def main(argv: list[str] | None = None) -> float:
     return linear(options)
 
 
-@dataclass
-class Stage:
-    """What the linear stage works on."""
-
-    options: LinearOptions
-    run: SavedRun
-    data: ImageData
-    device: torch.device
-
-    @property
-    def folder(self) -> Path:
-        """Where it writes: the folder of the run."""
-        return self.run.path.parent
-
-    def embed(self, model: Embedder, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-        """The embeddings of the plain images of a split, with their labels."""
-        of_run = self.run.options
-        memory_format = of_run.network.memory_format
-        views = build_views(of_run.views, self.data, seed=0, memory_format=memory_format)
-        return embedded_batches(
-            partial(encode_stored, model, views),
-            split,
-            device=self.device,
-            workers=self.options.batches.workers,
-        )
-
-    def measure(
-        self, model: Embedder, classifiers: list[LinearClassifier], split: Split
-    ) -> list[Accuracy]:
-        """The accuracy of each classifier on a split."""
-        return measure(classifiers, self.embed(model, split))
-
-
 def linear(options: LinearOptions) -> float:
     """Fit on the training images of a run, measure on its test images, write both to its folder."""
     run = open_run(Path(options.stage.checkpoint))
     device = pick_device(options.stage.device)
-    stage = Stage(options, run, images_of(run, options), device)
+    stage = LinearStage(options, run, images_of(run, options), device)
     model = run.network().to(device)
-    by = by_paper if options.stage.protocol == "paper" else by_convex_fit
-    model, classifier, about = by(stage, model)
-    [found] = stage.measure(model, [classifier], stage.data.test)
-    classifier.step = run.state.step
-    results = {"top1": found.top1, "top5": found.top5, **about}
-    results |= {"epochs": run.state.epoch, "protocol": classifier.protocol}
-    written = stage.folder / "linear.json"
-    try:
-        save_classifier(stage.folder, classifier)
-        replace_text(written, json.dumps(results, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to {stage.folder}: {error.strerror}") from error
-
-    kind = "linear" if classifier.encoder is None else "fine-tuned"
-    num_images = len(stage.data.test)
-    print(f"{kind} top-1 {found.top1:.2%}, top-5 {found.top5:.2%} on {num_images} test images")
-    others = [
-        f"{name} images {results[key]:.2%}"
-        for name in ("train", "validation")
-        if results.get(key := f"top1_{name}") is not None
-    ]
-    print(
-        "; ".join(
-            [f"({', '.join(others)})"] * bool(others) + [f"written to {written} and linear.pt"]
-        )
-    )
-    return found.top1
+    found = stage.train(model) if options.stage.protocol == "paper" else stage.fit(model)
+    # Once, after everything is chosen.
+    [accuracy] = stage.measure(found.model, [found.classifier], stage.data.test)
+    results = {"top1": accuracy.top1, "top5": accuracy.top5, **found.about}
+    results |= {"epochs": run.state.epoch, "protocol": options.stage.protocol}
+    write(run, found, results)
+    say(results, found, num_images=len(stage.data.test))
+    return accuracy.top1
 
 
 def images_of(run: SavedRun, options: LinearOptions) -> ImageData:
@@ -135,76 +68,28 @@ def images_of(run: SavedRun, options: LinearOptions) -> ImageData:
     return data
 
 
-def by_convex_fit(
-    stage: Stage, model: Embedder
-) -> tuple[Embedder, LinearClassifier, dict[str, Any]]:
-    """The network, a classifier fitted to its embeddings of plain images, and what is to be said."""
-    options, data = stage.options, stage.data
-    features = Features(
-        stage.embed(model, data.train),
-        len(data.train),
-        device=stage.device,
-        limit=options.convex.features_gib * 2**30,
-        folder=stage.folder,
-    )
-    [weight_decay] = options.stage.weight_decays
-    classifier, fit = fit_convex(
-        features,
-        len(data.classes),
-        weight_decay=weight_decay,
-        max_iterations=options.convex.max_iterations,
-    )
-    print(fit)
-    about: dict[str, Any] = {"top1_train": fit.accuracy.top1, "top5_train": fit.accuracy.top5}
-    if data.validation is not None:
-        [found] = stage.measure(model, [classifier], data.validation)
-        about |= {"top1_validation": found.top1, "top5_validation": found.top5}
-    about |= {"iterations": fit.iterations, "converged": fit.converged}
-    return model, classifier, about
+def write(run: SavedRun, found: Found, results: dict[str, Any]) -> None:
+    """Write linear.json and linear.pt to the folder of a run."""
+    folder = run.path.parent
+    found.classifier.step = run.state.step
+    try:
+        written = save_classifier(folder, found.classifier)
+        replace_text(folder / "linear.json", json.dumps(results, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    print(f"written to {folder / 'linear.json'} and {written}")
 
 
-def by_paper(stage: Stage, model: Embedder) -> tuple[Embedder, LinearClassifier, dict[str, Any]]:
-    """The network, a classifier trained on random views, and what is to be said.
-
-    Raises:
-        UserError: there is something to choose, and no validation images to choose by.
-    """
-    options, of_run, data = stage.options, stage.run.options, stage.data
-    candidates = options.paper.candidates(options.stage.weight_decays)
-    if len(candidates) > 1 and data.validation is None:
-        raise UserError(
-            f"{len(candidates)} pairs of --learning_rate and --weight_decay need validation images to "
-            "choose by: hold some out by --validation_fraction, or give one of each"
-        )
-    seed = seed_of(of_run.seeds.seed, LINEAR_STAGE)
-    views = options.paper.views(data.name)
-    order, batches = training_batches(
-        training_images(views, data, seed=seed), options.batches, seed=seed, device=stage.device
+def say(results: dict[str, Any], found: Found, *, num_images: int) -> None:
+    """Print the accuracies."""
+    kind = "linear" if found.classifier.encoder is None else "fine-tuned"
+    for key, images in (("top1_train", "training"), ("top1_validation", "validation")):
+        if results.get(key) is not None:
+            print(f"top-1 {results[key]:.2%} on {images} images")
+    print(
+        f"{kind} top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%} "
+        f"on {num_images} test images"
     )
-    training = PaperStage(
-        options.paper,
-        options.schedule,
-        of_run.step,
-        order,
-        batches,
-        build_views(views, data, seed=seed, memory_format=of_run.network.memory_format),
-        num_classes=len(data.classes),
-        seed=seed,
-    )
-    validate = None
-    if data.validation is not None:
-        validate = partial(stage.measure, split=data.validation)
-    chosen, trials = train_and_choose(training, model, candidates, validate)
-    about = asdict(chosen.trial)
-    if len(trials) > 1:
-        about["trials"] = [asdict(trial) for trial in trials]
-        print(
-            f"chosen of {len(trials)} on {len(data.validation or ())} validation images: "
-            f"--learning_rate {chosen.trial.learning_rate} --weight_decay {chosen.trial.weight_decay}"
-        )
-    if options.paper.finetune:
-        about["encoder_learning_rate"] = options.paper.encoder_rate
-    return chosen.model, chosen.classifier, about
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from codegen.chips import SHARED_KIB
+from codegen.covering import distinct
 from codegen.kernels import DIMS, DTYPES, Compiled, shipped
 from codegen.model import SCHEMES
 from reporting.documents import render_table
@@ -30,7 +31,7 @@ def full_table(rows: Sequence[Compiled]) -> str:
 
 def codegen_block(rows: Sequence[Compiled]) -> str:
     """What was compiled altogether, then the pair kernels at the dimension of the comparison."""
-    num_shipped = len(shipped(DTYPES, DIMS, tuple(SHARED_KIB)))
+    num_shipped = len(distinct(shipped(DTYPES, DIMS, tuple(SHARED_KIB))))
     num_faulty = sum(1 for row in rows if row.faults)
     fullest = max(rows, key=lambda row: row.shared_bytes / SHARED_KIB[row.arch])
     summary = (

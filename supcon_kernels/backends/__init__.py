@@ -52,7 +52,9 @@ def _is_transformed(problem: Problem) -> bool:
     """Whether a derivative is being taken that the operator has no formula for."""
     if torch._C._are_functorch_transforms_active():
         return True
-    return not torch.compiler.is_compiling() and any(
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(
         forward_ad.unpack_dual(x).tangent is not None
         for x in (problem.rows, problem.cols, problem.temperature_tensor)
         if isinstance(x, Tensor)

@@ -143,7 +143,7 @@ def forward(problem: Problem, reduction: str) -> tuple[Tensor, Tensor, Tensor, T
 def empty_saved(problem: Problem) -> tuple[Tensor, Tensor]:
     """The statistics and the prepared rows that ``forward`` fills."""
     sides = [problem.rows] if problem.cols is None else [problem.rows, problem.cols]
-    size = sum(sum(_sizes(side)) for side in sides)
+    size = sum(_size(side) for side in sides)
     stats = problem.rows.new_empty(5, problem.num_rows, dtype=torch.float32)
     return stats, problem.rows.new_empty(size)
 
@@ -217,11 +217,10 @@ def _peak(upstreams: list[Tensor], stats: list[Tensor | None]) -> Tensor:
     return every.amax() if len(every) else every.sum()
 
 
-def _sizes(features: Tensor) -> tuple[int, int]:
-    """Elements of a side's prepared rows, and of as many 32-bit classes as it has rows."""
-    num_rows = features.shape[:-1].numel()
-    padded = triton_tiles.padded_rows(num_rows)
-    return padded * triton_tiles.padded_dim(features.shape[-1]), padded * 4 // features.itemsize
+def _size(features: Tensor) -> int:
+    """Elements of a side's prepared rows, with as many 32-bit classes behind them."""
+    padded = triton_tiles.padded_rows(features.shape[:-1].numel())
+    return padded * (triton_tiles.padded_dim(features.shape[-1]) + 4 // features.itemsize)
 
 
 @dataclasses.dataclass
@@ -233,8 +232,7 @@ class _Side:
         labels: (N,) or (B,).
         num_rows: N.
         padded: rows with the zeros behind them.
-        rows: (padded, padded D) prepared.
-        ids: (padded,) int32, equal for equal labels.
+        rows: (padded, padded D) prepared, and behind them (padded,) int32, equal for equal labels.
         valid: (padded,) 1, 0 where a row takes no part, NaN where it is not finite.
     """
 
@@ -243,7 +241,6 @@ class _Side:
     num_rows: int
     padded: int
     rows: Tensor
-    ids: Tensor
     valid: Tensor
 
     @staticmethod
@@ -253,7 +250,7 @@ class _Side:
             features = features.contiguous()
         num_rows = features.shape[:-1].numel()
         padded = triton_tiles.padded_rows(num_rows)
-        return _Side(features, labels.contiguous(), num_rows, padded, *[features] * 3)
+        return _Side(features, labels.contiguous(), num_rows, padded, *[features] * 2)
 
     @property
     def num_samples(self) -> int:
@@ -318,13 +315,9 @@ class _Call:
 
     def place(self, prepared: Tensor) -> None:
         """Let the sides' prepared rows and classes be parts of ``prepared``."""
-        start = 0
-        for side in (self.rows,) if self.plan.square else (self.rows, self.cols):
-            of_rows, of_ids = _sizes(side.features)
-            side.rows = prepared[start : start + of_rows] if start else prepared
-            start += of_rows
-            side.ids = prepared[start : start + of_ids].view(torch.int32)
-            start += of_ids
+        self.rows.rows = prepared
+        if not self.plan.square:
+            self.cols.rows = prepared[_size(self.rows.features) :]
 
     def prepare(self, *, anchors: bool) -> None:
         """Fill the sides' rows and classes, and count the positives of anchors."""
@@ -350,9 +343,9 @@ class _Call:
                 sorted_end_ptr=end,
                 temperature_ptr=self.temperature,
                 rows_ptr=side.rows,
-                ids_ptr=side.ids,
                 valid_ptr=side.valid,
                 num_positives_ptr=self.num_positives,
+                padded_rows=side.padded,
                 num_anchors=rows.labels.shape[0],
                 num_contrasts=cols.labels.shape[0],
                 num_contrast_views=cols.num_rows // cols.num_samples,
@@ -368,10 +361,9 @@ class _Call:
         return {
             "rows_ptr": owner.rows,
             "cols_ptr": streamed.rows,
-            "row_ids_ptr": owner.ids,
-            "col_ids_ptr": streamed.ids,
             "temperature_ptr": self.temperature,
             "padded_rows": owner.padded,
+            "padded_cols": streamed.padded,
             "num_blocks": shares.num_blocks,
             "num_tiles": shares.num_tiles,
             "group": shares.group,
@@ -431,7 +423,6 @@ class _Call:
                 row_weights_ptr=weights,
                 col_weights_ptr=weights if of_cols is None else of_cols,
                 slices_ptr=slices,
-                padded_cols=streamed.padded,
             )
         gradient = owner.features.new_empty(owner.features.shape)
         dots = self.new(owner.padded if wants_dots else 0, torch.float64)
@@ -440,7 +431,6 @@ class _Call:
             **owner.arguments(),
             slices_ptr=slices,
             rows_ptr=owner.rows,
-            ids_ptr=owner.ids,
             factor_ptr=factor,
             gradient_ptr=gradient,
             dots_ptr=dots,

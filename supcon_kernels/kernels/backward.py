@@ -7,6 +7,7 @@ import triton.language as tl
 
 from supcon_kernels.kernels.tiles import (
     LN2,
+    classes_of,
     dot,
     exponents,
     fits,
@@ -72,10 +73,8 @@ def seen_by(
 
 @triton.jit
 def _backward_kernel(
-    rows_ptr,  # (padded rows, PADDED_DIM) whose gradient this is
-    cols_ptr,  # (padded cols, PADDED_DIM) streamed
-    row_ids_ptr,  # (padded rows,) classes
-    col_ids_ptr,  # (padded cols,)
+    rows_ptr,  # (padded rows, PADDED_DIM) whose gradient this is, and their classes
+    cols_ptr,  # (padded cols, PADDED_DIM) streamed, and their classes
     row_weights_ptr,  # (4, padded rows) from the weights kernel, if ROWS_ANCHOR
     col_weights_ptr,  # (4, padded cols), if COLS_ANCHOR
     temperature_ptr,
@@ -113,6 +112,8 @@ def _backward_kernel(
             return
     scale = 1.0 / (tau * LN2)
     NUM_CHUNKS: tl.constexpr = PADDED_DIM // CHUNK
+    row_ids_ptr = classes_of(rows_ptr, padded_rows, PADDED_DIM)
+    col_ids_ptr = classes_of(cols_ptr, padded_cols, PADDED_DIM)
     USES_LSE: tl.constexpr = RUNNING or DENOMINATOR == "one_positive"
     padded_rows = padded_rows.to(tl.int64)
     padded_cols = padded_cols.to(tl.int64)

@@ -8,6 +8,7 @@ import triton.language as tl
 from supcon_kernels.kernels.tiles import (
     LN2,
     LOWEST,
+    classes_of,
     exponents,
     fits,
     log_sum,
@@ -38,15 +39,14 @@ def add_places(x):
 
 @triton.jit
 def _forward_kernel(
-    rows_ptr,  # (padded rows, PADDED_DIM) anchors
-    cols_ptr,  # (padded cols, PADDED_DIM) contrasts
-    row_ids_ptr,  # (padded rows,) classes
-    col_ids_ptr,  # (padded cols,)
+    rows_ptr,  # (padded rows, PADDED_DIM) anchors, and their classes
+    cols_ptr,  # (padded cols, PADDED_DIM) contrasts, and their classes
     col_valid_ptr,  # (padded cols,) 1, or 0 where a column takes no part
     first_sums_ptr,  # what the first look has put in sums, if SECOND
     temperature_ptr,
     sums_ptr,  # out: (pieces, 4, padded rows) total and largest of the denominator, then of the positives
     padded_rows,
+    padded_cols,
     num_blocks,  # of rows
     num_tiles,  # of columns
     group,  # blocks that are cut together
@@ -77,6 +77,8 @@ def _forward_kernel(
             return
     scale = 1.0 / (tau * LN2)
     NUM_CHUNKS: tl.constexpr = PADDED_DIM // CHUNK
+    row_ids_ptr = classes_of(rows_ptr, padded_rows, PADDED_DIM)
+    col_ids_ptr = classes_of(cols_ptr, padded_cols, PADDED_DIM)
     padded_rows = padded_rows.to(tl.int64)
     k = tl.arange(0, COLS)
     d = tl.arange(0, CHUNK)

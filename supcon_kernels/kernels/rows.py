@@ -7,6 +7,7 @@ import triton.language as tl
 
 from supcon_kernels.kernels.tiles import (
     LN2,
+    classes_of,
     fits,
     pieces_of,
     rounded,
@@ -73,10 +74,10 @@ def _prepare_kernel(
     sorted_begin_ptr,  # (samples,) int32 where the label's class begins among the sorted contrasts, if SORTED
     sorted_end_ptr,
     temperature_ptr,
-    rows_ptr,  # out: (padded rows, PADDED_DIM)
-    ids_ptr,  # out: (padded rows,) int32: equal for equal labels, ABSENT for what takes no part
+    rows_ptr,  # out: (padded rows, PADDED_DIM), and the classes, ABSENT for what takes no part
     valid_ptr,  # out: (padded rows,) float32: 1, 0 for what takes no part, NaN for what is not finite
     num_positives_ptr,  # out: (padded rows,) int32, if ANCHORS
+    padded_rows,
     num_rows,
     num_samples,
     num_anchors,  # samples
@@ -125,6 +126,7 @@ def _prepare_kernel(
             _, count = equal_labels(
                 labels, contrast_labels_ptr, num_contrasts, ignore_index, BLOCK_ROWS, BLOCK_DIM
             )
+    ids_ptr = classes_of(rows_ptr, padded_rows, PADDED_DIM)
     tl.store(ids_ptr + i, tl.where(taken, ids, ABSENT))
     if ANCHORS:
         own = own_offset + i
@@ -141,8 +143,7 @@ def _prepare_kernel(
 def _gradient_kernel(
     slices_ptr,  # (pieces, padded rows, PADDED_DIM) whose sum, times factor, is the rows' gradient
     features_ptr,  # (views, samples, dim)
-    rows_ptr,  # (padded rows, PADDED_DIM) as prepared
-    ids_ptr,  # (padded rows,)
+    rows_ptr,  # (padded rows, PADDED_DIM) as prepared, and the classes
     factor_ptr,  # float32
     gradient_ptr,  # out: (views, samples, dim), of the features
     dots_ptr,  # out: (padded rows,) prepared row · gradient of the unit row, if DOTS
@@ -176,6 +177,7 @@ def _gradient_kernel(
         g += tl.load(slice_ptr + at, mask=inside, other=0.0)
     g *= tl.load(factor_ptr)
 
+    ids_ptr = classes_of(rows_ptr, padded_rows, PADDED_DIM)
     taken = (i < num_rows) & (tl.load(ids_ptr + i) != ABSENT)
     if DOTS:
         row = tl.load(rows_ptr + at, mask=inside, other=0.0).to(tl.float64)

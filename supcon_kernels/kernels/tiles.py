@@ -36,6 +36,13 @@ def fits(temperature):
 
 
 @triton.jit
+def classes_of(rows_ptr, padded_rows, PADDED_DIM: tl.constexpr):
+    """Where a side's classes are, (padded rows,) int32: behind its prepared rows."""
+    end_ptr = rows_ptr + padded_rows.to(tl.int64) * PADDED_DIM
+    return end_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """``x`` to the nearest of ``dtype``."""
     if INTERPRETED and dtype == tl.bfloat16:  # it would cut the bits off

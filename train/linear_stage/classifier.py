@@ -60,14 +60,15 @@ def measure(
     classifiers: list[LinearClassifier], batches: Iterable[tuple[Tensor, Tensor]]
 ) -> list[Accuracy]:
     """The accuracies of some classifiers on batches of (B, F) embeddings and their (B,) labels."""
-    hits = torch.zeros(len(classifiers), 2, dtype=torch.long)
-    num_images = 0
+    hits, num_images = torch.zeros(len(classifiers), 2, dtype=torch.long), 0
     for embedded, labels in batches:
         num_images += len(labels)
-        for number, classifier in enumerate(classifiers):
-            logits = classifier.logits(embedded)
-            named = logits.topk(min(K, logits.shape[1]), dim=1).indices == labels[:, None]
-            hits[number] += torch.stack([named[:, 0].sum(), named.sum()]).cpu()
+        named = [
+            logits.topk(min(K, logits.shape[1]), dim=1).indices == labels[:, None]
+            for logits in (classifier.logits(embedded) for classifier in classifiers)
+        ]
+        counts = [count for hit in named for count in (hit[:, 0].sum(), hit.sum())]
+        hits += torch.stack(counts).view(-1, 2).cpu()
     # Divided in Python: a float32 share is written as 0.6200000047683716.
     return [Accuracy(*(count / num_images for count in pair)) for pair in hits.tolist()]
 

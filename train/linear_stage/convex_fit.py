@@ -18,6 +18,7 @@ TOLERANCE = 1e-4
 # Evaluations of the loss that a line search may take, as torch limits it.
 EVALUATIONS = 25
 CONVEX = "convex"
+WEIGHT_DECAY = 1e-4
 
 
 @dataclass
@@ -66,7 +67,11 @@ class Fit:
 
 
 def fit_convex(
-    features: Features, num_classes: int, *, weight_decay: float, max_iterations: int
+    features: Features,
+    num_classes: int,
+    *,
+    weight_decay: float = WEIGHT_DECAY,
+    max_iterations: int = ConvexOptions.max_iterations,
 ) -> tuple[LinearClassifier, Fit]:
     """Fit a classifier to the features of the training images, which are standardised in place."""
     mean, std = features.standardize()

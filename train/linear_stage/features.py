@@ -65,12 +65,10 @@ class Features:
         for embedded, labels in batches:
             if start == 0:
                 shape = (num_rows, embedded.shape[1])
-                self.is_in_file = 4 * math.prod(shape) > limit
-                self.rows = (
-                    _in_file(shape, folder)
-                    if self.is_in_file
-                    else torch.empty(shape, dtype=torch.float32, device=device)
-                )
+                if 4 * math.prod(shape) > limit:
+                    self.rows = _in_file(shape, folder)
+                else:
+                    self.rows = torch.empty(shape, dtype=torch.float32, device=device)
             self.rows[start : start + len(embedded)] = embedded
             self.labels[start : start + len(labels)] = labels
             start += len(embedded)
@@ -101,7 +99,7 @@ def _in_file(shape: tuple[int, int], folder: Path) -> Tensor:
     """A float32 tensor in a file whose name is gone already.
 
     Raises:
-        UserError: the disk has no room for it.
+        UserError: it cannot be made, for instance because the disk is full.
     """
     count = math.prod(shape)
     try:
@@ -114,6 +112,6 @@ def _in_file(shape: tuple[int, int], folder: Path) -> Tensor:
             return torch.from_file(file.name, shared=True, size=count).view(shape)
     except OSError as error:
         raise UserError(
-            f"{folder} has no room for {4 * count / 2**30:.1f} GiB of features "
-            f"({error.strerror}): make room, or raise --features_gib"
+            f"{folder} cannot hold {4 * count / 2**30:.1f} GiB of features ({error.strerror}): "
+            "make room there, or raise --features_gib"
         ) from error

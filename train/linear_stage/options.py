@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from data.batches import BatchOptions
 from data.sources import DataOptions
-from linear_stage.convex_fit import ConvexOptions
+from linear_stage.convex_fit import WEIGHT_DECAY, ConvexOptions
 from linear_stage.paper_protocol import PaperOptions, as_list
 from run.device import Device
 from run.errors import UserError
@@ -52,7 +52,7 @@ class StageOptions:
     def weight_decays(self) -> list[float]:
         """Those to choose from."""
         if self.weight_decay is None:
-            return [0.0 if self.protocol == "paper" else 1e-4]
+            return [0.0 if self.protocol == "paper" else WEIGHT_DECAY]
         return as_list(self.weight_decay)
 
 

@@ -136,7 +136,7 @@ class Chosen(NamedTuple):
 
 
 @dataclass(eq=False)
-class PaperStage:
+class PaperTraining:
     """Trains classifiers on random views of the training images.
 
     Args:
@@ -227,7 +227,7 @@ class PaperStage:
 
 
 def train_and_choose(
-    stage: PaperStage,
+    training: PaperTraining,
     model: Embedder,
     candidates: list[OptimizerOptions],
     validate: Callable[[Embedder, list[LinearClassifier]], list[Accuracy]] | None,
@@ -242,12 +242,12 @@ def train_and_choose(
     Raises:
         UserError: no candidate led to a loss that is finite.
     """
-    finetune = stage.options.finetune
+    finetune = training.options.finetune
     best: Chosen | None = None
     trials = []
     for group in [[candidate] for candidate in candidates] if finetune else [candidates]:
         trained = copy.deepcopy(model) if finetune else model
-        classifiers = stage.train(trained, group)
+        classifiers = training.train(trained, group)
         found = validate(trained, classifiers) if validate else [(None, None)] * len(group)
         for candidate, classifier, accuracy in zip(group, classifiers, found):
             trial = Trial(candidate.learning_rate, candidate.weight_decay)
@@ -259,7 +259,7 @@ def train_and_choose(
                 best = Chosen(trained, classifier, trial)
     if best is None:
         raise UserError(
-            f"--learning_rate {stage.options.learning_rate}: the loss is not finite: lower it"
+            f"--learning_rate {training.options.learning_rate}: the loss is not finite: lower it"
         )
     if finetune:
         best.classifier.encoder = best.model.encoder.state_dict()
