@@ -9,9 +9,8 @@ from torch import Tensor
 from data.images import ImageData, Split
 from evaluation.classification import rounded
 from evaluation.knn import accuracy, knn_predict
-from linear_stage.convex_fit import ConvexOptions, fit_convex
+from linear_stage.convex_fit import fit_convex
 from linear_stage.features import Features
-from linear_stage.options import StageOptions
 
 
 def transfer(embed_all: Callable[[Split], Tensor], data: ImageData) -> dict[str, float]:
@@ -27,13 +26,7 @@ def transfer(embed_all: Callable[[Split], Tensor], data: ImageData) -> dict[str,
     features = Features(
         iter([(train, labels)]), len(train), device=train.device, limit=math.inf, folder=Path()
     )
-    [weight_decay] = StageOptions("").weight_decays
-    classifier, fit = fit_convex(
-        features,
-        num_classes,
-        weight_decay=weight_decay,
-        max_iterations=ConvexOptions.max_iterations,
-    )
+    classifier, fit = fit_convex(features, num_classes)
     print(f"  transfer to {data.name}: linear classifier {fit}")
     linear = classifier.logits(test).argmax(1)
     return {
