@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,8 +90,8 @@ def test_two_runs_side_by_side(folder, capsys):
         assert (folder / one["run"] / "evaluation.png").stat().st_size > 0
         tested = one["corruptions"]
         assert tuple(tested["top1"]) == FEW and tested["of"]["images"] == 6
-        assert tested["baseline"] == "ce"
-    assert ce["corruptions"]["mce"] == ce["corruptions"]["relative_mce"] == 1
+        assert one["baseline"]["run"] == "ce"
+    assert ce["baseline"]["mce"] == ce["baseline"]["relative_mce"] == 1
     assert "cross_entropy" in ce["classifier"] and "linear stage" in supcon["classifier"]
     # The images of its own test set, classified as the linear stage says of them.
     top1 = json.loads((folder / "supcon" / "linear.json").read_text())["top1"]
@@ -99,7 +100,7 @@ def test_two_runs_side_by_side(folder, capsys):
 
     table = list(csv.DictReader((folder / "comparison.csv").read_text().splitlines()))
     assert [row["run"] for row in table] == ["ce", "supcon"]
-    assert float(table[1]["mCE"]) == supcon["corruptions"]["mce"]
+    assert float(table[1]["mCE"]) == supcon["baseline"]["mce"]
     markdown = (folder / "comparison.md").read_text()
     assert markdown.count("\n") == 4 and "| supcon | supcon | linear stage (convex) |" in markdown
     assert markdown in capsys.readouterr().out
@@ -154,11 +155,20 @@ def test_what_was_tested_before_is_kept_for_the_same_weights(copy, monkeypatch):
     assert len(tested) == 75
 
 
-def rank(number: int, port: int, run: object) -> None:
+def rank(number: int, port: int, run: Path) -> None:
     """One of two processes as torchrun starts them."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    corrupted, corrupt = [], Corrupted._corrupt
+
+    def count(self, images, places):
+        corrupted.extend(places)
+        return corrupt(self, images, places)
+
+    Corrupted._corrupt = count
     evaluate("--checkpoint", run, *SHORT)
+    # Two batches of two images each, of three batches.
+    assert len(corrupted) == len(FEW) * len(SEVERITIES) * 4
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

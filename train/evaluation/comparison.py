@@ -21,8 +21,8 @@ BEFORE = {
 }
 AFTER = {
     "corrupted top-1": ("corruptions", "mean_top1"),
-    "mCE": ("corruptions", "mce"),
-    "relative mCE": ("corruptions", "relative_mce"),
+    "mCE": ("baseline", "mce"),
+    "relative mCE": ("baseline", "relative_mce"),
 }
 # Those that are no shares.
 NUMBERS = ("NLL",)

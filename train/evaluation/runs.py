@@ -82,7 +82,7 @@ def evaluate(options: EvaluateOptions, device: torch.device, ranks: Ranks = ALON
         for path, one in opened.items():
             if baseline:
                 own, other = (results[of]["corruptions"] for of in (path, baseline))
-                own |= {"baseline": results[baseline]["run"], **compare(own, other)}
+                results[path]["baseline"] = {"run": opened[baseline].name, **compare(own, other)}
             write(one, results[path])
             draw_page(results[path], one.file("png"))
         for path in paths:
@@ -179,8 +179,9 @@ def _written(path: Path, weights: str) -> Results:
     """What a JSON file holds already, if it is of these weights."""
     try:
         results: Results = json.loads(path.read_text())
+        results.pop("baseline", None)  # another may be given, or none
         return results if results["weights"] == weights else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
