@@ -117,6 +117,27 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         ),
         (["--queue_size", "127"], "--queue_size 127: must hold at least the 128 keys of a step"),
         (["--queue_size", "255", "--num_views", "3"], "at least the 256 keys of a step"),
+        (
+            ["--method", "simclr", "--queue_size", "256"],
+            "--queue_size contradicts --method simclr: it is for supcon, moco",
+        ),
+        (
+            ["--method", "cross_entropy", "--temperature", "0.2"],
+            "--temperature contradicts --method cross_entropy: it is for supcon, simclr, moco",
+        ),
+        (["--label_smoothing", "0.1"], "it is for cross_entropy, joint"),
+        (
+            ["--method", "joint", "--label_smoothing", "1"],
+            "--label_smoothing 1.0: must be at least",
+        ),
+        (["--method", "max_margin", "--margin", "0.5"], "--margin 0.5: must be an integer"),
+        (["--learn_temperature", "--base_temperature", "1"], "contradicts --learn_temperature"),
+        (["--method", "moco", "--classes_per_batch", "2"], "--method moco, which trains without"),
+        (["--method", "joint", "--ema_decay", "0.9"], "--ema_decay contradicts --method joint"),
+        (["--method", "cmc", "--grad_cache_chunk", "9"], "--grad_cache_chunk contradicts --method"),
+        (["--label_noise", "1"], "--label_noise 1.0: must lie between 0 and 1"),
+        (["--imbalance", "0.5"], "--imbalance 0.5: must be at least 1"),
+        (["--train_images", "0"], "--train_images 0: must be at least 1"),
         (["--queue_momentum", "0.99"], "contradicts the absence of a queue: give --queue_size"),
         (
             ["--queue_size", "256", "--queue_momentum", "1"],

@@ -1,10 +1,12 @@
 """Each method: it learns digits, goes on exactly, and does what its paper says."""
 
 import copy
+import json
 import sys
 from dataclasses import replace
 from itertools import chain, islice, repeat
 
+import kornia
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ import train_fixtures  # noqa: F401  puts train/ on the path
 from data.batches import training_batches
 from evaluation.embeddings import encode_stored
 from evaluation.knn import accuracy, knn_predict
+from methods.cmc import Edges
 from methods.n_pairs import sets_of_pairs
 from methods.options import WITH_CLASSIFIER, MethodOptions
 from run.errors import UserError
@@ -28,6 +31,7 @@ OPTIONS = {
     "supcon": {"learn_temperature": True, "denominator": "one_positive"},
     "moco": {"queue_size": 512, "queue_momentum": 0.9},
     "cross_entropy": {"label_smoothing": 0.1},
+    "cmc": {"temperature": 0.3, "learning_rate": 0.4},
 }
 NUM_STEPS, RESUMED_AT = 48, 44
 # scipy calls NumPy in a way that it no longer wants.
@@ -146,9 +150,11 @@ def coloured(data):
     return replace(data, train=replace(data.train, images=colours))
 
 
-@pytest.mark.parametrize(("channels", "seen"), [(1, 1), (3, 2)])
-def test_cmc_sees_two_kinds_of_one_view_with_two_encoders(digits, channels, seen):
-    config = options_of(**SMALL, method="cmc", in_chans=channels, augment="simclr")
+@pytest.mark.parametrize(("channels", "seen", "num_views"), [(1, 1, 1), (3, 2, 1), (1, 1, 2)])
+def test_cmc_sees_two_kinds_with_two_encoders(digits, channels, seen, num_views):
+    config = options_of(
+        **SMALL, method="cmc", in_chans=channels, augment="simclr", num_views=num_views
+    )
     data = load_data(config)
     if channels == 3:
         with pytest.raises(UserError, match=r"those of digits are grey: --in_chans 1"):
@@ -162,7 +168,7 @@ def test_cmc_sees_two_kinds_of_one_view_with_two_encoders(digits, channels, seen
     loss = trainer.step(*first_batch(data), 0)
     other, own = views
     assert other.shape == (64, seen, 8, 8) and own.shape == (64, channels, 8, 8)
-    torch.testing.assert_close(other, trainer.method.kind(own))
+    assert torch.equal(other, trainer.method.kind(own)) == (num_views == 1)
     assert loss.isfinite()
     moved = trainer.method.second.encoder.conv1.weight - before["encoder.conv1.weight"]
     assert moved.abs().max() > 1e-4
@@ -174,13 +180,20 @@ def test_colours_do_not_know_lightness(digits):
     grey = torch.rand(2, 1, 8, 8).expand(-1, 3, -1, -1)
     red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
     assert colours((grey - 0.2) / 0.5).abs().max() < 1e-3
-    assert colours((red - 0.2) / 0.5).min() > 0.5
+    blueness, redness = colours((red - 0.2) / 0.5).unbind(1)
+    assert blueness.max() < -0.3 and redness.min() > 0.9
+
+
+def test_edges_are_sobels():
+    images = torch.randn(2, 1, 9, 9)
+    expected = kornia.filters.sobel(images, eps=0)
+    torch.testing.assert_close(Edges()(images), expected)
 
 
 def test_views_of_an_image_are_as_many_as_the_method_needs():
     counts = {name: options_of(method=name).num_views for name in METHODS}
     assert [name for name, count in counts.items() if count == 1] == [
-        "cross_entropy", "max_margin", "cmc",
+        "cross_entropy", "max_margin",
     ]  # fmt: skip
     assert set(counts.values()) == {1, 2}
     assert options_of(method="cross_entropy", num_views=3).num_views == 3
@@ -203,7 +216,9 @@ def test_library_that_is_missing_is_named(digits, monkeypatch):
 
 def test_run_of_simclr_with_a_queue_is_one_of_moco(tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.draw", lambda *arguments: None)
-    run = pretrain(tmp_path, "--max_steps", 1, "--method", "moco", "--queue_size", 128)
+    learned = "--learn_temperature"
+    run = pretrain(tmp_path, "--max_steps", 1, "--method", "moco", "--queue_size", 128, learned)
+    assert json.loads((run / "results.json").read_text())["temperature"] != pytest.approx(0.1)
     saved = torch.load(run / "last.pt", weights_only=True)
     saved["config"]["method"] = "simclr"
     torch.save(saved, run / "old.pt")

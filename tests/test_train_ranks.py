@@ -98,7 +98,7 @@ def test_trains_as_one_process_does(found, monkeypatch, name):
         assert losses == pytest.approx(alone.losses, rel=1e-5)
         for key, value in state["model"].items():
             torch.testing.assert_close(value, alone.model.state_dict()[key], rtol=1e-4, atol=1e-5)
-        moved = state["model"]["head.0.weight"] - begun["head.0.weight"]
+        moved = state["model"]["encoder.stem.0.weight"] - begun["encoder.stem.0.weight"]
         assert moved.abs().max() > 1e-3
         weights = dict(alone.method.named_parameters())
         for key, value in state["method"].items():

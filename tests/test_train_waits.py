@@ -31,6 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "randaugment": {"augment": "randaugment", "queue_size": 64},
     "stacked_randaugment": {"augment": "stacked_randaugment", "method": "simclr"},
     "fp16": {"augment": "crop_flip", "precision": "fp16"},
+    "joint": {"augment": "crop_flip", "method": "joint", "learn_temperature": True},
+    "cmc": {"augment": "crop_flip", "method": "cmc", "in_chans": 1, "precision": "bf16"},
 }
 
 

@@ -46,6 +46,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "chunks": {**NO_STATISTICS, "grad_cache_chunk": 24},
     "queue by chunks": {**NO_STATISTICS, "queue_size": 128, "grad_cache_chunk": 24},
     "compiled by chunks": {**NO_STATISTICS, "compile": True, "grad_cache_chunk": 24},
+    "cross entropy": {**NO_STATISTICS, "method": "cross_entropy"},
     "joint": {**NO_STATISTICS, "method": "joint", "learn_temperature": True},
     "cmc": {**NO_STATISTICS, "method": "cmc"},
     "batch norm": {"model": "resnet10", "width": 4, "ema_decay": 0.9, "probe": True},

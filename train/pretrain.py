@@ -207,7 +207,7 @@ def train(run: Run) -> None:
         if ranks.is_rank_0:
             draw(folder, data, state, tested)
             write_encoder(folder, trainer.measured.encoder, options.network, data)
-            write_results(folder, data, state, tested)
+            write_results(folder, data, state, tested, trainer.method.figures())
 
 
 def report_of(run: Run) -> Report:

@@ -44,7 +44,7 @@ class ViewOptions:
         min_crop_area: The least share of an image that a random crop keeps, up to all of it, such as
             0.08 of the SupCon authors' ImageNet runs. Default: 0.2, as SupContrast. Of images in files
             crops are cut from the whole image, as of stl10 at an image_size below its 96.
-        num_views: Random views of each image in a batch. Default: 2; cross_entropy, max_margin and cmc 1.
+        num_views: Random views of each image in a batch. Default: 2; cross_entropy and max_margin 1.
     """
 
     augment: Augment = "auto"

@@ -51,8 +51,10 @@ def draw(folder: Path, data: ImageData, state: RunState, tested: Tested) -> None
         draw_curves(folder / "metrics.csv", curves, name, state, images=watched(data))
 
 
-def write_results(folder: Path, data: ImageData, state: RunState, tested: Tested) -> None:
-    """Write the numbers, and say where everything is."""
+def write_results(
+    folder: Path, data: ImageData, state: RunState, tested: Tested, learned: dict[str, float]
+) -> None:
+    """Write the numbers, with those that the method has learned, and say where everything is."""
     numbers = {
         "evaluated_on": watched(data),
         "knn_accuracy": state.accuracy,
@@ -64,6 +66,7 @@ def write_results(folder: Path, data: ImageData, state: RunState, tested: Tested
         "epochs": state.epoch,
         "steps": state.step,
         "skipped_steps": state.skipped,
+        **learned,
     }
     numbers = {name: value for name, value in numbers.items() if value is not None}
     replace_text(folder / "results.json", json.dumps(numbers, indent=2) + "\n")

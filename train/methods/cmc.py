@@ -7,6 +7,7 @@ import math
 
 import kornia
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.images import ImageData
@@ -20,7 +21,8 @@ from run.errors import UserError
 class CMC(Contrastive):
     """The network sees images as they are; a second one their colours, or of grey images the edges.
 
-    So the network can be used without the second one. In the paper it sees lightness alone.
+    So the network can be used without the second one. In the paper it sees lightness alone, and both
+    kinds are of one random view.
     """
 
     uses_labels = False
@@ -31,7 +33,7 @@ class CMC(Contrastive):
         if self.collapsed_loss is not None:
             self.collapsed_loss = self.scale * math.log(setup.batch_size)
         data = setup.data
-        self.kind = Colours(data.mean, data.std) if data.channels == 3 else kornia.filters.Sobel()
+        self.kind = Colours(data.mean, data.std) if data.channels == 3 else Edges()
         channels = 2 if data.channels == 3 else 1
         second = build_model(setup.network, channels=channels, image_size=data.image_size)
         if any(isinstance(layer, nn.SyncBatchNorm) for layer in setup.model.modules()):
@@ -65,7 +67,7 @@ class CMC(Contrastive):
 
 
 class Colours(nn.Module):
-    """What is not lightness of normalised (B, 3, s, s) images: the two colour channels of CIELAB."""
+    """What is not lightness of normalised (B, 3, s, s) images: the two colour channels of YCbCr."""
 
     mean: Tensor
     std: Tensor
@@ -76,7 +78,25 @@ class Colours(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 2, s, s), about from -1 to 1."""
+        """(B, 2, s, s), from -1 to 1."""
         pixels = (images * self.std + self.mean).clamp(0, 1)
-        colours: Tensor = kornia.color.rgb_to_lab(pixels)[:, 1:] / 100
+        colours: Tensor = 2 * kornia.color.rgb_to_ycbcr(pixels)[:, 1:] - 1
         return colours
+
+
+class Edges(nn.Module):
+    """The magnitude of the gradient of (B, 1, s, s) images, by Sobel's filters."""
+
+    filters: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Kept, where kornia.filters.sobel would send them to a GPU in every step.
+        filters = kornia.filters.get_spatial_gradient_kernel2d("sobel", 1)[:, None] / 8
+        self.register_buffer("filters", filters, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 1, s, s)."""
+        slopes = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), self.filters)
+        magnitude: Tensor = slopes.norm(dim=1, keepdim=True)
+        return magnitude

@@ -47,6 +47,11 @@ class Contrastive(Method):
         learned: Tensor = self.options.temperature * self.log_change.exp()
         return learned.clamp(min=LEAST_TEMPERATURE)
 
+    def figures(self) -> dict[str, float]:
+        """The temperature, where it is learned."""
+        learned = self.temperature
+        return {"temperature": learned.item()} if isinstance(learned, Tensor) else {}
+
     def check(self, data: ImageData) -> None:
         """With labels, refuse one class alone; warn of classes of one image."""
         super().check(data)

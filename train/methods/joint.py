@@ -19,6 +19,10 @@ class Joint(CrossEntropy):
         self.weight = options.contrast_weight
         self.contrastive = Contrastive(options, setup)
 
+    def figures(self) -> dict[str, float]:
+        """Those of the contrastive loss."""
+        return self.contrastive.figures()
+
     def check(self, data: ImageData) -> None:
         """As the contrastive loss."""
         self.contrastive.check(data)

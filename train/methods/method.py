@@ -95,6 +95,10 @@ class Method(nn.Module):
         """The loss of (V·B, F) embeddings and (V·B, D) projections, view by view, a float32 scalar."""
         raise NotImplementedError
 
+    def figures(self) -> dict[str, float]:
+        """Numbers that it has learned, by name, for results.json."""
+        return {}
+
     @torch.no_grad()
     def follow(self, network: nn.Module) -> None:
         """Called when a step has moved the weights of the network."""

@@ -16,5 +16,5 @@ def metric_learning(part: str, *, method: str) -> Any:
         return import_module(f"pytorch_metric_learning.{part}")
     except ImportError as error:
         raise UserError(
-            f"--method {method} needs pytorch-metric-learning: pip install 'supcon-kernels[metric]'"
+            f"--method {method} needs pytorch-metric-learning: pip install -e '.[metric]'"
         ) from error

@@ -8,8 +8,8 @@ from run.rules import LARGEST, broken, out_of_range
 # Do not look at the labels.
 WITHOUT_LABELS = ("simclr", "moco", "cmc")
 WITH_CLASSIFIER = ("cross_entropy", "joint", "max_margin")
-# Learn from one view of an image alone.
-ONE_VIEW = ("cross_entropy", "max_margin", "cmc")
+# Learn from one view of an image; of the others cmc can, too.
+ONE_VIEW = ("cross_entropy", "max_margin")
 CONTRASTIVE = ("supcon", "simclr", "moco", "joint", "cmc")
 # Of each option that not every method reads, those that do.
 READ_BY = {
@@ -44,6 +44,7 @@ class MethodOptions:
             does not follow the temperature. 1: as the SupCon authors' code; 0.07: as SupContrast's.
             Default: do not.
         learn_temperature: Train the temperature, too, from the one given on; it stays above 0.01.
+            Where it ends is in results.json.
         summation: out: average the log-probabilities of the positives (the paper's equation 2); in:
             take the logarithm of their average (equation 3).
         denominator: What stands under a positive. all: every other view (the paper); one_positive:
@@ -80,9 +81,14 @@ class MethodOptions:
         return self.method not in WITHOUT_LABELS
 
     @property
-    def least_views(self) -> int:
-        """The views of an image that it needs, and takes where --num_views does not say."""
+    def default_views(self) -> int:
+        """The views of an image where --num_views does not say."""
         return 1 if self.method in ONE_VIEW else 2
+
+    @property
+    def least_views(self) -> int:
+        """The views of an image that it needs."""
+        return 1 if self.method in (*ONE_VIEW, "cmc") else 2
 
     @property
     def num_keys(self) -> int | None:

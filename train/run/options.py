@@ -49,7 +49,7 @@ class PretrainOptions:
 
     def __post_init__(self) -> None:
         if self.views.num_views is None:
-            self.views = replace(self.views, num_views=self.method.least_views)
+            self.views = replace(self.views, num_views=self.method.default_views)
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> "PretrainOptions":
