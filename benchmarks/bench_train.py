@@ -126,8 +126,8 @@ class Driver:
             report = Report(
                 folder,
                 None,
+                options,
                 total_steps=options.schedule.total_steps(len(self.order)),
-                images_per_step=options.batches.batch_size,
                 divergence=DivergenceCheck(method.collapsed_loss, scale=method.scale),
                 phases=self.trainer.clock,
             )

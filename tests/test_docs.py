@@ -1,7 +1,7 @@
 """README and docs/: every program runs, and every command's options exist.
 
-docs/training.md and evaluation.md are run on folders of images by test_train_docs.py, as is that of
-docs/export.md, too, and docs/frameworks.md with the libraries that it names by the tests in integrations/.
+docs/training.md, evaluation.md and export.md are run on folders of images by test_train_docs.py, and
+docs/frameworks.md with the libraries that it names by the tests in integrations/.
 """
 
 import re

@@ -116,6 +116,7 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
             "contradicts --init_from",
         ),
         (["--queue_size", "127"], "--queue_size 127: must hold at least the 128 keys of a step"),
+        (["--queue_size", "0"], "--queue_size 0: must hold at least the 128 keys of a step"),
         (["--queue_size", "255", "--num_views", "3"], "at least the 256 keys of a step"),
         (
             ["--method", "simclr", "--queue_size", "256"],

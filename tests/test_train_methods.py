@@ -18,7 +18,7 @@ from evaluation.embeddings import encode_stored
 from evaluation.knn import accuracy, knn_predict
 from methods.cmc import Edges
 from methods.n_pairs import sets_of_pairs
-from methods.options import WITH_CLASSIFIER, MethodOptions
+from methods.options import WITH_CLASSIFIER, WITHOUT_LABELS, MethodOptions
 from run.errors import UserError
 from run.saved_run import open_run
 from supcon_kernels import supcon_loss
@@ -85,6 +85,7 @@ def test_it_learns_digits_and_goes_on_exactly(method, digits):
     assert len(found) == (2 if method in WITH_CLASSIFIER else 1)
     assert found[0] > 0.45 and found[-1] > 0.25
 
+    assert trainer.method.uses_labels == (method not in WITHOUT_LABELS)
     other = trainer_for(method, digits)
     other.load_state_dict(saved)
     assert train(other, batches[RESUMED_AT:], first=RESUMED_AT) == losses

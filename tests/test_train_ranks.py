@@ -263,6 +263,6 @@ def test_signalled_then_killed_and_restarted_ends_like_one_never_stopped(found, 
     os.kill(process_of(started, 1), signal.SIGKILL)
     said, _ = started.communicate(timeout=SECONDS)
     assert started.returncode == 0, said
-    assert said.count("going on after step") == 2, said
+    assert said.count("resuming after step") == 2, said
     assert not (run / "REQUEUE").exists()
     assert_same(run, folder / "plain")

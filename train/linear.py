@@ -22,6 +22,7 @@ from data.sources import load_data
 from linear_stage.classifier import save_classifier
 from linear_stage.options import LinearOptions
 from linear_stage.stage import Found, LinearStage
+from run import next_steps
 from run.atomic_write import replace_text
 from run.command_line import parse, run_script
 from run.device import pick_device
@@ -50,6 +51,8 @@ def linear(options: LinearOptions) -> float:
     results |= {"epochs": run.state.epoch, "protocol": options.stage.protocol}
     write(run, found, results)
     say(results, found, num_images=len(stage.data.test))
+    checkpoint, dataset = Path(options.stage.checkpoint), options.images.named_data(run).dataset
+    print(next_steps.lines(next_steps.embed(checkpoint, dataset), next_steps.export(checkpoint)))
     return accuracy.top1
 
 

@@ -1,4 +1,4 @@
-"""Pretrain a ResNet with the supervised contrastive loss and say how good its embedding is.
+"""Train an image encoder with the supervised contrastive loss, and measure its embeddings.
 
 python train/pretrain.py
 python train/pretrain.py --dataset fashion_mnist --data_root DIR
@@ -30,7 +30,7 @@ from data.sources import load_data
 from data.views import training_images
 from evaluation.evaluator import Evaluator
 from evaluation.pictures import MAX_POINTS
-from evaluation.summary import describe, draw, write_results
+from evaluation.summary import describe, draw, say_what_is_next, write_results
 from network.embedder import encoder_recipe
 from network.weights import load_encoder, load_pretrained, write_encoder
 from run.atomic_write import explain_full_disk, replace_text
@@ -174,7 +174,7 @@ def train(run: Run) -> None:
             run.state = evaluator.baselines()
             report.accuracy(run.state)
         state = run.state
-        print(describe(folder, data, trainer.device, state), flush=True)
+        report.say(describe(folder, data, trainer.device, state))
 
         while state.epoch < run.num_epochs:
             # Begun in its middle where the run stopped; perhaps its evaluation alone is left.
@@ -203,11 +203,13 @@ def train(run: Run) -> None:
             report.end_epoch(state, evaluated=evaluated)
             save(best=best)
 
+        report.end_training()
         tested = evaluator.at_the_end(num_drawn=MAX_POINTS)
         if ranks.is_rank_0:
-            draw(folder, data, state, tested)
+            draw(folder, data, state, tested, options.logging)
             write_encoder(folder, trainer.measured.encoder, options.network, data)
             write_results(folder, data, state, tested, trainer.method.figures())
+            say_what_is_next(folder, options.data.dataset)
 
 
 def report_of(run: Run) -> Report:
@@ -216,8 +218,8 @@ def report_of(run: Run) -> Report:
     return Report(
         run.folder if trainer.ranks.is_rank_0 else None,
         state,
+        run.options,
         total_steps=run.total_steps,
-        images_per_step=run.options.batches.batch_size,
         divergence=DivergenceCheck(
             trainer.method.collapsed_loss,
             scale=trainer.method.scale,
@@ -240,4 +242,4 @@ def is_due(count: int, every: int) -> bool:
 
 
 if __name__ == "__main__":
-    run_script(main, if_interrupted="(--resume auto goes on from the last checkpoint)")
+    run_script(main, if_interrupted="(--resume auto continues from the last checkpoint)")

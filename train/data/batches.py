@@ -30,12 +30,11 @@ class BatchOptions:
     """Batches.
 
     Args:
-        batch_size: Images per step, of all processes together, each in num_views views.
-        classes_per_batch: Have every batch hold so many classes, with equally many images of each.
-            Default: batches are drawn from all images alike.
-        workers: Processes that load (and for imagefolder and webdataset decode) images, for each
-            training process (of torchrun: 8 GPUs with 4 workers each are 32); 0: the training
-            process itself. The results do not depend on it.
+        batch_size: Images per step, summed over all processes. Each image has num_views views.
+        classes_per_batch: Number of classes in each batch, with the same number of images of each.
+            Default: batches are drawn from all images.
+        workers: Processes that load and decode images, per training process (8 GPUs with 4 workers
+            each: 32). 0: the training process does it. The results do not depend on it.
     """
 
     batch_size: int = 128

@@ -45,33 +45,32 @@ class DataOptions:
 
     Args:
         dataset: digits | fashion_mnist | cifar10 | cifar100 | stl10 | imagefolder:PATH |
-            webdataset:URL. stl10: its labelled images. PATH holds train/ and val/ with a folder per
-            class, or the class folders alone (see val_fraction). URL names tar shards, as in
-            DATA/train-{000..127}.tar, by a path or anything that webdataset opens (https:, gs:,
-            pipe:COMMAND); of each sample a jpg, jpeg, png or webp is the image and an integer as
-            text in cls the label.
-        data_root: Where fashion_mnist, cifar and stl10 are looked for, and downloaded to if not
-            there; shards that are no local files are copied to it, once. Default: data.
-        image_size: Side of the images that the encoder sees, in pixels. Default: the data set's
-            own (digits: 16); imagefolder, webdataset: 64.
-        val_fraction: imagefolder without val/, webdataset without val_shards: the share of every
-            class to hold out.
-        val_shards: webdataset: URL of the shards to evaluate on.
+            webdataset:URL. stl10: the labelled images. PATH has train/ and val/ with a folder per
+            class, or only class folders (see val_fraction). URL names tar shards, such as
+            DATA/train-{000..127}.tar. It is a path, or anything that webdataset opens (https:, gs:,
+            pipe:COMMAND). Each sample has an image (jpg, jpeg, png or webp) and a label (cls, an
+            integer as text).
+        data_root: Folder of fashion_mnist, cifar and stl10, which are downloaded if missing, and of
+            copies of remote shards. Default: data.
+        image_size: Side of the encoder's images, in pixels. Default: that of the data set
+            (digits: 16); imagefolder, webdataset: 64.
+        val_fraction: Share of every class to hold out as test images, for imagefolder without val/
+            and webdataset without val_shards.
+        val_shards: URL of the test shards, for webdataset.
         validation_fraction: The share of every class to hold out of the training images, as the seed
             draws it. k-NN during the run is then measured on these, and chooses best.pt; the test
             images are looked at once, at the end. Of a class with one image none is held out.
             Default: none; k-NN is measured on the test images, and nothing is chosen by it.
-        train_images: Train on so many images, of each class its share, as the seed draws them.
-            Default: all.
-        label_noise: Give this share of the training images the label of another class, as the seed draws
-            it; those of test and validation images stay right. Default: none.
-        imbalance: Make the training classes a long tail: the first keeps all its images, the last one of
-            so many, those between fall exponentially (LDAM). Default: as they are.
-        in_chans: Channels that the network sees: 1 makes colour images grey, 3 repeats grey ones.
-            Default: the data set's own; imagefolder, webdataset: 3.
-        mean: Of each channel, subtracted from pixels in [0, 1], such as [0.5]. Default: the
-            training images' own; imagefolder, webdataset: ImageNet's.
-        std: Of each channel, to divide by. Default: as for mean.
+        train_images: Train on a stratified part of so many images, drawn by the seed. Default: all.
+        label_noise: Share of the training images that get the label of another class, drawn by the
+            seed. Labels of test and validation images are not changed. Default: none.
+        imbalance: Make the training classes a long tail: the first class is so many times as large as
+            the last, and sizes fall exponentially (LDAM). Default: classes are not changed.
+        in_chans: Input channels of the network. 1 converts colour images to grey; 3 repeats grey
+            images. Default: those of the data set; imagefolder, webdataset: 3.
+        mean: Mean of each channel for pixels in [0, 1], such as [0.5]. Default: that of the
+            training images; imagefolder, webdataset: that of ImageNet.
+        std: Standard deviation of each channel. Default: as for mean.
     """
 
     dataset: str = "digits"

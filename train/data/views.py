@@ -36,15 +36,15 @@ class ViewOptions:
     """The random views of each image.
 
     Args:
-        augment: What changes from view to view. auto: digits for the data set digits, otherwise simclr.
-            digits: slant, turn, shift and scale. All others crop and flip. crop_flip: no more; simclr:
-            and change colours; simclr_blur: and blur; autoaugment, randaugment: and draw from that
-            policy, for each image alone; stacked_randaugment: from it, and change colours at twice
-            the strength and blur.
-        min_crop_area: The least share of an image that a random crop keeps, up to all of it, such as
-            0.08 of the SupCon authors' ImageNet runs. Default: 0.2, as SupContrast. Of images in files
-            crops are cut from the whole image, as of stl10 at an image_size below its 96.
-        num_views: Random views of each image in a batch. Default: 2; cross_entropy and max_margin 1.
+        augment: Random changes. auto: digits for the data set digits, otherwise simclr. digits:
+            shear, rotation, shift and scale. All others crop and flip. crop_flip: nothing else.
+            simclr: also colour jitter. simclr_blur: also colour jitter and blur. autoaugment,
+            randaugment: also that policy, drawn per image. stacked_randaugment: randaugment with
+            colour jitter of twice the strength and blur.
+        min_crop_area: Smallest share of an image that a random crop keeps. The SupCon authors use
+            0.08 on ImageNet, SupContrast 0.2. Files are cropped from the whole image, also stl10 if
+            image_size is below 96.
+        num_views: Random views of each image in a batch. Default: 2; cross_entropy, max_margin: 1.
     """
 
     augment: Augment = "auto"

@@ -38,12 +38,12 @@ class EvaluationOptions:
     """Measuring the embedding.
 
     Args:
-        probe: Train a linear classifier on the embeddings, too, without gradient to the encoder, and
-            evaluate it with k-NN.
-        knn_every: Epochs between k-NN evaluations; 0: only before the first and after the last.
-        knn_k: Neighbours that vote.
-        knn_temperature: Each votes with the weight exp(cosine similarity / this).
-        knn_bank: Use only so many training images as neighbours; 0: all.
+        probe: Also train a linear classifier on the embeddings. It is evaluated with k-NN. The
+            encoder gets no gradient from it.
+        knn_every: Epochs between k-NN evaluations. 0: only before the first and after the last.
+        knn_k: Number of neighbours.
+        knn_temperature: A neighbour has the weight exp(cosine similarity / knn_temperature).
+        knn_bank: Number of training images to search. 0: all.
     """
 
     probe: bool = False

@@ -33,31 +33,30 @@ class MethodOptions:
     """The method: its loss.
 
     Args:
-        method: supcon: images of one class attract each other. simclr: only the views of one
-            image do (labels are not used in training). moco: as simclr, against a queue of keys
-            from a momentum encoder. cross_entropy: a linear classifier on the embedding. joint:
-            cross_entropy and supcon at once. n_pairs, triplet, max_margin: N-pair loss, triplet
-            loss with semi-hard negatives, large-margin softmax, all of pytorch-metric-learning.
-            cmc: two encoders see two kinds of view of an image, which attract each other.
+        method: supcon: images of one class attract each other. simclr: only the views of one image
+            do; labels are not used. moco: simclr with a queue of keys from a momentum encoder.
+            cross_entropy: a linear classifier on the embedding. joint: cross_entropy plus supcon.
+            n_pairs: N-pair loss. triplet: triplet loss with semi-hard negatives. max_margin:
+            large-margin softmax. cmc: two encoders see two kinds of view of an image. n_pairs,
+            triplet and max_margin need pytorch-metric-learning.
         temperature: Of the contrastive loss.
         base_temperature: Multiply the loss by temperature / base_temperature, so that the size of a step
             does not follow the temperature. 1: as the SupCon authors' code; 0.07: as SupContrast's.
             Default: do not.
-        learn_temperature: Train the temperature, too, from the one given on; it stays above 0.01.
-            Where it ends is in results.json.
-        summation: out: average the log-probabilities of the positives (the paper's equation 2); in:
-            take the logarithm of their average (equation 3).
-        denominator: What stands under a positive. all: every other view (the paper); one_positive:
-            itself and the negatives (SINCERE); only_negatives: DCL.
-        queue_size: Of supcon and moco: contrast the first view of each image with a queue of so many keys,
-            such as 8192: the other views of this step's and of earlier images, embedded without
-            gradient by an average of the weights. Default: moco 4096; supcon none, the views of a
-            step with each other.
-        queue_momentum: The share of that average which a step keeps.
-        label_smoothing: Of cross-entropy: this share of the target is spread over all classes.
-        contrast_weight: Of joint: the loss is that of cross_entropy plus so many times that of supcon.
-        margin: Of triplet: by how much a negative is to be farther than a positive. Of max_margin: an
-            integer, by which the angle to an image's own class is multiplied. Default: 0.2; 4.
+        learn_temperature: Train the temperature, starting from the one given. It stays above 0.01, and
+            its last value is in results.json.
+        summation: out: average the log-probabilities of the positives (equation 2 of the SupCon
+            paper). in: take the logarithm of the average probability (equation 3).
+        denominator: What stands under a positive. all: every other view (the SupCon paper).
+            one_positive: itself and the negatives (SINCERE). only_negatives: DCL.
+        queue_size: Contrast the first view of each image with a queue of so many keys, such as 8192:
+            the other views of this step's and of earlier images, embedded without gradient by an
+            average of the weights. Default: moco 4096; supcon no queue.
+        queue_momentum: Share of that average that a step keeps.
+        label_smoothing: Label smoothing of the cross-entropy.
+        contrast_weight: joint: weight of the supcon loss, which is added to the cross-entropy.
+        margin: triplet: by how much a negative must be farther than a positive. Default: 0.2.
+            max_margin: an integer that multiplies the angle to the image's own class. Default: 4.
     """
 
     method: Literal[
@@ -93,7 +92,9 @@ class MethodOptions:
     @property
     def num_keys(self) -> int | None:
         """What the queue holds, if there is one."""
-        return self.queue_size or (MOCO_QUEUE_SIZE if self.method == "moco" else None)
+        if self.queue_size is None and self.method == "moco":
+            return MOCO_QUEUE_SIZE
+        return self.queue_size
 
     @property
     def margin_or_default(self) -> float:

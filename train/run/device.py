@@ -16,9 +16,10 @@ class DeviceOptions:
     """Devices and processes.
 
     Args:
-        device: auto takes cuda, then mps, then cpu. Of several processes each takes a GPU to itself.
-        timeout_minutes: How long one of several processes waits for another before it ends with an
-            error; the first of each host may be downloading the data set meanwhile.
+        device: auto: cuda if available, then mps, then cpu. Each of several processes uses its own
+            GPU.
+        timeout_minutes: Minutes that a process waits for another before it ends with an error. A
+            download of the data set must be shorter.
     """
 
     device: Device = "auto"
@@ -27,6 +28,18 @@ class DeviceOptions:
     def mistakes(self) -> list[str]:
         """What is out of range, one sentence each."""
         return out_of_range(self, greater_than_0=("timeout_minutes",))
+
+
+def gpu_memory(device: torch.device) -> str:
+    """The most GPU memory that torch has held, of all there is; empty without CUDA.
+
+    Both are numbers on the host: reading them does not wait for the GPU.
+    """
+    if device.type != "cuda":
+        return ""
+    held = torch.cuda.max_memory_reserved(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    return f"{held / 2**30:.1f} of {total / 2**30:.1f} GiB"
 
 
 def pick_device(name: str) -> torch.device:

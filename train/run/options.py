@@ -21,6 +21,7 @@ from network.weights import StartOptions
 from run.checkpoint import CheckpointOptions
 from run.device import DeviceOptions
 from run.folder import FolderOptions
+from run.loggers import LogOptions
 from run.rules import broken
 from run.seeds import SeedOptions
 from training.optimizer import OptimizerOptions
@@ -44,6 +45,7 @@ class PretrainOptions:
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     seeds: SeedOptions = field(default_factory=SeedOptions)
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
+    logging: LogOptions = field(default_factory=LogOptions)
     folder: FolderOptions = field(default_factory=FolderOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
 

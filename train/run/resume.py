@@ -23,7 +23,7 @@ from training.trainer import Trainer
 # other option has shaped the steps that it has made.
 FREE_OPTIONS = {
     "data_root", "epochs", "max_steps", "workers", "device", "timeout_minutes", "knn_every",
-    "save_every", "keep", "output_dir", "name", "resume",
+    "save_every", "keep", "log", "output_dir", "name", "resume",
 }  # fmt: skip
 # Where images are, which may have moved.
 PLACES = {"dataset", "val_shards"}
@@ -168,9 +168,9 @@ def check_same_run(saved: SavedRun, options: PretrainOptions, machine: dict[str,
         # Either is None where the run moved from or to another kind of device.
         if now is not None and then is not None and now != then:
             raise UserError(
-                f"cannot resume {path} with {now} {kind}, it was trained with {then}: sums taken in "
-                f"another order round differently, and the run would not end as one never stopped "
-                f"({remedy.format(then)} goes on)"
+                f"cannot resume {path} with {now} {kind}, it was trained with {then}: sums in another "
+                f"order round differently, so the result would differ from that of a run without a stop "
+                f"({remedy.format(then)} can resume it)"
             )
 
 
@@ -186,7 +186,7 @@ def check_same_images(saved: SavedRun, images: dict[str, Any]) -> None:
     # An older checkpoint says nothing of its views: they had none of these traits.
     if traits := sorted(set(images["views"]) ^ set(theirs.get("views") or [])):
         raise UserError(
-            f"cannot resume {path}: its random views were made in another way than by this version "
+            f"cannot resume {path}: this version makes other random views "
             f"({', '.join(traits)}); --init_from {path} starts a new run from its encoder"
         )
     changed = [name for name in images if theirs.get(name, images[name]) != images[name]]

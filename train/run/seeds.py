@@ -17,7 +17,7 @@ class SeedOptions:
     """Random numbers.
 
     Args:
-        seed: Of weights, order and augmentation.
+        seed: Seed of weights, data order and augmentation.
     """
 
     seed: int = 0

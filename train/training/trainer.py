@@ -28,16 +28,17 @@ class StepOptions:
     """How a step is computed.
 
     Args:
-        clip_grad: Scale the gradient of all parameters together down to this norm. Default: never.
-        ema_decay: Evaluate and export an average of the weights, of which each step keeps this share,
-            such as 0.999, and less early on: at step k at most 1 - k^(-2/3). Default: no average.
-        precision: Of the network in training: fp32, or by autocast bf16 or fp16, whose gradients are
-            scaled, and a step whose gradient overflows skipped. The loss is always in float32.
-        compile: Compile the network for training (torch.compile); checkpoints are the same.
-        grad_cache_chunk: For batches that do not fit in memory: embed so many rows (an image in one view is
-            one) at a time, without a graph, and once more with it for the gradient, which is that
-            of the whole batch; but batch norm takes the statistics of each chunk by itself. Of
-            several processes each goes by its own rows. Default: all rows at once.
+        clip_grad: Largest norm of the gradient of all parameters together. Default: no clipping.
+        ema_decay: Decay of an exponential moving average of the weights, such as 0.999. The average
+            is evaluated and exported. At step k the decay is at most 1 - k^(-2/3). Default: no
+            average.
+        precision: Precision of the network in training. bf16 and fp16 use autocast. fp16 scales
+            gradients, and skips steps that overflow. The loss is always computed in float32.
+        compile: Compile the network for training (torch.compile). Checkpoints are the same.
+        grad_cache_chunk: Gradient caching, for batches that do not fit in memory: rows per chunk. A
+            row is one view of one image; each process counts its own. The batch is encoded twice,
+            and the gradient is that of the whole batch. Batch norm uses the statistics of each
+            chunk. Default: no chunks.
         sync_batchnorm: Have batch norm take the statistics of all processes' rows (CUDA only); else
             they are each process's own, and the first one's are evaluated and saved.
     """
