@@ -55,6 +55,7 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--num_views", "1001"], "--num_views 1001: must be at most 1000"),
         (["--width", str(2**64)], f"--width {2**64}: must be at most"),
         (["--batch", "3"], "--batch 3"),
+        (["--sync_batchnorm", "--compile"], "--sync_batchnorm contradicts --compile"),
         (["--batch_size", "many"], "batch_size"),
         (["--batch_size", "1"], "--batch_size 1: must be at least 2"),
         (["--num_views", "1"], "--num_views 1: must be at least 2 for --method supcon"),

@@ -129,6 +129,17 @@ def test_evaluates_as_one_process_does(found, folder):
     assert torch.equal(found[1]["predictions"], expected)
 
 
+def test_each_keeps_its_share_of_the_neighbours_and_votes_as_one_process_does(found):
+    alone = train_ranks.nearest()
+    shares = [of_rank["nearest"] for of_rank in found]
+    for size, counts in ((1100, [1024, 76]), (500, [500, 0])):
+        assert alone[f"{size} rows here"] == size
+        assert [share[f"{size} rows here"] for share in shares] == counts
+        for share in shares:
+            for what in (f"nearest of {size}", f"classes of {size}"):
+                assert torch.equal(share[what], alone[what]), what
+
+
 def test_gradient_by_chunks_is_that_of_one_process(found):
     loss, expected = train_ranks.gradient_by_chunks()
     for of_rank in found:

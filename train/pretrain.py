@@ -36,7 +36,8 @@ from network.weights import load_encoder, load_pretrained, write_encoder
 from run.atomic_write import explain_full_disk, replace_text
 from run.checkpoint import RunState
 from run.command_line import parse, run_script
-from run.device import pick_device
+from run.compiler_caches import keep_caches_local
+from run.device import pick_device, set_arithmetic
 from run.folder import RunLock, open_folder, removed_if_empty
 from run.options import PretrainOptions, to_yaml
 from run.out_of_memory import out_of_memory_names
@@ -47,6 +48,7 @@ from run.resume import resume, write_checkpoint
 from run.saved_run import open_encoder
 from training.build import build_trainer
 from training.divergence import DivergenceCheck
+from training.memory import say_memory
 from training.trainer import Trainer
 
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
@@ -58,6 +60,9 @@ def main(argv: list[str] | None = None) -> Path:
         options = parse(PretrainOptions, argv, prog="train/pretrain.py", description=DESCRIPTION)
         device = pick_device(options.device.device)
     with joined(device, timeout_minutes=options.device.timeout_minutes) as ranks:
+        set_arithmetic(options.device, device)
+        if device.type == "cuda" or options.step.compile:
+            keep_caches_local()
         return pretrain(options, ranks.own_device(device), ranks)
 
 
@@ -112,10 +117,13 @@ def set_up(
     order, batches = training_batches(
         images, options.batches, seed=seed, ranks=ranks, device=device
     )
-    with out_of_memory_names(model=options.network.model, width=options.network.width):
+    # Of several processes each makes a first backward there, of as many rows as a step has.
+    with out_of_memory_names(**sizes(options)):
         trainer = build_trainer(
             options, data, steps_per_epoch=len(order), device=device, ranks=ranks
         )
+    if ranks.is_rank_0:
+        say_memory(options, data, trainer)
     options = options.changed(name=folder.name, resume="none", image_size=data.image_size)
     run = Run(options, folder, data, order, batches, trainer)
     if checkpoints:

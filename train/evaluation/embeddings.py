@@ -4,6 +4,7 @@ Nothing here draws a random number: evaluating more or less often does not chang
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +32,30 @@ def pixels(images: Tensor) -> Tensor:
     images = images.float()
     if images.shape[-1] > BASELINE_SIZE:
         # Whole sets of large images would not fit in memory.
-        images = F.adaptive_avg_pool2d(images, BASELINE_SIZE)
+        cells = _cells(images.shape[-1]).to(images.device)
+        images = cells.T @ images @ cells
     return images.flatten(1)
 
 
-@torch.no_grad()
+def _cells(size: int) -> Tensor:
+    """The weights (size, BASELINE_SIZE) of adaptive average pooling, which MPS has for few sizes."""
+    return F.adaptive_avg_pool1d(torch.eye(size), BASELINE_SIZE)
+
+
+class Share(NamedTuple):
+    """The embeddings of a split, of which each process keeps those of some images.
+
+    Attributes:
+        rows: (n, F), of this process's images, one after another.
+        first: the number of the first of them in the split, a multiple of EMBED_BATCH_SIZE.
+        ranks: the processes that keep the others.
+    """
+
+    rows: Tensor
+    first: int = 0
+    ranks: Ranks = ALONE
+
+
 def embed(
     encode: Callable[[Tensor], Tensor],
     split: Split | Corrupted,
@@ -54,6 +74,37 @@ def embed(
     Returns:
         (N, F) on `device`.
     """
+    rows = _encode_share(
+        encode, split, device=device, workers=workers, ranks=ranks, batch_size=batch_size
+    )
+    return ranks.all_gather_rows(rows)[: len(split)]
+
+
+def embed_share(
+    encode: Callable[[Tensor], Tensor],
+    split: Split,
+    *,
+    device: torch.device,
+    workers: int,
+    ranks: Ranks = ALONE,
+) -> Share:
+    """The same, of which each process keeps what it has encoded: whole batches, all but the last."""
+    rows = _encode_share(encode, split, device=device, workers=workers, ranks=ranks)
+    first = ranks.rank * len(rows)
+    return Share(rows[: max(len(split) - first, 0)], first, ranks)
+
+
+@torch.no_grad()
+def _encode_share(
+    encode: Callable[[Tensor], Tensor],
+    split: Split | Corrupted,
+    *,
+    device: torch.device,
+    workers: int,
+    ranks: Ranks,
+    batch_size: int = EMBED_BATCH_SIZE,
+) -> Tensor:
+    """As many rows for each process, in whole batches; those of no image come last."""
     batches = sequential_batches(
         split,
         batch_size=batch_size,
@@ -68,4 +119,4 @@ def embed(
             # Filled batch by batch: a list of them, put together at the end, takes twice the memory.
             rows = encoded.new_empty(len(batches) * batch_size, *encoded.shape[1:])
         rows[number * batch_size :][: len(encoded)] = encoded
-    return ranks.all_gather_rows(rows)[: len(split)]
+    return rows

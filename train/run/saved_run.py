@@ -31,7 +31,13 @@ from run.options import PretrainOptions, option_types
 # The parts of a checkpoint besides options and tensors. What may be None an older checkpoint may lack.
 CONTENTS: dict[str, dict[str, Any]] = {
     "state": get_type_hints(RunState),
-    "machine": {"world_size": int, "threads": int | None},
+    "machine": {
+        "world_size": int,
+        "threads": int | None,
+        "gpu": str | None,
+        "torch": str | None,
+        "cudnn": int | None,
+    },
     "data": {
         "classes": list[str],
         "channels": Literal[1, 3],

@@ -16,7 +16,7 @@ from methods.method import Method
 from network.embedder import Embedder
 from run.clock import PhaseClock
 from run.processes import ALONE, Ranks
-from run.rules import out_of_range
+from run.rules import broken, out_of_range
 from supcon_kernels import grad_cache_backward
 from training.optimizer import gradient_norm, load_optimizer
 
@@ -51,8 +51,15 @@ class StepOptions:
     sync_batchnorm: bool = False
 
     def mistakes(self) -> list[str]:
-        """What is out of range, one sentence each."""
-        return out_of_range(
+        """What is out of range or contradicts itself, one sentence each."""
+        rules = [
+            (
+                not (self.sync_batchnorm and self.compile),
+                "--sync_batchnorm contradicts --compile: torch.compile breaks the network at each "
+                "of its exchanges; choose one",
+            )
+        ]
+        return broken(rules) + out_of_range(
             self,
             at_least={"grad_cache_chunk": 1},
             greater_than_0=("clip_grad",),
@@ -120,6 +127,7 @@ class Trainer:
 
         # Views, of which the network embeds all or the first.
         views = [self.views.random(images, step=step, view=view) for view in range(self.num_views)]
+        self.clock.mark("views")
         targets = self.method.targets(labels, step)
         with self.options.autocast(self.device):
             self.method.prepare(views, targets, step)
