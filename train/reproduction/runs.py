@@ -4,16 +4,11 @@ A run is a recipe with some options changed. Its folder is named by the hash of 
 run that several tables need is made once, one that is done is skipped, and one that was stopped goes on.
 """
 
-import ctypes
 import hashlib
 import io
 import json
-import platform
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,22 +20,27 @@ import yaml
 from torch import Tensor
 
 from methods.options import READ_BY, WITH_CLASSIFIER
-from reproduction.claims import METHODS, RAW_PIXELS, RECIPES, REFERENCE, TABLES, SUPCON, UNTRAINED, Scale
+from reproduction.claims import (
+    METHODS,
+    RAW_PIXELS,
+    RECIPES,
+    REFERENCE,
+    SUPCON,
+    TABLES,
+    UNTRAINED,
+    Scale,
+)
+from reproduction.processes import machine, start
 from reproduction.scores import scores_of_baseline, scores_of_run
 from run.atomic_write import replace_file, replace_text
 from run.errors import UserError
 from run.options import PretrainOptions
-from run.requeue import EXIT_CODE
 from run.resume import FREE_OPTIONS
 from training.divergence import REMEDY
 
-TRAIN = Path(__file__).resolve().parents[1]
 RECORD, SCORES = "paper.json", "scores.npz"
 BASELINES = (RAW_PIXELS, UNTRAINED)
 VALIDATION_FRACTION = 0.1
-# Loaded before a process is forked.
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-PARENT_DEATH_SIGNAL = 1
 # From one learning rate that is tried to the next.
 FACTOR = 3.0
 # Where and how a run is made, which does not change what it ends with.
@@ -115,8 +115,13 @@ class Study:
     def _before_tuning(self, job: Job) -> PretrainOptions:
         """With the learning rate of the recipe."""
         method = METHODS[SUPCON if job.method in BASELINES else job.method]
-        values = yaml.safe_load((RECIPES / self.scale.recipe).read_text())
-        values |= self.scale.options | method.options | self.local | {"seed": job.seed}
+        values = (
+            _recipe(self.scale.recipe)
+            | self.scale.options
+            | method.options
+            | self.local
+            | {"seed": job.seed}
+        )
         name, epochs = values["method"], self.epochs or values["epochs"]
         if job.trial is not None:
             epochs = min(epochs, self.scale.trial_epochs)
@@ -141,7 +146,7 @@ class Study:
         options = self.options(job)
         if options is None:
             return None
-        values = _not_default(options)
+        values = {name: value for name, value in _not_default(options).items() if name not in PLACES}
         if job.method in BASELINES:
             kept = (*vars(options.data), *vars(options.network), "seed")
             values = {key: value for key, value in values.items() if key in kept}
@@ -149,12 +154,7 @@ class Study:
         return values | {"linear": self._linear()}
 
     def _linear(self) -> dict[str, Any]:
-        if self.scale.linear is None:
-            return {}
-        values: dict[str, Any] = yaml.safe_load(
-            (RECIPES / "linear" / self.scale.linear).read_text()
-        )
-        return values
+        return {} if self.scale.linear is None else _recipe(f"linear/{self.scale.linear}")
 
     def folder(self, job: Job) -> Path | None:
         """Where a run lives."""
@@ -181,6 +181,11 @@ class Study:
         with np.load(folder / SCORES) as saved:
             return torch.from_numpy(saved["scores"]), torch.from_numpy(saved["labels"])
 
+    def num_tested(self, job: Job) -> int:
+        """The test images of a run that is done."""
+        found = self.scores(job)
+        return 0 if found is None else len(found[1])
+
     def cost(self, job: Job) -> float:
         """How long a job takes, beside others: in passes over the training images."""
         if job.corrupted or job.method in BASELINES:
@@ -201,7 +206,7 @@ class Study:
         if job.corrupted:
             self._corrupt(job, folder)
             return
-        record: dict[str, Any] = {"job": str(job), "options": self.resolved(job), **_machine()}
+        record: dict[str, Any] = {"job": str(job), "options": self.resolved(job), **machine()}
         try:
             scores, labels = self._make(job, folder)
             content = io.BytesIO()
@@ -222,13 +227,13 @@ class Study:
             return scores_of_baseline(folder, options, untrained=job.method == UNTRAINED)
         if not (folder / "results.json").is_file():
             place = {"output_dir": folder.parent, "name": folder.name, "resume": "auto"}
-            _start("pretrain.py", folder, **_not_default(options) | self.local | place)
+            start("pretrain.py", folder, **_not_default(options) | place)
         if options.method.method not in WITH_CLASSIFIER and not (folder / "linear.pt").is_file():
-            _start("linear.py", folder, checkpoint=folder, **self._linear())
+            start("linear.py", folder, checkpoint=folder, **self._linear())
         return scores_of_run(folder, options)
 
     def _corrupt(self, job: Job, folder: Path) -> None:
-        _start(
+        start(
             "evaluate.py",
             folder,
             checkpoint=folder,
@@ -237,66 +242,13 @@ class Study:
         )
 
 
-def _not_default(options: PretrainOptions) -> dict[str, Any]:
-    """The options that shape a run, where they are not the default: new options change no hash."""
-    default = PretrainOptions().flat()
-    return {
-        name: value
-        for name, value in options.flat().items()
-        if value != default[name] and name not in PLACES
-    }
-
-
-def _start(script: str, folder: Path, **options: Any) -> None:
-    """Run a script as a process, which ends with this one; its output goes to the folder.
-
-    Raises:
-        UserError: it failed; with its last line.
-    """
-    words = (
-        word
-        for name, value in options.items()
-        for word in (f"--{name}", str(value) if isinstance(value, str | Path) else json.dumps(value))
-    )
-    with open(folder / "output.txt", "a") as output:
-        code = subprocess.run(
-            [sys.executable, str(TRAIN / script), *words],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=_end_with_parent if LIBC else None,
-        ).returncode
-    if code == EXIT_CODE:
-        raise SystemExit(EXIT_CODE)
-    if code != 0:
-        lines = [line for line in (folder / "output.txt").read_text().splitlines() if line.strip()]
-        raise UserError(f"{script} ended with {code}: {lines[-1] if lines else ''} ({folder})")
-
-
-def _end_with_parent() -> None:
-    """Have Linux kill this process when its parent ends: else a killed paper.py left a run behind."""
-    assert LIBC is not None
-    LIBC.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-
-
 @cache
-def _machine() -> dict[str, str]:
-    """What a result was made with."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=TRAIN, capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
-    else:
-        hardware = f"{torch.get_num_threads()} threads of {_cpu()}"
-    return {"commit": commit or "unknown", "hardware": hardware, "torch": str(torch.__version__)}
+def _recipe(name: str) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load((RECIPES / name).read_text())
+    return values
 
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names: Iterator[str] = (line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+def _not_default(options: PretrainOptions) -> dict[str, Any]:
+    """The options that are not the default: an option that is added later changes no hash."""
+    default = PretrainOptions().flat()
+    return {name: value for name, value in options.flat().items() if value != default[name]}
