@@ -235,6 +235,8 @@ def _check(problem: Problem, backend: str, reduction: str, membership: _Membersh
         raise ValueError(
             "reduction must be 'mean', 'positive_mean' or 'sum' with group, got 'none'"
         )
+    if problem.symmetric:
+        raise ValueError("symmetric must be False with group, got True")
     if problem.weights is not None:
         raise ValueError(
             "mask must be None with group, got one: it says nothing of other ranks' rows"

@@ -15,6 +15,12 @@ SOFT = torch.rand(4, 5)
 MEMORY = torch.randn(6, 3)
 MEMORY_LABELS = torch.tensor([0, 1, 0, 1, 0, 1])
 MASK = torch.ones(4, 4)
+SYMMETRIC = {
+    "labels": LABELS,
+    "contrast_features": MEMORY,
+    "contrast_labels": MEMORY_LABELS,
+    "symmetric": True,
+}
 
 CALLS = [
     # features
@@ -127,6 +133,16 @@ CALLS = [
     ("summation", "'both'", ValueError, {"labels": LABELS, "summation": "both"}),
     ("denominator", "'none'", ValueError, {"labels": LABELS, "denominator": "none"}),
     ("reduction", "'max'", ValueError, {"labels": LABELS, "reduction": "max"}),
+    ("symmetric", "1", ValueError, {"labels": LABELS, "symmetric": 1}),
+    ("symmetric", "without contrast_features", ValueError, {"labels": LABELS, "symmetric": True}),
+    ("self_offset", "symmetric=True, got 0", ValueError, {**SYMMETRIC, "self_offset": 0}),
+    ("reduction", "symmetric=True, got 'none'", ValueError, {**SYMMETRIC, "reduction": "none"}),
+    (
+        "contrast_features",
+        r"\(4\) with symmetric=True .* got 8",
+        ValueError,
+        {"contrast_features": torch.randn(8, 3), "symmetric": True},
+    ),
     ("normalize", "'no'", ValueError, {"labels": LABELS, "normalize": "no"}),
     *(
         ("ignore_index", str(index), ValueError, {"labels": LABELS, "ignore_index": index})

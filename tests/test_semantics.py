@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cases import BACKENDS, NOWHERE, by_id
+from cases import BACKENDS, NOWHERE, by_id, takes
 from supcon_kernels import SupConLoss, supcon_loss
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -82,6 +82,33 @@ def test_towers_are_clip(backend):
     expected = torch.nn.functional.cross_entropy(logits, torch.arange(9))
     loss = supcon_loss(images, contrast_features=texts, backend=backend)
     torch.testing.assert_close(loss, expected)
+
+
+@backends
+@pytest.mark.parametrize("reduction", ["mean", "positive_mean", "sum"])
+@pytest.mark.parametrize("name", ["symmetric_towers", "symmetric_memory", "symmetric_mask"])
+def test_symmetric_is_the_mean_of_both_ways(backend, name, reduction):
+    arguments = {**by_id(name).arguments(), "reduction": reduction}
+    if not takes(backend, arguments):
+        return
+    arguments["backend"] = backend
+    loss = supcon_loss(**arguments)
+    del arguments["symmetric"]
+    one_way = supcon_loss(**arguments)
+    for a, b in (("features", "contrast_features"), ("labels", "contrast_labels")):
+        arguments[a], arguments[b] = arguments.get(b), arguments.get(a)
+    if "mask" in arguments:
+        arguments["mask"] = arguments["mask"].T
+    torch.testing.assert_close(loss, (one_way + supcon_loss(**arguments)) / 2)
+
+
+@backends
+def test_symmetric_towers_are_clip(backend):
+    images, texts = torch.randn(2, 9, 5, dtype=torch.float64)
+    logits = torch.nn.functional.normalize(images) @ torch.nn.functional.normalize(texts).T / 0.07
+    ways = [torch.nn.functional.cross_entropy(x, torch.arange(9)) for x in (logits, logits.T)]
+    loss = supcon_loss(images, contrast_features=texts, symmetric=True, backend=backend)
+    torch.testing.assert_close(loss, sum(ways) / 2)
 
 
 @backends
