@@ -106,6 +106,27 @@ def _check_temperature_tensor(features: Tensor, temperature: Tensor) -> None:
         raise ValueError(f"temperature must be > 0 and finite, got {float(temperature.detach())}")
 
 
+def check_clip(logit_scale: Any, logit_bias: Any) -> None:
+    """The scale of CLIP's logits is a positive number, and there is no bias."""
+    if logit_bias is not None:
+        raise ValueError(
+            f"logit_bias must be None, got {_described(logit_bias)}: it changes nothing in a softmax"
+        )
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1 or logit_scale.dtype not in FLOATS:
+            raise ValueError(
+                "logit_scale must be a number or a floating-point tensor of one element, "
+                f"got {_described(logit_scale)}"
+            )
+        if not _readable(logit_scale):
+            return
+        logit_scale = float(logit_scale.detach())
+    elif isinstance(logit_scale, bool) or not isinstance(logit_scale, (float, numbers.Real)):
+        raise ValueError(f"logit_scale must be a number > 0, got {logit_scale!r}")
+    if not 0 < float(logit_scale) < float("inf"):
+        raise ValueError(f"logit_scale must be > 0 and finite, got {logit_scale}")
+
+
 def check_targets(
     features: Tensor,
     labels: Any,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cases import BACKENDS, NOWHERE, by_id, takes
-from supcon_kernels import SupConLoss, supcon_loss
+from supcon_kernels import ClipLoss, SupConLoss, supcon_loss
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -100,6 +100,15 @@ def test_symmetric_is_the_mean_of_both_ways(backend, name, reduction):
     if "mask" in arguments:
         arguments["mask"] = arguments["mask"].T
     torch.testing.assert_close(loss, (one_way + supcon_loss(**arguments)) / 2)
+
+
+@pytest.mark.parametrize("scale", [10.0, torch.tensor(10.0), torch.tensor([10.0]).half()])
+def test_clip_loss_is_the_symmetric_call(scale):
+    images, texts = torch.randn(2, 9, 5)
+    expected = supcon_loss(images, contrast_features=texts, symmetric=True, temperature=0.1)
+    torch.testing.assert_close(ClipLoss()(images, texts, scale), expected)
+    named = ClipLoss()(images, texts, logit_scale=scale, output_dict=True)
+    torch.testing.assert_close(named, {"contrastive_loss": expected})
 
 
 @backends
@@ -238,6 +247,9 @@ def test_module_is_a_drop_in():
     assert criterion(features, None, mask) == expected
     assert criterion(features.unflatten(2, (4, 8)), labels) == expected
     assert SupConLoss()(features, labels) == supcon_loss(features, labels, base_temperature=0.07)
+    towers = {"contrast_features": features[:, 1], "symmetric": True}
+    expected = supcon_loss(features, **towers, temperature=0.2, base_temperature=0.1)
+    assert criterion(features, **towers) == expected
 
 
 def test_module_learns_its_temperature():
