@@ -29,6 +29,9 @@ def names_of_the_reader() -> dict[str, object]:
         "labels": torch.arange(32) % 4,
         "features": torch.nn.functional.normalize(torch.randn(32, 2, 8), dim=2),
         "embeddings": torch.randn(32, 8),
+        "image_features": torch.randn(32, 8),
+        "text_features": torch.randn(32, 8),
+        "logit_scale": torch.tensor(14.3),
     }
 
 
