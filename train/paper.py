@@ -109,7 +109,7 @@ _BUDGET = re.compile(r"(\d+\.?\d*)(s|min|h)")
 def main(argv: list[str] | None = None) -> Path:
     """Run what the command line asks for; returns the report."""
     options = parse(PaperOptions, argv, prog="train/paper.py", description=DESCRIPTION)
-    local: dict[str, Any] = {"log": "csv", "keep": 1}
+    local: dict[str, Any] = {"log": "csv"}
     local |= {"workers": options.workers, "device": options.device}
     if options.data_root is not None:
         local["data_root"] = options.data_root
@@ -166,7 +166,7 @@ def report(study: Study, options: PaperOptions) -> Path:
     runs, claims = rows_of_runs(*about), rows_of_claims(*about)
     path = study.root / f"{options.scale}.md"
     replace_text(path, page(runs, claims))
-    for folder in [study.root, RESULTS] if options.update_docs else [study.root]:
+    for folder in [study.root, RESULTS] if options.update_docs and runs else [study.root]:
         write_rows(folder / f"paper_{options.scale}_runs.csv", runs, RUN_COLUMNS)
         write_rows(folder / f"paper_{options.scale}_claims.csv", claims, CLAIM_COLUMNS)
     if options.update_docs:

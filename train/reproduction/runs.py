@@ -146,7 +146,9 @@ class Study:
         options = self.options(job)
         if options is None:
             return None
-        values = {name: value for name, value in _not_default(options).items() if name not in PLACES}
+        values = {
+            name: value for name, value in _not_default(options).items() if name not in PLACES
+        }
         if job.method in BASELINES:
             kept = (*vars(options.data), *vars(options.network), "seed")
             values = {key: value for key, value in values.items() if key in kept}
