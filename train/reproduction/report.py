@@ -50,8 +50,11 @@ python train/paper.py --table 2 1 --scale fmnist10k --data_root DIR --budget 8h
 ```
 
 Runs are kept in `runs/paper/`. The command can be stopped at any time and given again: what is done is skipped,
-and the run that was stopped goes on. The same command with `--scale cifar10` or `imagenet` trains the published
-recipes.
+and the run that was stopped goes on. `--scale cifar10` and `imagenet` train the published recipes. A run is one
+process on one device: several GPUs are not used yet.
+
+Table 2 needs `pip install -e ".[metric]"` for max-margin, N-pairs and triplet; table 7 needs
+`pip install -e ".[evaluate]"`.
 
 ## What is fair about it
 
