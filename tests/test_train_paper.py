@@ -70,7 +70,7 @@ def test_the_learning_rate_is_that_of_the_best_trial(tmp_path):
     assert options.optimizer.learning_rate == 0.2 and options.seeds.seed == 2
     assert options.data.validation_fraction is None and options.schedule.epochs == 60
     # Under a condition of ours the rate is that of without.
-    assert study.options(Job("supcon, 500 images")).optimizer.learning_rate == 0.2
+    assert study.options(Job("supcon_few")).optimizer.learning_rate == 0.2
 
 
 def test_every_run_of_every_scale_has_options_that_are_accepted(tmp_path):

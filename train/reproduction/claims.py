@@ -34,13 +34,14 @@ class Compared:
     of: str | None = None
 
 
-def _under(title: str, options: dict[str, Any]) -> dict[str, Compared]:
+def _under(condition: str) -> dict[str, Compared]:
     """SupCon and cross-entropy under a condition, with the learning rates of without."""
+    title, options = CONDITIONS[condition]
     return {
-        f"{of}, {title}": Compared(
+        f"{of}_{condition}": Compared(
             f"{METHODS[of].title}, {title}", METHODS[of].options | options, METHODS[of].epochs, of
         )
-        for of in ("supcon", "cross_entropy", "cross_entropy_2x")
+        for of in SUPERVISED
     }
 
 
@@ -64,10 +65,15 @@ METHODS = {
         {"method": "supcon", "batch_size": 32, "queue_size": 2048, "queue_momentum": 0.99},
     ),
 }
-NOISY, LONG_TAIL, FEW = "40% wrong labels", "long tail of 1:50", "500 images"
-METHODS |= _under(NOISY, {"label_noise": 0.4})
-METHODS |= _under(LONG_TAIL, {"imbalance": 50})
-METHODS |= _under(FEW, {"train_images": 500})
+SUPERVISED = ("supcon", "cross_entropy", "cross_entropy_2x")
+# Beyond the paper: of each condition its title and its options.
+CONDITIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "noise": ("40% wrong labels", {"label_noise": 0.4}),
+    "tail": ("long tail of 1:50", {"imbalance": 50}),
+    "few": ("500 images", {"train_images": 500}),
+}
+for _condition in CONDITIONS:
+    METHODS |= _under(_condition)
 
 
 @dataclass(frozen=True)
@@ -101,12 +107,11 @@ class Table:
 
 
 def _pays(condition: str) -> Table:
-    names = tuple(f"{of}, {condition}" for of in ("supcon", "cross_entropy", "cross_entropy_2x"))
+    names = tuple(f"{of}_{condition}" for of in SUPERVISED)
     claims = tuple(Claim(names[0], other, is_papers=False) for other in names[1:])
-    return Table(f"Beyond the paper: {condition}", names, claims)
+    return Table(f"Beyond the paper: {CONDITIONS[condition][0]}", names, claims)
 
 
-CALIBRATED = ("supcon", "cross_entropy", "cross_entropy_2x")
 # In the order in which they are run: what settles most comes first.
 TABLES = {
     "2": Table(
@@ -143,13 +148,13 @@ TABLES = {
     ),
     "6": Table(
         "Table 6: calibration",
-        CALIBRATED,
+        SUPERVISED,
         (Claim("supcon", "cross_entropy"), Claim("supcon", "cross_entropy_2x")),
         metric="ece",
     ),
     "7": Table(
         "Table 7: corruptions",
-        CALIBRATED,
+        SUPERVISED,
         (Claim("supcon", "cross_entropy"), Claim("supcon", "cross_entropy_2x")),
         metric="mce",
     ),
@@ -158,9 +163,7 @@ TABLES = {
         ("small_batch", "small_batch_queue"),
         (Claim("small_batch_queue", "small_batch"),),
     ),
-    "noise": _pays(NOISY),
-    "tail": _pays(LONG_TAIL),
-    "few": _pays(FEW),
+    **{condition: _pays(condition) for condition in CONDITIONS},
 }  # fmt: skip
 # Of the paper, and not among them: what is missing for it.
 NOT_COVERED = {
