@@ -50,6 +50,7 @@ def test_killed_twice_gives_the_report_of_one_never_stopped(tmp_path):
         text = (killed / name).read_text()
         assert text == (tmp_path / "whole" / name).read_text()
     assert "supcon,cross_entropy,top1,1,450," in text
+    assert (killed / paper.PICTURE).stat().st_size > 0
     output = (checkpoint.parent / "output.txt").read_text()
     assert "resuming after step" in output
 
@@ -138,4 +139,6 @@ def test_claims_name_methods_of_their_table():
 
 
 def test_the_page_is_that_of_the_committed_results():
-    assert paper.PAGE.read_text() == paper.committed_page(), "python train/paper.py --update_docs"
+    page = paper.page(*paper.committed_rows())
+    assert paper.PAGE.read_text() == page, "python train/paper.py --update_docs --budget 0min"
+    assert (paper.PICTURE in page) == paper.PAGE.with_name(paper.PICTURE).is_file()

@@ -20,7 +20,10 @@ from typing import Any, Literal
 from reproduction.claims import METHODS, SCALES, TABLES
 from reproduction.report import (
     CLAIM_COLUMNS,
+    PICTURE,
     RUN_COLUMNS,
+    Row,
+    draw,
     page,
     read_rows,
     rows_of_claims,
@@ -166,11 +169,13 @@ def report(study: Study, options: PaperOptions) -> Path:
     runs, claims = rows_of_runs(*about), rows_of_claims(*about)
     path = study.root / f"{options.scale}.md"
     replace_text(path, page(runs, claims))
+    draw(claims, study.root / PICTURE)
     for folder in [study.root, RESULTS] if options.update_docs and runs else [study.root]:
         write_rows(folder / f"paper_{options.scale}_runs.csv", runs, RUN_COLUMNS)
         write_rows(folder / f"paper_{options.scale}_claims.csv", claims, CLAIM_COLUMNS)
     if options.update_docs:
-        replace_text(PAGE, committed_page())
+        replace_text(PAGE, page(*committed_rows()))
+        draw(committed_rows()[1], PAGE.with_name(PICTURE))
         print(f"written to {PAGE}")
     for row in claims:
         print(f"table {row['table']}: {row['better']} better than {row['worse']}: {row['verdict']}")
@@ -178,13 +183,13 @@ def report(study: Study, options: PaperOptions) -> Path:
     return path
 
 
-def committed_page() -> str:
-    """The page of all committed results."""
+def committed_rows() -> tuple[list[Row], list[Row]]:
+    """Those of the runs and of the claims, of all scales that have committed results."""
     runs, claims = (
         [row for scale in SCALES for row in read_rows(RESULTS / f"paper_{scale}_{what}.csv")]
         for what in ("runs", "claims")
     )
-    return page(runs, claims)
+    return runs, claims
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from reproduction.claims import (
     METHODS,
     METRICS,
@@ -22,9 +24,11 @@ from reproduction.claims import (
     Table,
 )  # fmt: skip
 from reproduction.runs import BASELINES, Job, Study
-from reproduction.verdicts import NOT_RUN, RULE, judge, value
-from run.atomic_write import replace_text
+from reproduction.verdicts import CONTRADICTED, NOT_RUN, OPEN, RULE, SHOWN, judge, value
+from run.atomic_write import replace_file, replace_text
 
+PICTURE = "paper.png"
+COLOURS = {SHOWN: "tab:green", OPEN: "0.5", CONTRADICTED: "tab:red"}
 # A row as it is read from a file: what is not there is empty.
 Row = dict[str, str]
 TITLES = {RAW_PIXELS: "Raw pixels, linear classifier", UNTRAINED: "Untrained encoder"}
@@ -124,6 +128,8 @@ def read_rows(path: Path) -> list[Row]:
 def page(runs: list[Row], claims: list[Row]) -> str:
     """The page of all scales: verdicts first, then each table, then what has not been run."""
     parts = [HEAD]
+    if any(row["verdict"] != NOT_RUN for row in claims):
+        parts += [f"![The difference of each claim with its interval]({PICTURE})\n\n"]
     for scale in dict.fromkeys(row["scale"] for row in claims):
         of_scale = [row for row in claims if row["scale"] == scale]
         judged = [row for row in of_scale if row["verdict"] != NOT_RUN]
@@ -140,6 +146,30 @@ def page(runs: list[Row], claims: list[Row]) -> str:
         parts += [f"Made with {_made_with(reached)}.\n\n"]
     parts += ["## How a verdict is found\n\n", RULE, "\n", _claimed(), "\n", _missing(claims)]
     return "".join(parts)
+
+
+def draw(claims: list[Row], path: Path) -> None:
+    """Draw the difference of each claim that was run, if any, its interval and its verdict's colour."""
+    rows = [row for row in claims if row["verdict"] != NOT_RUN]
+    if not rows:
+        return
+    figure = Figure(figsize=(9, 1.2 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for height, row in enumerate(reversed(rows)):
+        low, found, high = (100 * float(row[name]) for name in ("low", "difference", "high"))
+        colour = COLOURS[row["verdict"]]
+        axes.plot([low, high], [height, height], color=colour)
+        axes.plot(found, height, "o", color=colour)
+    names = [
+        f"{TITLES[row['better']]} over {TITLES[row['worse']]}, {METRICS[row['metric']][0]}, "
+        f"{row['scale']}: {row['verdict']}"
+        for row in reversed(rows)
+    ]
+    axes.set_yticks(range(len(rows)), names)
+    axes.axvline(0, color="0.2", linewidth=1)
+    axes.set_xlabel("points better, with the 95% interval")
+    axes.spines[["top", "right"]].set_visible(False)
+    replace_file(path, lambda file: figure.savefig(file, dpi=150))
 
 
 def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
