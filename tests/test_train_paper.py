@@ -49,7 +49,8 @@ def test_killed_twice_gives_the_report_of_one_never_stopped(tmp_path):
     for name in ("digits.md", "paper_digits_runs.csv", "paper_digits_claims.csv"):
         text = (killed / name).read_text()
         assert text == (tmp_path / "whole" / name).read_text()
-    assert "supcon,cross_entropy,top1,1,450," in text
+    assert "2,supcon,cross_entropy,top1,1,450," in text
+    assert "6,supcon,cross_entropy,ece,1,450," in text  # of the same runs
     assert (killed / paper.PICTURE).stat().st_size > 0
     output = (checkpoint.parent / "output.txt").read_text()
     assert "resuming after step" in output

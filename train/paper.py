@@ -61,7 +61,7 @@ class PaperOptions:
         output_dir: Where the runs and the report are.
         workers: As of pretrain.py.
         device: As of pretrain.py.
-        update_docs: Copy the results to benchmarks/results and write docs/paper.md of all results there.
+        update_docs: Copy all results of the scale to benchmarks/results and write docs/paper.md of all results there.
     """
 
     table: list[str] = field(default_factory=lambda: list(TABLES))
@@ -163,9 +163,8 @@ def duration(seconds: float) -> str:
 
 
 def report(study: Study, options: PaperOptions) -> Path:
-    """Write the rows and the page of what is done; returns the page."""
-    tables = [name for name in TABLES if name in options.table]
-    about = (study, options.scale, tables, options.seeds)
+    """Write the rows and the page of what is done, of every table; returns the page."""
+    about = (study, options.scale, list(TABLES), options.seeds)
     runs, claims = rows_of_runs(*about), rows_of_claims(*about)
     path = study.root / f"{options.scale}.md"
     replace_text(path, page(runs, claims))
@@ -178,7 +177,9 @@ def report(study: Study, options: PaperOptions) -> Path:
         draw(committed_rows()[1], PAGE.with_name(PICTURE))
         print(f"written to {PAGE}")
     for row in claims:
-        print(f"table {row['table']}: {row['better']} better than {row['worse']}: {row['verdict']}")
+        if row["table"] in options.table:
+            verdict = f"{row['better']} better than {row['worse']}: {row['verdict']}"
+            print(f"table {row['table']}: {verdict}")
     print(f"written to {path}")
     return path
 
