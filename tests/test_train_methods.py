@@ -22,7 +22,7 @@ from methods.options import WITH_CLASSIFIER, WITHOUT_LABELS, MethodOptions
 from run.errors import UserError
 from run.saved_run import open_run
 from supcon_kernels import supcon_loss
-from train_fixtures import TRAIN, pretrain
+from train_fixtures import TRAIN, metrics, pretrain
 from train_parts import load_data, options_of, trainer_of
 from training.build import METHODS
 
@@ -224,3 +224,11 @@ def test_run_of_simclr_with_a_queue_is_one_of_moco(tmp_path, monkeypatch):
     saved["config"]["method"] = "simclr"
     torch.save(saved, run / "old.pt")
     assert open_run(run / "old.pt").options.method.method == "moco"
+
+    # Its config.yaml resumes it.
+    config = (run / "config.yaml").read_text()
+    assert "method: moco\n" in config
+    (tmp_path / "old.yaml").write_text(config.replace("method: moco\n", "method: simclr\n"))
+    (run / "old.pt").rename(run / "last.pt")
+    more = ("--max_steps", 2, "--resume", run)
+    assert metrics(pretrain(tmp_path, "--config", tmp_path / "old.yaml", *more))[-1]["step"] == "2"
