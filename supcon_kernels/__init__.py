@@ -4,11 +4,13 @@ import warnings
 
 from supcon_kernels._version import __version__
 from supcon_kernels.backends import available_backends, native
+from supcon_kernels.clip import ClipLoss
 from supcon_kernels.gradcache import grad_cache_backward
 from supcon_kernels.loss import SupConLoss, supcon_loss
 from supcon_kernels.queue import LabelQueue
 
 __all__ = [
+    "ClipLoss",
     "LabelQueue",
     "SupConLoss",
     "__version__",

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from supcon_kernels import op
+from supcon_kernels.distributed_both_ways import BothWays
 from supcon_kernels.problem import Problem, accumulation_dtype
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def loss_of_all(
         ValueError: on every rank, where an argument disagrees or was refused on one of them.
         TypeError: ``group`` is no process group.
     """
-    membership = _Membership.of(group, call["features"])
+    membership = Membership.of(group, call["features"])
     problem, backend, text, failure = None, "", "", None
     numbers = [0, 0, 0]
     try:
@@ -90,8 +91,7 @@ def loss_of_all(
         problem = problem.by_rows()
         _check(problem, backend, call["reduction"], membership)
         text = _text({**call, "backend": backend})
-        contrasts, _ = _contrasts(problem)
-        needs = torch.is_grad_enabled() and contrasts.requires_grad
+        needs = torch.is_grad_enabled() and _needs_statistics(problem)
         numbers = [problem.rows.shape[0], problem.num_cols, int(needs)]
     except Exception as error:  # whatever it is, the other ranks must hear of it
         failure = error
@@ -101,11 +101,16 @@ def loss_of_all(
     if call["labels"] is None:  # every rank has numbered its samples for itself
         first = sum(record[_NUM_COLS] for record in records[: membership.rank])
         problem = _renumbered(problem, first)
+    options = (backend, call["reduction"])
+    if problem.symmetric:
+        lengths = [[record[side] for record in records] for side in (_NUM_ROWS, _NUM_COLS)]
+        needed = any(record[_NEEDS] for record in records)
+        operands = (*problem.operands(), membership, lengths, needed)
+        both: Tensor = BothWays.apply(*operands, *options)
+        return problem, both
     first_views = call["contrast_features"] is None
     gathered = _Gathered.of(problem, first_views, membership, records)
-    loss: Tensor = _Differentiable.apply(
-        *problem.operands(), gathered, membership, backend, call["reduction"]
-    )
+    loss: Tensor = _Differentiable.apply(*problem.operands(), gathered, membership, *options)
     return problem, loss
 
 
@@ -126,7 +131,7 @@ def rows_of_all(
         ValueError: on every rank, where an argument disagrees or was refused on one of them.
         TypeError: ``group`` is no process group.
     """
-    membership = _Membership.of(group, queue)
+    membership = Membership.of(group, queue)
     rows, text, failure = None, "", None
     try:
         rows = build()
@@ -145,7 +150,7 @@ def rows_of_all(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Membership:
+class Membership:
     """This process in a group."""
 
     group: ProcessGroup
@@ -155,7 +160,7 @@ class _Membership:
     device: torch.device  # where small tensors are sent from: the same type on every rank
 
     @staticmethod
-    def of(group: Any, features: Any) -> _Membership:
+    def of(group: Any, features: Any) -> Membership:
         """This process in ``group``, which sends from the device of ``features`` where it can."""
         if not dist.is_available():
             raise ValueError("group must be None where torch.distributed is not available")
@@ -176,7 +181,7 @@ class _Membership:
         kind = "cpu" if "cpu" in devices else devices[0]
         found = features.device if isinstance(features, Tensor) else torch.device(kind)
         device = found if found.type == kind else torch.device(kind)
-        return _Membership(group, rank, dist.get_world_size(group), devices, device)
+        return Membership(group, rank, dist.get_world_size(group), devices, device)
 
     def check_device(self, features: Tensor) -> None:
         """The group takes tensors of the features' device."""
@@ -229,7 +234,7 @@ def _bytes_of_row(x: Tensor) -> int:
     return math.prod(x.shape[1:]) * x.element_size()
 
 
-def _check(problem: Problem, backend: str, reduction: str, membership: _Membership) -> None:
+def _check(problem: Problem, backend: str, reduction: str, membership: Membership) -> None:
     """What a call of one process may be and one of a group may not."""
     if reduction == "none":
         raise ValueError(
@@ -266,7 +271,7 @@ def _kind(name: str, value: Any) -> str:
 
 
 def _agree(
-    membership: _Membership, text: str, failure: Exception | None, numbers: list[int]
+    membership: Membership, text: str, failure: Exception | None, numbers: list[int]
 ) -> list[list[int]]:
     """Every rank's record, given that all have the same ``text`` and none has failed.
 
@@ -332,6 +337,15 @@ def _contrasts(problem: Problem) -> tuple[Tensor, Tensor]:
     return cols, labels
 
 
+def _needs_statistics(problem: Problem) -> bool:
+    """Whether a gradient of this rank's is made with other ranks' statistics."""
+    contrasts, _ = _contrasts(problem)
+    if not problem.symmetric:
+        return contrasts.requires_grad
+    leaves = (problem.rows, contrasts, problem.temperature_tensor)
+    return any(x is not None and x.requires_grad for x in leaves)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Gathered:
     """What the ranks have sent each other: this rank's own first, then the others' in their order.
@@ -352,7 +366,7 @@ class _Gathered:
 
     @staticmethod
     def of(
-        problem: Problem, first_views: bool, membership: _Membership, records: list[list[int]]
+        problem: Problem, first_views: bool, membership: Membership, records: list[list[int]]
     ) -> _Gathered:
         """Gathers the contrasts; with them the anchors, if needed and not among the contrasts.
 

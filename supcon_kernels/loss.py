@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from supcon_kernels import backends, distributed, op, validation
-from supcon_kernels.problem import Problem, as_asked
+from supcon_kernels.problem import Problem, as_asked, mean_of_ways
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,6 +26,7 @@ def supcon_loss(
     contrast_features: Tensor | None = None,
     contrast_labels: Tensor | None = None,
     self_offset: int | None = None,
+    symmetric: bool = False,
     temperature: float | Tensor = 0.07,
     base_temperature: float | None = None,
     contrast_mode: str = "all",
@@ -65,6 +66,9 @@ def supcon_loss(
         contrast_labels: (M,) or (M, C), as ``labels``.
         self_offset: with ``contrast_features``: its row ``self_offset + i`` is anchor i itself
             and is left out of every sum.
+        symmetric: with ``contrast_features``: the mean of two losses, the one of ``features`` against
+            ``contrast_features`` and the one of ``contrast_features`` against ``features``, as in
+            CLIP. Costs less than two calls. A mask (N, M) serves both.
         temperature: τ > 0, a number or a 0-dim tensor, which may require grad. Where it changes
             from step to step under ``torch.compile``, a tensor avoids compiling for each value.
         base_temperature: multiply the loss by temperature / base_temperature; None: do not.
@@ -129,6 +133,7 @@ def supcon_loss(
         "contrast_features": contrast_features,
         "contrast_labels": _canonical(contrast_labels),
         "self_offset": self_offset,
+        "symmetric": symmetric,
         "temperature": temperature,
         "base_temperature": base_temperature,
         "contrast_mode": contrast_mode,
@@ -145,8 +150,9 @@ def supcon_loss(
     else:
         problem, chosen = _prepared(backend, **call)
         if chosen == "reference":
-            losses = backends.reference.rows_loss(problem.by_rows())
-            loss, _ = as_asked(*losses, reduction)
+            rows_loss = backends.reference.rows_loss
+            of_ways = [as_asked(*rows_loss(w.by_rows()), reduction)[0] for w in problem.ways()]
+            loss = mean_of_ways(of_ways)
         else:
             loss = op.loss_of(*problem.operands(), reduction, chosen)
     if base_temperature is not None:
@@ -163,6 +169,7 @@ def _prepared(
     contrast_features: Tensor | None,
     contrast_labels: Tensor | None,
     self_offset: int | None,
+    symmetric: bool,
     temperature: float | Tensor,
     base_temperature: float | None,
     contrast_mode: str,
@@ -179,6 +186,7 @@ def _prepared(
         denominator=denominator,
         reduction=reduction,
         normalize=normalize,
+        symmetric=symmetric,
         ignore_index=ignore_index,
     )
     validation.check_features(features, contrast_features)
@@ -186,6 +194,10 @@ def _prepared(
     validation.check_targets(
         features, labels, mask, contrast_features, contrast_labels, self_offset
     )
+    if symmetric:
+        validation.check_both_ways(
+            features, labels, mask, contrast_features, self_offset, reduction
+        )
 
     if contrast_features is not None:
         contrast_features = contrast_features.to(features.dtype)
@@ -216,6 +228,7 @@ def _prepared(
         normalize=normalize,
         ignore_index=ignore_index,
         tf32=features.is_cuda and _allows_tf32(),
+        symmetric=symmetric,
     )
     return problem, backends.choose(problem, backend)
 
@@ -310,6 +323,7 @@ class SupConLoss(nn.Module):
         contrast_features: Tensor | None = None,
         contrast_labels: Tensor | None = None,
         self_offset: int | None = None,
+        symmetric: bool = False,
     ) -> Tensor:
         """The loss of ``features`` (B, V, …), trailing dimensions flattened, or (N, D)."""
         return supcon_loss(
@@ -319,6 +333,7 @@ class SupConLoss(nn.Module):
             contrast_features=contrast_features,
             contrast_labels=contrast_labels,
             self_offset=self_offset,
+            symmetric=symmetric,
             temperature=self.temperature,
             base_temperature=self.base_temperature,
             contrast_mode=self.contrast_mode,

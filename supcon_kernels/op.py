@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from supcon_kernels.backends import BACKENDS, native, triton
-from supcon_kernels.problem import Problem, as_asked, statistics_dtype, working_dtype
+from supcon_kernels.problem import Problem, as_asked, mean_of_ways, statistics_dtype, working_dtype
 
 _PROBLEM = (
     "Tensor rows, Tensor? cols, Tensor? row_labels, Tensor? col_labels, Tensor? weights, "
     "Tensor? temperature_tensor, float temperature, SymInt? self_offset, str summation, "
-    "str denominator, bool normalize, int ignore_index, bool tf32, str reduction, str backend"
+    "str denominator, bool normalize, int ignore_index, bool tf32, bool symmetric, str reduction, "
+    "str backend"
 )
 _ROWS, _COLS, _TEMPERATURE, _NUM_TENSORS = 0, 1, 5, 6
 _DIFFERENTIABLE = (_ROWS, _COLS, _TEMPERATURE)
-_NUM_OPERANDS = 15  # of _PROBLEM
+_NUM_OPERANDS = 16  # of _PROBLEM
 _PLAIN = (Tensor, torch.nn.Parameter)
 _LIBRARY: Any = torch.library.Library("supcon_kernels", "DEF")
 
@@ -48,15 +49,26 @@ def _forward(*operands: Any) -> tuple[Tensor, ...]:
 
     Returns:
         loss: 0-dim, or (N,) where the reduction is "none".
-        count: 0-dim, what the sum of the anchors' losses was divided by, at least 1.
-        stats: (k, N) what is known of each anchor; the second is infinite where it does not contribute.
+        count: 0-dim, what the sum of the anchors' losses was divided by, at least 1; (2,) where
+            symmetric, of the rows' sum and of the columns'.
+        stats: (k, N) what is known of each anchor; the second is infinite where it does not
+            contribute. Where symmetric (k, N + M): the columns come after the rows.
         prepared: what the backend makes of the features, or nothing.
     """
     *fields, reduction, backend = operands
     problem = Problem(*fields)
+    of_ways: list[tuple[Tensor, ...]]
     if backend == "triton":
-        return triton.forward(problem, reduction)
-    return _results(BACKENDS[backend].forward(problem.by_rows()), reduction)
+        of_ways = [triton.forward(way, reduction) for way in problem.ways()]
+    elif problem.symmetric:
+        both = BACKENDS[backend].forward_both_ways(problem)
+        of_ways = [_results(of_way, reduction) for of_way in both]
+    else:
+        of_ways = [_results(BACKENDS[backend].forward(problem.by_rows()), reduction)]
+    if not problem.symmetric:
+        return of_ways[0]
+    losses, counts, stats, prepared = zip(*of_ways)
+    return mean_of_ways(losses), torch.stack(counts) * 2, torch.cat(stats, dim=1), prepared[0]
 
 
 def _results(of_backend: tuple[Tensor, ...], reduction: str) -> tuple[Tensor, ...]:
@@ -78,9 +90,16 @@ def _forward_for(
     if backend != "native" or not native.makes_gradients(problem, reduction):
         return _forward(*operands), ()
     losses, grads = native.forward_and_backward(problem.by_rows(), reduction, wanted)
-    if not problem.has_integer_labels:
-        grads = tuple(grad + problem.target_poison() for grad in grads)
-    return _results(losses, reduction), grads
+    return _results(losses, reduction), _poisoned(problem, grads)
+
+
+def _poisoned(
+    problem: Problem, grads: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    if problem.has_integer_labels:
+        return grads
+    poison = problem.target_poison()
+    return grads[0] + poison, grads[1] + poison, grads[2] + poison
 
 
 def _scaled(
@@ -113,6 +132,8 @@ def _backward(
     *fields, reduction, backend = operands[:_NUM_OPERANDS]
     problem, of_cols = Problem(*fields), operands[_NUM_OPERANDS:]
     needs = (needs_rows, needs_cols, needs_temperature)
+    if problem.symmetric:
+        return _backward_both_ways(problem, grad_loss / count, stats, prepared, needs, backend)
     if backend == "triton":
         return triton.backward(problem, grad_loss, count, stats, prepared, *needs, *of_cols)
     if reduction != "none":
@@ -121,13 +142,50 @@ def _backward(
         if of_cols and of_cols[1] is not None:
             of_cols = (weight.expand(of_cols[1].shape[1]), of_cols[1])
     grads = BACKENDS[backend].backward(problem.by_rows(), grad_loss, stats, *needs, *of_cols)
-    if not problem.has_integer_labels:
-        grads = tuple(grad + problem.target_poison() for grad in grads)
+    grads = _poisoned(problem, grads)
     return (
         _as_given(grads[0], problem.rows) if needs_rows else grads[0],
         _as_given(grads[1], problem.cols) if needs_cols else grads[1],
         grads[2],
     )
+
+
+def _backward_both_ways(
+    problem: Problem,
+    weights: Tensor,
+    stats: Tensor,
+    prepared: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``_backward`` of a symmetric problem, whose rows' and columns' losses have ``weights`` (2,).
+
+    On ``triton`` each side's gradient is that of rows whose columns are anchors, too.
+    """
+    n, m = problem.num_rows, problem.num_cols
+    of_rows = weights[0].expand(n), stats[:, :n]
+    of_cols = weights[1].expand(m), stats[:, n:]
+    if backend != "triton":
+        grads = BACKENDS[backend].backward(problem, *of_rows, *needs, *of_cols)
+        return _poisoned(problem, grads)
+    one_way, other_way = problem.ways()
+    needs_rows, needs_cols, needs_temperature = needs
+    one = weights.new_ones(())
+    grad_rows, grad_cols, grad_tau = triton.backward(
+        one_way,
+        of_rows[0],
+        one,
+        of_rows[1],
+        prepared,
+        needs_rows,
+        False,
+        needs_temperature,
+        *of_cols,
+    )
+    if needs_cols:
+        call = (other_way, of_cols[0], one, of_cols[1], None, True, False, False)
+        grad_cols, _, _ = triton.backward(*call, *of_rows)
+    return grad_rows, grad_cols, grad_tau * 2  # it is half of the sum of both
 
 
 def _as_given(gradient: Tensor, features: Tensor | None) -> Tensor:
@@ -143,10 +201,15 @@ def _forward_fake(*operands: Any) -> tuple[Tensor, ...]:
     problem = Problem(*fields)
     n, rows = problem.num_rows, problem.rows
     loss = rows.new_empty((n,) if reduction == "none" else (), dtype=working_dtype(rows))
+    count = loss.new_empty((2,) if problem.symmetric else ())
     if backend == "triton":
-        return loss, loss.new_empty(()), *triton.empty_saved(problem)
-    stats = rows.new_empty(3, n, dtype=statistics_dtype(rows))
-    return loss, loss.new_empty(()), stats, loss.new_empty(0)
+        stats, prepared = triton.empty_saved(problem)
+    else:
+        stats = rows.new_empty(3, n, dtype=statistics_dtype(rows))
+        prepared = loss.new_empty(0)
+    if problem.symmetric:
+        stats = stats.new_empty(stats.shape[0], n + problem.num_cols)
+    return loss, count, stats, prepared
 
 
 def _backward_fake(

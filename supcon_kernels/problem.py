@@ -7,6 +7,7 @@ normalisation and its backward, and which pairs are positive, negative or ignore
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Problem:
         normalize: L2-normalise rows and columns.
         ignore_index: the integer label of rows and columns that take no part.
         tf32: whether torch was told that a product of float32 on CUDA may be one of TF32.
+        symmetric: the columns are anchors of the rows, too, and the loss is the mean of both ways'.
     """
 
     rows: Tensor
@@ -51,6 +53,7 @@ class Problem:
     normalize: bool
     ignore_index: int
     tf32: bool = False
+    symmetric: bool = False
 
     def operands(self) -> tuple[object, ...]:
         """The fields as a flat tuple: ``Problem(*problem.operands())`` is the same problem."""
@@ -83,6 +86,25 @@ class Problem:
             None if of_cols is None else _repeated(of_cols, cols),
             *self.operands()[4:],  # type: ignore[arg-type]
         )
+
+    def mirrored(self) -> Problem:
+        """One way of a symmetric problem: the columns against the rows."""
+        assert self.cols is not None and self.self_offset is None
+        return dataclasses.replace(
+            self,
+            rows=self.cols,
+            cols=self.rows,
+            row_labels=self.col_labels,
+            col_labels=self.row_labels,
+            weights=None if self.weights is None else self.weights.T,
+            symmetric=False,
+        )
+
+    def ways(self) -> tuple[Problem, ...]:
+        """The problems of one way each, whose mean loss this one's is."""
+        if not self.symmetric:
+            return (self,)
+        return dataclasses.replace(self, symmetric=False), self.mirrored()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -208,6 +230,11 @@ def as_asked(
         return loss if reduction == "none" else total, None
     count = counts[0 if reduction == "mean" else 1]
     return total / count, count
+
+
+def mean_of_ways(losses: Sequence[Tensor]) -> Tensor:
+    """The loss of a problem, given those of its ``ways``."""
+    return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
 
 
 def _num_rows(x: Tensor) -> int:

@@ -23,10 +23,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_options(normalize: Any, ignore_index: Any, **options: Any) -> None:
+def check_options(normalize: Any, symmetric: Any, ignore_index: Any, **options: Any) -> None:
     """Each option is of its type and one of the values that it knows."""
-    if not isinstance(normalize, bool):
-        raise ValueError(f"normalize must be True or False, got {normalize!r}")
+    for name, value in (("normalize", normalize), ("symmetric", symmetric)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
     if (
         isinstance(ignore_index, bool)
         or not isinstance(ignore_index, int)
@@ -105,6 +106,27 @@ def _check_temperature_tensor(features: Tensor, temperature: Tensor) -> None:
         raise ValueError(f"temperature must be > 0 and finite, got {float(temperature.detach())}")
 
 
+def check_clip(logit_scale: Any, logit_bias: Any) -> None:
+    """The scale of CLIP's logits is a positive number, and there is no bias."""
+    if logit_bias is not None:
+        raise ValueError(
+            f"logit_bias must be None, got {_described(logit_bias)}: it changes nothing in a softmax"
+        )
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1 or logit_scale.dtype not in FLOATS:
+            raise ValueError(
+                "logit_scale must be a number or a floating-point tensor of one element, "
+                f"got {_described(logit_scale)}"
+            )
+        if not _readable(logit_scale):
+            return
+        logit_scale = float(logit_scale.detach())
+    elif isinstance(logit_scale, bool) or not isinstance(logit_scale, (float, numbers.Real)):
+        raise ValueError(f"logit_scale must be a number > 0, got {logit_scale!r}")
+    if not 0 < float(logit_scale) < float("inf"):
+        raise ValueError(f"logit_scale must be > 0 and finite, got {logit_scale}")
+
+
 def check_targets(
     features: Tensor,
     labels: Any,
@@ -135,6 +157,31 @@ def check_targets(
         shapes = [(batch, contrast_features.shape[0])]
     if mask is not None:
         _check_mask(mask, shapes, features)
+
+
+def check_both_ways(
+    features: Tensor,
+    labels: Any,
+    mask: Any,
+    contrast_features: Tensor | None,
+    self_offset: Any,
+    reduction: str,
+) -> None:
+    """What a symmetric call must be, given that one way is right."""
+    if contrast_features is None:
+        raise ValueError("symmetric must be False without contrast_features, got True")
+    if self_offset is not None:
+        raise ValueError(f"self_offset must be None with symmetric=True, got {self_offset!r}")
+    if reduction == "none":
+        raise ValueError(
+            "reduction must be 'mean', 'positive_mean' or 'sum' with symmetric=True, got 'none'"
+        )
+    if labels is None and mask is None and contrast_features.shape[0] != features.shape[0]:
+        raise ValueError(
+            "contrast_features must have as many rows as there are anchors "
+            f"({features.shape[0]}) with symmetric=True and no labels, row i being the positive of "
+            f"anchor i, got {contrast_features.shape[0]}"
+        )
 
 
 def _check_contrast(

@@ -408,6 +408,52 @@ def masked_memory(g):
     }
 
 
+# --- both directions
+
+
+def both(a: Tensor, b: Tensor, **arguments: Any) -> Arguments:
+    """The arguments of a call with both directions of two sides."""
+    return {"features": a, "contrast_features": b, "symmetric": True, **arguments}
+
+
+@case("CLIP: two towers, both directions, over several tiles")
+def symmetric_towers(g):
+    images, noise = randn(g, 2, 140, 8)
+    return both(images, noise + 0.3 * images)
+
+
+@case("both directions, exponents that need a shift")
+def symmetric_cold_towers(g):
+    return {**by_id("symmetric_towers").build(g), "temperature": 0.01}
+
+
+@case("both directions with labels, sides of different lengths, ignored garbage on both")
+def symmetric_memory(g):
+    return {**by_id("half_empty_memory").build(g), "symmetric": True}
+
+
+@case("both directions over several tiles, many positives in each class, first views")
+def symmetric_tiles(g):
+    labels, names = classes(g, 150, 5), classes(g, 100, 6)
+    return both(randn(g, 150, 2, 12), randn(g, 100, 12), labels=labels, contrast_labels=names)
+
+
+@case("both directions of a weighted mask with ignored pairs, a row and a column without positives")
+def symmetric_mask(g):
+    mask = torch.rand(90, 130, generator=g).sub(0.7).mul(3)
+    mask[mask.abs() < 0.8] = 0
+    mask[4], mask[:, 9] = 0, 0
+    return both(randn(g, 90, 16), randn(g, 130, 16), mask=mask)
+
+
+@case("both directions with soft labels, some of them nearly one-hot")
+def symmetric_soft(g):
+    labels = torch.rand(88, 4, generator=g, dtype=torch.float64)
+    labels[::3] = (40 * labels[::3]).softmax(dim=1)
+    sides = randn(g, 18, 8), randn(g, 70, 8)
+    return both(*sides, labels=labels[:18], contrast_labels=labels[18:])
+
+
 def memory_arguments(g: torch.Generator) -> Arguments:
     """A labelled memory, for cases that change something about it."""
     return by_id("memory").build(g)

@@ -67,6 +67,8 @@ def plan() -> list[tuple[Any, ...]]:
         (4, "ragged", torch.float64),
         (4, "first_view_anchors", torch.float64),
         (4, "towers", torch.float64),
+        (4, "symmetric_memory", torch.float64),
+        (2, "symmetric_towers", torch.bfloat16),
         (4, "ignored_garbage", torch.float32),
         (4, "half_empty_memory", torch.float32),
         (4, "unlabelled_views", torch.bfloat16),
@@ -81,6 +83,7 @@ def interpreted_plan() -> list[tuple[Any, ...]]:
     """The same for the Triton kernels, under their interpreter."""
     two = [(2, name, ("out", "all")) for name in ("two_views", "self_in_memory", "three_features")]
     two += [(2, "singleton", variant) for variant in VARIANTS]
+    two += [(2, "symmetric_memory", ("out", "all"))]
     return [
         (*call, reduction, "triton", (torch.float32, torch.bfloat16)[k % 2])
         for k, (call, reduction) in enumerate(zip(two, itertools.cycle(REDUCTIONS)))
@@ -249,6 +252,11 @@ DISAGREEMENTS: dict[str, dict[str, Any]] = {
     "contrast_features": {
         "contrast_features": torch.randn(6, 4),
         "contrast_labels": torch.arange(6) % 2,
+    },
+    "symmetric": {
+        "contrast_features": torch.randn(6, 4),
+        "contrast_labels": torch.arange(6) % 2,
+        "symmetric": True,
     },
 }
 FAILURES: dict[str, dict[str, Any]] = {

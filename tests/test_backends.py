@@ -50,11 +50,16 @@ def test_every_dtype(backend, case, variant, dtype):
 
 
 @pytest.mark.parametrize("reduction", ["positive_mean", "sum", "none"])
-@pytest.mark.parametrize("name", ["singleton", "ignored_garbage", "two_views", "half_empty_memory"])
+@pytest.mark.parametrize(
+    "name",
+    ["singleton", "ignored_garbage", "two_views", "half_empty_memory", "symmetric_memory"],
+)
 @pytest.mark.parametrize("backend", FUSED)
 def test_every_reduction(backend, name, reduction):
     for denominator in ("all", "only_negatives"):
         arguments = arguments_of(by_id(name), ("out", denominator))
+        if reduction == "none" and "symmetric" in arguments:
+            continue
         if takes(backend, arguments):
             loss = functools.partial(supcon_loss, backend=backend)
             assert_close(loss, {**arguments, "reduction": reduction}, torch.float32)
@@ -62,16 +67,17 @@ def test_every_reduction(backend, name, reduction):
 
 @pytest.mark.parametrize("wanted", ["features", "contrast_features", "temperature"])
 @pytest.mark.parametrize(
-    "backend, variant",
+    "backend, name, variant",
     [
-        (backend, variant)
+        (backend, name, variant)
         for backend in FUSED
+        for name in ("self_in_memory", "symmetric_memory", "symmetric_mask", "symmetric_soft")
         for variant in [("out", "all"), ("in", "one_positive")]
-        if takes(backend, arguments_of(by_id("self_in_memory"), variant))
+        if takes(backend, arguments_of(by_id(name), variant))
     ],
 )
-def test_a_gradient_wanted_alone_is_the_same(backend, variant, wanted):
-    arguments = by_id("self_in_memory").arguments()
+def test_a_gradient_wanted_alone_is_the_same(backend, name, variant, wanted):
+    arguments = by_id(name).arguments()
     arguments["temperature"] = torch.tensor(0.1, dtype=torch.float64)
     options = {"summation": variant[0], "denominator": variant[1], "backend": backend}
     leaves = ("features", "contrast_features", "temperature")

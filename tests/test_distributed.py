@@ -271,7 +271,7 @@ def test_ranks_tell_each_other_from_the_device_of_their_features(monkeypatch):
         ("cuda:nccl", None, "cuda"),
     ):
         monkeypatch.setattr(distributed.dist, "get_backend_config", lambda group, c=config: c)
-        assert distributed._Membership.of(group, given).device == torch.device(device)
+        assert distributed.Membership.of(group, given).device == torch.device(device)
 
 
 def test_a_rank_that_stays_away_ends_the_others_after_the_timeout(found):

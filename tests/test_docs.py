@@ -1,6 +1,6 @@
 """README and docs/: every program runs, and every command's options exist.
 
-docs/training.md and docs/export.md are run on a folder of images by test_train_docs.py, and
+docs/training.md, evaluation.md and export.md are run on folders of images by test_train_docs.py, and
 docs/frameworks.md with the libraries that it names by the tests in integrations/.
 """
 
@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN_ELSEWHERE = {"training.md", "export.md", "frameworks.md"}
+RUN_ELSEWHERE = {"training.md", "evaluation.md", "export.md", "frameworks.md"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -29,6 +29,9 @@ def names_of_the_reader() -> dict[str, object]:
         "labels": torch.arange(32) % 4,
         "features": torch.nn.functional.normalize(torch.randn(32, 2, 8), dim=2),
         "embeddings": torch.randn(32, 8),
+        "image_features": torch.randn(32, 8),
+        "text_features": torch.randn(32, 8),
+        "logit_scale": torch.tensor(14.3),
     }
 
 

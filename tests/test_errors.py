@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from supcon_kernels import LabelQueue, SupConLoss, supcon_loss
+from supcon_kernels import ClipLoss, LabelQueue, SupConLoss, supcon_loss
 
 FEATURES = torch.randn(4, 3)
 VIEWS = torch.randn(4, 2, 3)
@@ -15,6 +15,12 @@ SOFT = torch.rand(4, 5)
 MEMORY = torch.randn(6, 3)
 MEMORY_LABELS = torch.tensor([0, 1, 0, 1, 0, 1])
 MASK = torch.ones(4, 4)
+SYMMETRIC = {
+    "labels": LABELS,
+    "contrast_features": MEMORY,
+    "contrast_labels": MEMORY_LABELS,
+    "symmetric": True,
+}
 
 CALLS = [
     # features
@@ -127,6 +133,16 @@ CALLS = [
     ("summation", "'both'", ValueError, {"labels": LABELS, "summation": "both"}),
     ("denominator", "'none'", ValueError, {"labels": LABELS, "denominator": "none"}),
     ("reduction", "'max'", ValueError, {"labels": LABELS, "reduction": "max"}),
+    ("symmetric", "1", ValueError, {"labels": LABELS, "symmetric": 1}),
+    ("symmetric", "without contrast_features", ValueError, {"labels": LABELS, "symmetric": True}),
+    ("self_offset", "symmetric=True, got 0", ValueError, {**SYMMETRIC, "self_offset": 0}),
+    ("reduction", "symmetric=True, got 'none'", ValueError, {**SYMMETRIC, "reduction": "none"}),
+    (
+        "contrast_features",
+        r"\(4\) with symmetric=True .* got 8",
+        ValueError,
+        {"contrast_features": torch.randn(8, 3), "symmetric": True},
+    ),
     ("normalize", "'no'", ValueError, {"labels": LABELS, "normalize": "no"}),
     *(
         ("ignore_index", str(index), ValueError, {"labels": LABELS, "ignore_index": index})
@@ -149,6 +165,22 @@ def test_learning_the_temperature_in_the_module_needs_no_base():
     criterion = SupConLoss(torch.nn.Parameter(torch.tensor(0.1)))
     with pytest.raises(ValueError, match=r"^base_temperature must be None"):
         criterion(VIEWS, LABELS)
+
+
+@pytest.mark.parametrize(
+    "name, said, scale, bias",
+    [
+        ("logit_bias", r"got torch\.float32 of shape \(\)", 10.0, torch.tensor(0.0)),
+        ("logit_scale", "got 0", 0, None),
+        ("logit_scale", "got -1.0", torch.tensor([-1.0]), None),
+        ("logit_scale", "'ten'", "ten", None),
+        ("logit_scale", r"\(2,\)", torch.ones(2), None),
+        ("logit_scale", "int64", torch.tensor(1), None),
+    ],
+)
+def test_clip_names_the_argument(name, said, scale, bias):
+    with pytest.raises(ValueError, match=rf"^{name} must .*{said}"):
+        ClipLoss()(FEATURES, FEATURES, scale, bias)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from pytorch_metric_learning import losses
 
 from cases import by_id
-from supcon_kernels import supcon_loss
+from supcon_kernels import LabelQueue, supcon_loss
 
 
 def value_and_gradient(function, features):
@@ -60,3 +60,25 @@ def test_nt_xent():
         lambda x: losses.NTXentLoss(0.5)(torch.cat((x, z1)), samples.repeat(2)),
         z0,
     )
+
+
+def test_cross_batch_memory():
+    arguments = by_id("several_tiles").arguments()
+    batches = list(zip(arguments["features"].split(60), arguments["labels"].split(60)))[:5]
+    theirs = losses.CrossBatchMemory(losses.SupConLoss(temperature=0.1), 24, memory_size=150)
+    queue = LabelQueue(150, 24, dtype=torch.float64)
+
+    def ours(x, labels):
+        queue.enqueue(x, labels)
+        return supcon_loss(
+            x,
+            labels,
+            contrast_features=queue.features,
+            contrast_labels=queue.labels,
+            self_offset=len(queue.labels) - len(labels),
+            temperature=0.1,
+            reduction="positive_mean",
+        )
+
+    for features, labels in batches:  # the memory is not full, then is, then drops rows
+        assert_same(lambda x, y=labels: ours(x, y), lambda x, y=labels: theirs(x, y), features)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 import subprocess
@@ -55,7 +54,15 @@ def variant_of(name: str, variant: tuple[str, str]) -> dict:
     return by_id(name).arguments() | dict(zip(("summation", "denominator"), variant))
 
 
-OPCHECK_CASES = ["ragged", "self_in_memory", "weighted_mask", "soft_memory", "half_empty_memory"]
+OPCHECK_CASES = [
+    "ragged",
+    "self_in_memory",
+    "weighted_mask",
+    "soft_memory",
+    "half_empty_memory",
+    "symmetric_memory",
+    "symmetric_mask",
+]
 
 
 @pytest.mark.parametrize(
@@ -74,9 +81,10 @@ def test_opcheck(backend, name, variant):
     if name in ("ragged", "self_in_memory"):
         options["temperature"] = torch.tensor(0.1)
     problem = problem_of(name, **options)
-    operands = (*require_grad(problem), "none", backend)
+    reduction = "mean" if problem.symmetric else "none"
+    operands = (*require_grad(problem), reduction, backend)
     torch.library.opcheck(op.forward, operands)
-    loss, *saved = op.forward(*problem.operands(), "none", backend)
+    loss, *saved = op.forward(*problem.operands(), reduction, backend)
     needs = (True, problem.cols is not None, problem.temperature_tensor is not None)
     fixed = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in operands)
     torch.library.opcheck(
@@ -117,14 +125,7 @@ def test_columns_that_are_anchors_too(backend, name, variant):
     temperature = torch.tensor(0.1, dtype=torch.float64)
     arguments = {**variant_of(name, variant), "temperature": temperature}
     problem = problem_of(name, torch.float64, **arguments)
-    turned = dataclasses.replace(
-        problem,
-        rows=problem.cols,
-        cols=problem.rows,
-        row_labels=problem.col_labels,
-        col_labels=problem.row_labels,
-    )
-    rows, cols = problem.operands(), turned.operands()
+    rows, cols = problem.operands(), problem.mirrored().operands()
     loss, count, stats, _ = op.forward(*rows, "none", backend)
     col_loss, _, col_stats, _ = op.forward(*cols, "none", backend)
     weights = torch.linspace(0.5, 1.5, len(loss) + len(col_loss), dtype=torch.float64)

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from cases import BACKENDS, NOWHERE, by_id
-from supcon_kernels import SupConLoss, supcon_loss
+from cases import BACKENDS, NOWHERE, by_id, takes
+from supcon_kernels import ClipLoss, SupConLoss, supcon_loss
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -82,6 +82,42 @@ def test_towers_are_clip(backend):
     expected = torch.nn.functional.cross_entropy(logits, torch.arange(9))
     loss = supcon_loss(images, contrast_features=texts, backend=backend)
     torch.testing.assert_close(loss, expected)
+
+
+@backends
+@pytest.mark.parametrize("reduction", ["mean", "positive_mean", "sum"])
+@pytest.mark.parametrize("name", ["symmetric_towers", "symmetric_memory", "symmetric_mask"])
+def test_symmetric_is_the_mean_of_both_ways(backend, name, reduction):
+    arguments = {**by_id(name).arguments(), "reduction": reduction}
+    if not takes(backend, arguments):
+        return
+    arguments["backend"] = backend
+    loss = supcon_loss(**arguments)
+    del arguments["symmetric"]
+    one_way = supcon_loss(**arguments)
+    for a, b in (("features", "contrast_features"), ("labels", "contrast_labels")):
+        arguments[a], arguments[b] = arguments.get(b), arguments.get(a)
+    if "mask" in arguments:
+        arguments["mask"] = arguments["mask"].T
+    torch.testing.assert_close(loss, (one_way + supcon_loss(**arguments)) / 2)
+
+
+@pytest.mark.parametrize("scale", [10.0, torch.tensor(10.0), torch.tensor([10.0]).half()])
+def test_clip_loss_is_the_symmetric_call(scale):
+    images, texts = torch.randn(2, 9, 5)
+    expected = supcon_loss(images, contrast_features=texts, symmetric=True, temperature=0.1)
+    torch.testing.assert_close(ClipLoss()(images, texts, scale), expected)
+    named = ClipLoss()(images, texts, logit_scale=scale, output_dict=True)
+    torch.testing.assert_close(named, {"contrastive_loss": expected})
+
+
+@backends
+def test_symmetric_towers_are_clip(backend):
+    images, texts = torch.randn(2, 9, 5, dtype=torch.float64)
+    logits = torch.nn.functional.normalize(images) @ torch.nn.functional.normalize(texts).T / 0.07
+    ways = [torch.nn.functional.cross_entropy(x, torch.arange(9)) for x in (logits, logits.T)]
+    loss = supcon_loss(images, contrast_features=texts, symmetric=True, backend=backend)
+    torch.testing.assert_close(loss, sum(ways) / 2)
 
 
 @backends
@@ -211,6 +247,9 @@ def test_module_is_a_drop_in():
     assert criterion(features, None, mask) == expected
     assert criterion(features.unflatten(2, (4, 8)), labels) == expected
     assert SupConLoss()(features, labels) == supcon_loss(features, labels, base_temperature=0.07)
+    towers = {"contrast_features": features[:, 1], "symmetric": True}
+    expected = supcon_loss(features, **towers, temperature=0.2, base_temperature=0.1)
+    assert criterion(features, **towers) == expected
 
 
 def test_module_learns_its_temperature():

@@ -1,4 +1,4 @@
-"""docs/training.md and docs/export.md: their commands and programs run, on a folder of small images.
+"""docs/training.md, export.md and evaluation.md: what they show runs, on folders of small images.
 
 `pip install` aside, and train/export.py, which integrations/test_onnx.py runs: it needs onnx.
 """
@@ -13,7 +13,7 @@ import pytest
 from train_fixtures import TRAIN, write_images
 
 DOCS = Path(__file__).parent.parent / "docs"
-TRAINING, EXPORT = ((DOCS / name).read_text() for name in ("training.md", "export.md"))
+PAGES = "".join((DOCS / f"{name}.md").read_text() for name in ("training", "export", "evaluation"))
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 NOT_RUN = ("pip install ", "python train/export.py ")
 SHORT = ["--batch_size", "6", "--max_steps", "2", "--device", "cpu"]
@@ -21,10 +21,11 @@ SHORT = ["--batch_size", "6", "--max_steps", "2", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the commands find what they name: train/ and photos/."""
+    """Where the commands find what they name: train/ and folders of images."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "train").symlink_to(TRAIN)
     write_images(folder / "photos", {"cat": 14, "dog": 14, "owl": 14})
+    write_images(folder / "others", {"jay": 8, "wren": 8})
     return folder
 
 
@@ -40,8 +41,9 @@ def run(command: str) -> None:
 
 def test_every_command_and_program(folder, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("evaluation.corruptions.CORRUPTIONS", ("fog", "pixelate"))
     seen = set()
-    for language, block in BLOCK.findall(TRAINING + EXPORT):
+    for language, block in BLOCK.findall(PAGES):
         if language == "python":
             exec(compile(block, "docs", "exec"), {})
             continue
@@ -50,8 +52,9 @@ def test_every_command_and_program(folder, monkeypatch):
                 continue
             run(command)
             seen.add(re.search(r"train/(\w+)\.py", command)[1])
-    assert seen == {"pretrain", "linear", "embed"}
-    runs = {path.name for path in Path("runs").iterdir()}
-    assert runs == set(re.findall(r"--name (\w+)", TRAINING))
+    assert seen == {"pretrain", "linear", "embed", "evaluate"}
+    runs = {path.name for path in Path("runs").iterdir() if path.is_dir()}
+    assert runs == set(re.findall(r"--name (\w+)", PAGES))
     for name in runs:
         assert (Path("runs") / name / "results.json").is_file()
+    assert Path("runs/comparison.md").is_file()

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from supcon_kernels import supcon_loss
+from supcon_kernels import ClipLoss
 
 torch.manual_seed(0)
 # A caption is four words; its image shows a pattern for each of them, and noise.
@@ -13,22 +13,20 @@ images = patterns[captions].mean(dim=1) + 0.02 * torch.randn(2048, 1, 16, 16)
 
 image_tower = nn.Sequential(nn.Flatten(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64))
 text_tower = nn.Sequential(nn.EmbeddingBag(100, 256), nn.ReLU(), nn.Linear(256, 64))
-log_temperature = nn.Parameter(torch.tensor(0.07).log())
+log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+clip_loss = ClipLoss()  # with DDP: ClipLoss(group="world")
 optimizer = torch.optim.AdamW(
-    [*image_tower.parameters(), *text_tower.parameters(), log_temperature], lr=1e-3
+    [*image_tower.parameters(), *text_tower.parameters(), log_scale], lr=1e-3
 )
 
 losses = []
 for _epoch in range(5):
     for batch in torch.randperm(len(images)).split(256):
         from_image, from_text = image_tower(images[batch]), text_tower(captions[batch])
-        temperature = log_temperature.exp().clamp(min=0.01)
-        # Row i of one tower belongs to row i of the other. With DDP: group="world" in both calls.
-        to_text = supcon_loss(from_image, contrast_features=from_text, temperature=temperature)
-        to_image = supcon_loss(from_text, contrast_features=from_image, temperature=temperature)
-        loss = (to_text + to_image) / 2
+        # Row i of one tower belongs to row i of the other.
+        loss = clip_loss(from_image, from_text, log_scale.exp().clamp(max=100))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}, temperature {log_temperature.exp():.3f}")
+print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}, scale {log_scale.exp():.1f}")

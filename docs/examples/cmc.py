@@ -1,6 +1,6 @@
 """CMC: an encoder for each kind of view of a sample, contrasted across the kinds only."""
 
-from itertools import permutations
+from itertools import combinations
 
 import torch
 from sklearn.datasets import load_digits
@@ -22,11 +22,11 @@ losses = []
 for _epoch in range(5):
     for batch in torch.randperm(len(images)).split(256)[:-1]:
         features = [encoder(kind[batch]) for encoder, kind in zip(encoders, kinds)]
-        # Every ordered pair of kinds: with two kinds both directions, with three six pairs.
+        # Every pair of kinds, in both directions: with three kinds three pairs.
         loss = torch.stack(
             [
-                supcon_loss(anchors, contrast_features=others, temperature=0.1)
-                for anchors, others in permutations(features, 2)
+                supcon_loss(one, contrast_features=other, symmetric=True, temperature=0.1)
+                for one, other in combinations(features, 2)
             ]
         ).mean()
         optimizer.zero_grad()

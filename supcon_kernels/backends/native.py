@@ -81,14 +81,21 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _poisoned(problem, results)
 
 
+def forward_both_ways(problem: Problem) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """What ``forward`` returns of each way of a symmetric problem."""
+    return [forward(way) for way in problem.ways()]
+
+
 def makes_gradients(problem: Problem, reduction: str) -> bool:
     """Whether ``forward_and_backward`` is the faster way to the gradients of ``problem``."""
+    if problem.symmetric:
+        return False
     return reduction != "none" and problem.num_rows * problem.num_cols <= MAX_PAIRS_AT_ONCE
 
 
 def forward_and_backward(
     problem: Problem, reduction: str, wanted: Sequence[bool]
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """What ``forward`` returns, and the gradients of the loss that ``reduction`` asks for.
 
     Those are in the working dtype: scaled by what came from above, they may fit in no narrower one.
@@ -103,7 +110,7 @@ def forward_and_backward(
         count,
         *[x.data_ptr() if want else 0 for x, want in zip(grads, wanted)],
     )
-    return _poisoned(problem, results), (*grads[:2], grads[2].to(problem.dtype))
+    return _poisoned(problem, results), (grads[0], grads[1], grads[2].to(problem.dtype))
 
 
 def _empty_results(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,6 +154,13 @@ def backward(
 
     The columns are anchors, too, where ``col_grad_loss`` (M,) and ``col_stats`` (3, M) are given.
     """
+    if problem.symmetric:
+        assert col_grad_loss is not None and col_stats is not None
+        one_way, other_way = problem.ways()
+        of_one = backward(one_way, grad_loss, stats, needs_rows, needs_cols, needs_temperature)
+        needs = (needs_cols, needs_rows, needs_temperature)
+        of_other = backward(other_way, col_grad_loss, col_stats, *needs)
+        return of_one[0] + of_other[1], of_one[1] + of_other[0], of_one[2] + of_other[2]
     grad_loss, stats = grad_loss.to(problem.dtype).contiguous(), stats.contiguous()
     of_cols: list[Tensor] = []
     if col_grad_loss is not None and col_stats is not None:

@@ -46,10 +46,37 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     positives (their total weight, or the log-sum-exp over them), and the weight of the softmax
     part of its gradient.
     """
-    by_class = _positives_by_class(problem)
-    statistics = _class_statistics if by_class else _pair_statistics
-    with torch.autocast(problem.rows.device.type, enabled=False):
-        loss, contributes, stats = statistics(problem, *problem.embeddings())
+    rows, cols = problem.embeddings()
+    with torch.autocast(rows.device.type, enabled=False):
+        if _positives_by_class(problem):
+            lse, _ = _log_sum_exps(problem, rows, cols)
+            found = _class_statistics(problem, rows, cols, lse)
+        else:
+            found = _pair_statistics(problem, rows, cols)
+    return _results(problem, *found)
+
+
+def forward_both_ways(problem: Problem) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """What ``forward`` returns of each way of a symmetric problem.
+
+    Where positives cost no look at pairs, the similarities are computed once.
+    """
+    ways = problem.ways()
+    if not _positives_by_class(problem):
+        return [forward(way) for way in ways]
+    rows, cols = problem.embeddings()
+    with torch.autocast(rows.device.type, enabled=False):
+        of_rows, of_cols = _log_sum_exps(problem, rows, cols)
+        found = (
+            _class_statistics(ways[0], rows, cols, of_rows),
+            _class_statistics(ways[1], cols, rows, of_cols),
+        )
+    return [_results(way, *of_way) for way, of_way in zip(ways, found)]
+
+
+def _results(
+    problem: Problem, loss: Tensor, contributes: Tensor, stats: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = torch.where(problem.row_ignored(), 0.0, loss + problem.poison())
     return *problem.reduced(loss, contributes), stats
 
@@ -72,7 +99,8 @@ def backward(
         stats: (3, N) from ``forward``.
         needs_rows, needs_cols, needs_temperature: which gradients are wanted. Where the rows
             are the columns, there is one gradient, of the rows.
-        col_grad_loss, col_stats: (M,) and (3, M) where the columns are anchors, too.
+        col_grad_loss, col_stats: (M,) and (3, M) where the columns are anchors, too. Unless the
+            problem is symmetric, the temperature's gradient is half of the sum of both.
     """
     rows, cols = problem.embeddings()
     wants_cols = needs_cols or (needs_rows and problem.square)
@@ -88,7 +116,7 @@ def backward(
     if needs_temperature:
         exact = accumulation_dtype(rows)
         grad_tau = -(rows.to(exact) * grad_rows.to(exact)).sum().to(rows.dtype) / problem.tau
-        if col_anchors is not None:
+        if col_anchors is not None and not problem.symmetric:
             grad_tau = grad_tau / 2  # every pair is in the gradient of both its rows
     if problem.square and needs_rows:
         grad_rows += grad_cols
@@ -310,8 +338,22 @@ def _softmax_chunks(problem: Problem, rows: Tensor, cols: Tensor) -> Iterator[tu
         yield slice(start, stop), s
 
 
+def _log_sum_exps(problem: Problem, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp (N,) of each row and, where the problem is symmetric, (M,) of each column."""
+    lse = rows.new_empty(rows.shape[0])
+    num_cols = cols.shape[0] if problem.symmetric else 0
+    col_lse = rows.new_full((num_cols,), -torch.inf, dtype=accumulation_dtype(rows))
+    ignored = problem.row_ignored()
+    for chunk, s in _softmax_chunks(problem, rows, cols):
+        lse[chunk] = s.logsumexp(dim=1)
+        if problem.symmetric:
+            of_chunk = s.masked_fill_(ignored[chunk, None], -torch.inf).logsumexp(dim=0)
+            col_lse = torch.logaddexp(col_lse, of_chunk.to(col_lse.dtype))
+    return lse, col_lse.to(rows.dtype)
+
+
 def _class_statistics(
-    problem: Problem, rows: Tensor, cols: Tensor
+    problem: Problem, rows: Tensor, cols: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     classes = _Classes.of(problem)
     exact = accumulation_dtype(rows)
@@ -324,9 +366,6 @@ def _class_statistics(
     mean = (rows.to(exact) * sums).sum(dim=1) / problem.tau / counts.clamp(min=1.0)
     contributes = (counts * classes.row_counts) > 0
 
-    lse = torch.empty_like(mean, dtype=rows.dtype)
-    for chunk, s in _softmax_chunks(problem, rows, cols):
-        lse[chunk] = s.logsumexp(dim=1)
     # What the positives hold, all hold: below zero there are only roundings.
     loss = torch.where(contributes, (lse - mean).clamp(min=0.0), 0.0).to(rows.dtype)
     return loss, contributes, _stack(contributes, lse, counts, torch.ones_like(lse))
@@ -361,6 +400,8 @@ def _class_gradient(
         grad_exact = -classes.row_sums(pulled)[classes.of_col]
         if found is not None:
             grad_exact[own] += in_class[:, None] * pulled
+        if col_anchors is not None:
+            grad_exact -= col_pull * classes.row_sums(rows.to(exact))[classes.of_col]
         grad_cols = grad_exact.to(rows.dtype)
 
     weighted = grad_loss[:, None] * rows
@@ -369,7 +410,10 @@ def _class_gradient(
             of_cols = (s - col_anchors.stats[0].to(s.dtype)).exp_().mul_(col_anchors.grad_loss)
         p = s.sub_(lse[chunk, None]).exp_()
         if col_anchors is not None:
-            grad_rows[chunk] += of_cols.addcmul_(grad_loss[chunk, None], p) @ cols
+            g = of_cols.addcmul_(grad_loss[chunk, None], p)
+            grad_rows[chunk] += g @ cols
+            if wants_cols:
+                grad_cols.addmm_(g.T, rows[chunk])
             continue
         grad_rows[chunk] += grad_loss[chunk, None] * (p @ cols)
         if wants_cols:

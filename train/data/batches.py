@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from data.corrupted import Corrupted
 from data.images import Crops, Split
 from data.order import BalancedOrder, PlacedOrder, TrainingOrder
 from data.prefetch import on_device_ahead
@@ -108,7 +109,7 @@ def training_batches(
 
 
 def sequential_batches(
-    split: Split,
+    split: Split | Corrupted,
     *,
     batch_size: int,
     workers: int,
@@ -123,8 +124,7 @@ def sequential_batches(
     share = math.ceil(len(batches) / ranks.world_size)
     first = ranks.rank * share
     batches = [batches[min(number, len(batches) - 1)] for number in range(first, first + share)]
-    in_memory = isinstance(split.images, Tensor)
-    return Batches(split, batches, 0 if in_memory else workers, device)
+    return Batches(split, batches, 0 if split.in_memory else workers, device)
 
 
 class Batches:
@@ -136,7 +136,7 @@ class Batches:
 
     def __init__(
         self,
-        split: Split | Crops,
+        split: Split | Crops | Corrupted,
         batches: TrainingOrder | list[list[int]],
         workers: int,
         device: torch.device,
@@ -146,9 +146,7 @@ class Batches:
         sampler: Sampler[list[Any]] | list[list[int]] = batches
         if isinstance(split, Crops) and isinstance(batches, TrainingOrder):
             sampler = PlacedOrder(batches)
-        # What lies in memory is found sooner than sent.
-        decoded = isinstance(split, Crops) or not isinstance(split.images, Tensor)
-        size = IMAGES_PER_PART if decoded and workers > 0 else len(split)
+        size = len(split) if split.in_memory or workers == 0 else IMAGES_PER_PART
         self.parts = _Parts(sampler, size)
         if workers > 0:
             longest = _longest(batches)

@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import sequential_batches
+from data.corrupted import Corrupted
 from data.images import Split
 from data.views import Views
 from network.embedder import Embedder
 from run.processes import ALONE, Ranks
 
 EMBED_BATCH_SIZE = 512
-
-
 BASELINE_SIZE = 32
 
 
@@ -59,11 +58,12 @@ class Share(NamedTuple):
 
 def embed(
     encode: Callable[[Tensor], Tensor],
-    split: Split,
+    split: Split | Corrupted,
     *,
     device: torch.device,
     workers: int,
     ranks: Ranks = ALONE,
+    batch_size: int = EMBED_BATCH_SIZE,
 ) -> Tensor:
     """Encode every image of a split, in order.
 
@@ -74,7 +74,9 @@ def embed(
     Returns:
         (N, F) on `device`.
     """
-    rows = _encode_share(encode, split, device=device, workers=workers, ranks=ranks)
+    rows = _encode_share(
+        encode, split, device=device, workers=workers, ranks=ranks, batch_size=batch_size
+    )
     return ranks.all_gather_rows(rows)[: len(split)]
 
 
@@ -95,16 +97,17 @@ def embed_share(
 @torch.no_grad()
 def _encode_share(
     encode: Callable[[Tensor], Tensor],
-    split: Split,
+    split: Split | Corrupted,
     *,
     device: torch.device,
     workers: int,
     ranks: Ranks,
+    batch_size: int = EMBED_BATCH_SIZE,
 ) -> Tensor:
     """As many rows for each process, in whole batches; those of no image come last."""
     batches = sequential_batches(
         split,
-        batch_size=EMBED_BATCH_SIZE,
+        batch_size=batch_size,
         workers=workers,
         ranks=ranks,
         device=device,
@@ -114,6 +117,6 @@ def _encode_share(
         encoded = encode(images)
         if number == 0:
             # Filled batch by batch: a list of them, put together at the end, takes twice the memory.
-            rows = encoded.new_empty(len(batches) * EMBED_BATCH_SIZE, *encoded.shape[1:])
-        rows[number * EMBED_BATCH_SIZE :][: len(encoded)] = encoded
+            rows = encoded.new_empty(len(batches) * batch_size, *encoded.shape[1:])
+        rows[number * batch_size :][: len(encoded)] = encoded
     return rows
