@@ -80,6 +80,7 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--temperature", "nan"], "temperature"),
         (["--method", "byol"], "method"),
         (["--device", "tpu"], "device"),
+        (["--timeout_minutes", "1e12"], "--timeout_minutes 1000000000000.0: must be at most"),
         (["--dataset", "mnist"], "accepted are digits, fashion_mnist, cifar10, cifar100"),
         (["--dataset", "imagefolder:"], "--dataset imagefolder:: accepted are"),
         (["--dataset", "cifar10:x"], "stl10, imagefolder:PATH, webdataset:URL"),
