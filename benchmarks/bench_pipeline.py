@@ -8,7 +8,7 @@ Nothing is tuned: it checks the pipeline, and decides nothing between the method
 from __future__ import annotations
 
 import argparse
-import json
+import csv
 import subprocess
 import sys
 import tempfile
@@ -20,7 +20,6 @@ from reporting.rows import add_output_options, results_path, write_table
 
 RESULTS = "pipeline_cpu.csv"
 METHODS = ("cross_entropy", "supcon")
-NUMBERS = ("top1", "nll", "ece", "recall@1", "map@r")
 
 
 def script(name: str, *arguments: object) -> None:
@@ -45,19 +44,11 @@ def train(method: str, seed: int, options: argparse.Namespace, folder: Path) -> 
     return (time.perf_counter() - start) / 60
 
 
-def row_of(run: Path, minutes: float) -> dict[str, object]:
-    """What evaluate.py found of a run."""
-    found = json.loads((run / "evaluation.json").read_text())
-    print(found.keys(), found.get("corruptions", {}).keys())
-    numbers = {name: f"{found[name]:.4f}" for name in NUMBERS}
-    corrupted = found["corruptions"]
-    return {
-        **numbers,
-        "corrupted_top1": f"{corrupted['mean_top1']:.4f}",
-        "mce": f"{corrupted['mce']:.4f}",
-        "relative_mce": f"{corrupted['relative_mce']:.4f}",
-        "train_minutes": f"{minutes:.1f}",
-    }
+def found_in(folder: Path) -> dict[str, dict[str, str]]:
+    """The table that evaluate.py wrote, by run."""
+    with open(folder / "comparison.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {row.pop("run"): row for row in rows}
 
 
 def main() -> None:
@@ -77,12 +68,12 @@ def main() -> None:
         for seed in range(options.num_seeds):
             minutes = {method: train(method, seed, options, folder) for method in METHODS}
             runs = {method: folder / f"{method}{seed}" for method in METHODS}
-            script(
-                *("evaluate", "--checkpoint", *runs.values(), "--baseline", runs[METHODS[0]]),
-                *("--corruption_images", options.corruption_images),
-            )
+            count = options.corruption_images
+            against = ("--baseline", runs[METHODS[0]], "--corruption_images", count)
+            script("evaluate", "--checkpoint", *runs.values(), *against)
+            table = found_in(folder)
             for method in METHODS:
-                found = row_of(runs[method], minutes[method])
+                found = table[runs[method].name] | {"train_minutes": f"{minutes[method]:.1f}"}
                 rows.append({"method": method, "seed": seed, **found, **machine})
                 print(method, seed, found, flush=True)
     write_table(results_path(RESULTS, options.output_dir, options.update), rows)
