@@ -223,7 +223,7 @@ def test_own_rows_among_all(variant):
     torch.testing.assert_close(total, want[0][own], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ragged", "self_in_memory", "two_views"])
+@pytest.mark.parametrize("name", ["ragged", "self_in_memory", "two_views", "symmetric_memory"])
 def test_the_operator_is_registered_as_it_works(name):
     arguments = as_float32(by_id(name).arguments())
     built = []

@@ -526,3 +526,14 @@ def test_gradients_are_narrowed_after_they_are_scaled():
     narrow, wide = gradients
     assert wide.abs().max() < 2.0**-8  # without the factor float16 holds nothing of it
     assert torch.equal(narrow, wide.half())
+
+
+def test_both_directions_are_of_one_set_of_similarities(monkeypatch):
+    entered, call_of = [], native._call
+    monkeypatch.setattr(
+        native, "_call", lambda problem: entered.append(problem) or call_of(problem)
+    )
+    arguments = by_id("symmetric_tiles").arguments()
+    features = arguments.pop("features").requires_grad_()
+    native_loss(features, **arguments).backward()
+    assert len(entered) == 2  # one forward and one backward
