@@ -19,6 +19,8 @@ driver_bf16            --precision bf16
 driver_compiled        --compile
 driver_bf16_compiled   both, with --device cuda
 
+With --device cuda every loop trains there, and is waited for before and after each of its turns.
+
 A round of a plain loop holds all the work of its steps: its workers begin with it and idle after it.
 """
 
@@ -56,6 +58,7 @@ from data.sources import load_data
 from data.views import build_views
 from network.embedder import build_model
 from run.checkpoint import RunState
+from run.device import DeviceOptions, set_arithmetic
 from run.options import PretrainOptions
 from run.records import Report
 from supcon_kernels import supcon_loss
@@ -126,8 +129,8 @@ class Driver:
             report = Report(
                 folder,
                 None,
+                options,
                 total_steps=options.schedule.total_steps(len(self.order)),
-                images_per_step=options.batches.batch_size,
                 divergence=DivergenceCheck(method.collapsed_loss, scale=method.scale),
                 phases=self.trainer.clock,
             )
@@ -185,9 +188,10 @@ class Plain:
         self.batches = options.batches
         num_rows, temperature = 2 * options.batches.batch_size, options.method.temperature
         self.workload = Workload(num_rows, temperature=temperature)
+        self.device = torch.device(options.device.device)
         self.model = build_model(
             replace(options.network, channels_last=False), channels=data.channels
-        )
+        ).to(self.device)
         self.optimizer = build_optimizer(options.optimizer, self.model)
         jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
         change = [transforms.RandomApply([jitter], p=0.8), transforms.RandomGrayscale(p=0.2)]
@@ -208,7 +212,8 @@ class Plain:
     def run(self, num_steps: int) -> None:
         self.model.train()
         for first, second, labels in self._loader(num_steps):
-            images = torch.cat([first, second])
+            images = torch.cat([first, second]).to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
             _, rows = self.model(images)
             loss = dense_loss(Problem(self.workload, rows, labels.repeat(2)))
             self.optimizer.zero_grad()
@@ -227,6 +232,7 @@ class Plain:
                 sampler=RandomSampler(self.dataset, num_samples=num_images),
                 num_workers=workers,
                 persistent_workers=workers > 0,
+                pin_memory=self.device.type == "cuda",
             )
         return self.loaders[num_steps]
 
@@ -263,7 +269,7 @@ def build_loops(
 
 
 def time_loops(
-    loops: dict[str, Loop], *, num_steps: int, num_rounds: int
+    loops: dict[str, Loop], *, num_steps: int, num_rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of every round's `num_steps` steps of each loop, each first in its round in turn.
 
@@ -283,14 +289,20 @@ def time_loops(
                 is_plain = isinstance(loops[name], Plain)
                 if is_plain and done > 0:
                     continue
+                _wait(device)
                 began = time.perf_counter()
                 loops[name].run(num_steps if is_plain else min(TURN_STEPS, num_steps - done))
-                if torch.cuda.is_initialized():
-                    torch.cuda.synchronize()
+                _wait(device)
                 spent[name] += time.perf_counter() - began
         for name, each in spent.items():
             seconds[name].append(each)
     return seconds
+
+
+def _wait(device: torch.device) -> None:
+    """Until a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def rows_of(
@@ -309,14 +321,21 @@ def rows_of(
             "over_plain": "",
             "loss_share": "",
             "data_share": "",
+            "views_share": "",
         }
         if isinstance(loop, Driver):
             if (plain := name.replace("driver", "plain")) in loops:
                 row["over_plain"] = _ratio(seconds, name, plain)
-            row["loss_share"] = f"{loop.share('loss'):.4f}"
-            row["data_share"] = f"{loop.share('data'):.4f}"
+            for phase in ("loss", "data", "views"):
+                row[f"{phase}_share"] = f"{loop.share(phase):.4f}"
         rows.append(row)
     return rows
+
+
+def shares_of(row: dict[str, str]) -> str:
+    """What a driver's step spends on data, views and loss, in words."""
+    parts = [(name, row[f"{name}_share"]) for name in ("data", "views", "loss")]
+    return "".join(f", {name} {float(share):.1%}" for name, share in parts if share)
 
 
 def _ratio(seconds: dict[str, list[float]], name: str, other: str) -> str:
@@ -350,11 +369,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, default=20, help="steps in a round")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tf32", action="store_true", help="of every loop, on CUDA")
     parser.add_argument("--options", action="store_true", help="time the driver's options instead")
     add_output_options(parser)
     options = parser.parse_args(argv)
-    if options.device == "cuda" and not options.options:
-        parser.error("--device cuda takes --options: the plain loops run on a CPU")
+    device = torch.device(options.device)
+    set_arithmetic(DeviceOptions(tf32=options.tf32), device)
     machine = describe_machine(options.device)
     measured = []
     for size in options.image_sizes:
@@ -369,17 +389,19 @@ def main(argv: list[str] | None = None) -> int:
         about = {"image_size": size, "model": options.model, "width": options.width}
         about |= {"batch_size": options.batch_size, "num_views": of_driver.views.num_views}
         about |= {"steps_per_round": options.steps, "num_rounds": options.rounds}
-        about |= {"plain_workers": options.workers}
+        about |= {"plain_workers": options.workers, "tf32": "yes" if options.tf32 else "no"}
         with ExitStack() as stack:
             data = load_data(of_driver.data)
             loops = build_loops(of_driver, data, stack, of_options=options.options)
-            seconds = time_loops(loops, num_steps=options.steps, num_rounds=options.rounds)
+            seconds = time_loops(
+                loops, num_steps=options.steps, num_rounds=options.rounds, device=device
+            )
         rows = rows_of(loops, seconds, options.steps * options.batch_size)
         measured += [row | about | machine for row in rows]
         for row in rows:
             print(
                 f"{size:3} px  {row['loop']:16}  {float(row['images_per_second']):8.0f} images/s  "
-                f"{row['over_bare']} of bare"
+                f"{row['over_bare']} of bare{shares_of(row)}"
             )
         for words, reached in [] if options.options else goals(rows[1]):
             print(f"{size:3} px  driver_crop_flip: {words}: {'reached' if reached else 'MISSED'}")

@@ -163,7 +163,7 @@ def document_block(bounds: Sequence[Bound]) -> str:
     for num_rows in sorted({b.num_rows for b in bounds}):
         for scheme in SCHEMES:
             each = [found[num_rows, scheme.name, c.name, p] for c in CARDS for p in PHASES]
-            products = "+".join(str(scheme.products(p, bounds[0].dim, "bfloat16")) for p in PHASES)
+            products = "+".join(str(scheme.products(p)) for p in PHASES)
             times = [f"{_us(b.least_us)} ({b.limit})" for b in each]
             cells.append([str(num_rows), scheme.name, products, *times])
     return f"{_table_of_rows(bounds[0].dim, cells)}\n\n{_table_of_widths(bounds)}"
@@ -190,8 +190,8 @@ def _table_of_widths(bounds: Sequence[Bound]) -> str:
         for dim in WIDTHS
     ]
     return (
-        f"Model, not measured: least µs of forward and backward at N={ROWS_OF_WIDTHS}, float32 in "
-        f"three products of TF32.\n\n{render_table(cells, markdown=True)}"
+        f"Model, not measured: least µs of forward and backward at N={ROWS_OF_WIDTHS}, "
+        f"float32.\n\n{render_table(cells, markdown=True)}"
     )
 
 

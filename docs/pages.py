@@ -34,4 +34,4 @@ def _help_of(match: re.Match[str]) -> str:
 def _printed_help(script: str) -> str:
     command = [sys.executable, script, "--help"]
     printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    return printed.stdout.strip()
+    return re.sub(".\b", "", printed.stdout.strip())  # --print_config, with a backspace

@@ -25,7 +25,7 @@ def grad_cache_backward(
     are computed. Then each chunk is encoded again, with its graph, and passes its part of that
     gradient on. The network runs forward twice; its activations are those of one chunk.
 
-    The second pass draws the same random numbers (of the CPU and of the current CUDA device) and
+    The second pass draws the same random numbers (of the CPU, the current CUDA device and MPS) and
     begins with the same buffers; in the end the random state is the one after the loss. So the
     gradients are bitwise those of the line above, but for the order in which chunks add to a
     parameter's gradient. They are those of the whole batch encoded at once, to rounding, where rows
@@ -174,17 +174,21 @@ def _checked_loss(loss: object) -> Tensor:
     return loss
 
 
-def _random_state() -> list[Tensor]:
-    state = [torch.get_rng_state()]
+def _random_state() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
-        state.append(torch.cuda.get_rng_state())
-    return state
+        states["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
 
 
-def _set_random_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state(state[1])
+def _set_random_state(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+    if "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
 
 
 @contextlib.contextmanager

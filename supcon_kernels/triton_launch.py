@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from supcon_kernels.triton_shares import Shares
 from supcon_kernels.triton_tiles import (
     BACKWARD,
+    DERIVATIVES,
     FORWARD,
     ROW_PADDING,
     SHORT,
@@ -23,9 +24,9 @@ from supcon_kernels.triton_tiles import (
     Row,
     Target,
     Tile,
+    is_wide,
     padded_dim,
     padded_rows,
-    slice_of,
     tile_of,
 )
 
@@ -33,6 +34,8 @@ from supcon_kernels.triton_tiles import (
 MAX_PAIRS = 2**40
 # Pairs of anchor and contrast, from which on labels are sorted and not compared each with each.
 SORTED_PAIRS = 2**26
+# Rows of a block of H, from which on its columns may be cut: a product of fewer is slow.
+WIDE_BLOCK = 1024
 # The offset of a side of which no row is among the other: below every row's number.
 NOT_AMONG = -(2**30)
 # Down to the first, sums of 2^x over unit rows stay within half of float32's exponents; up to the
@@ -157,6 +160,19 @@ class Plan:
         """Whether the forward needs the sum of the negatives before it can look at positives."""
         return self.denominator == "one_positive"
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether the backward writes H in blocks, and multiplies these by torch's own product."""
+        return is_wide(self.dim, self.dtype, self.target.capability)
+
+    def blocks(self, workspace: int) -> tuple[int, int]:
+        """Padded rows and columns of a block of H that takes at most so many bytes: whole rows if it can."""
+        rows, cols = padded_rows(self.num_rows), padded_rows(self._contrasts)
+        pairs = max(workspace // (4 if self.dtype == "float32" else 2), ROW_PADDING**2)
+        few = min(rows, WIDE_BLOCK)
+        cols = min(cols, max(pairs // few // ROW_PADDING, 1) * ROW_PADDING)
+        return min(rows, pairs // cols // ROW_PADDING * ROW_PADDING), cols
+
     def forward_tile(self, running: bool) -> Tile:
         """Of the kernel that only multiplies rows with columns."""
         return self._find(FORWARD, running)
@@ -168,13 +184,13 @@ class Plan:
     @_remembered
     def forward_shares(self, running: bool) -> Shares:
         """The pairs of a forward kernel; its pieces are the same if there is another."""
-        return self._shares(FORWARD, running, self.num_rows, self._contrasts, 1)
+        return self._shares(FORWARD, running, self.num_rows, self._contrasts)
 
     @_remembered
     def backward_shares(self, running: bool, *, of_columns: bool = False) -> Shares:
         """The pairs of a backward kernel of the rows, or of the columns."""
         owners, streamed = (self.num_rows, self._contrasts)[:: -1 if of_columns else 1]
-        return self._shares(BACKWARD, running, owners, streamed, self._num_slices)
+        return self._shares(BACKWARD, running, owners, streamed)
 
     # --- rows
 
@@ -196,6 +212,7 @@ class Plan:
                 **self._row_block,
             },
             padded_rows(num_rows) // self._row_block["BLOCK_ROWS"],
+            num_warps=self._row_warps,
         )
 
     @_remembered
@@ -209,10 +226,11 @@ class Plan:
             {
                 "NORMALIZE": self.normalize,
                 "DOTS": dots,
-                "ROWS": self.backward_tile(self.running[0]).rows,
+                "ROWS": ROW_PADDING if self.is_wide else self.backward_tile(self.running[0]).rows,
                 **self._row_block,
             },
             padded_rows(num_rows) // self._row_block["BLOCK_ROWS"],
+            num_warps=self._row_warps,
         )
 
     @_remembered
@@ -284,10 +302,24 @@ class Plan:
                 **self._pairs(running, tile),
                 "ROWS_ANCHOR": not of_columns,
                 "COLS_ANCHOR": of_columns or self.square or both_anchor,
-                "SLICE": self._slice,
             },
             self.backward_shares(running, of_columns=of_columns).num_programs,
-            self._num_slices,
+            tile=tile,
+        )
+
+    @_remembered
+    def derivatives(
+        self, running: bool, rows: int, cols: int, *, both_anchor: bool = False
+    ) -> Launch:
+        """A block of H of so many padded rows and columns, where rows are wide."""
+        tile = self._find(DERIVATIVES, running)
+        return self._launch(
+            "_derivatives_kernel",
+            "rows cols row_weights col_weights temperature derivatives padded_rows padded_cols "
+            "first_row first_col padded_width own_offset host_temperature",
+            {**self._pairs(running, tile), "COLS_ANCHOR": self.square or both_anchor},
+            cols // tile.cols,
+            rows // tile.rows,
             tile=tile,
         )
 
@@ -297,24 +329,14 @@ class Plan:
     def _contrasts(self) -> int:
         return self.num_rows if self.num_cols is None else self.num_cols
 
-    @property
-    def _num_slices(self) -> int:
-        return padded_dim(self.dim) // self._slice
-
-    @property
-    def _slice(self) -> int:
-        return slice_of(self.dim, self.dtype, self.target.capability)
-
     def _find(self, table: tuple[Row, ...], running: bool) -> Tile:
         lean = not running and self.summation == "out" and self.denominator == "all"
         padded = padded_dim(self.dim)
         return tile_of(table, self.products, padded, self.target.capability, lean)
 
-    def _shares(
-        self, table: tuple[Row, ...], running: bool, owners: int, streamed: int, num_slices: int
-    ) -> Shares:
+    def _shares(self, table: tuple[Row, ...], running: bool, owners: int, streamed: int) -> Shares:
         first = self._find(table, self.running[0])
-        num_slots = max(self.target.num_multiprocessors * first.residents // num_slices, 1)
+        num_slots = self.target.num_multiprocessors * first.residents
         shares = Shares.of(padded_rows(owners), padded_rows(streamed), first, num_slots)
         return shares.in_tiles(first.cols // self._find(table, running).cols)
 
@@ -341,10 +363,19 @@ class Plan:
         }
 
     @property
+    def _row_width(self) -> int:
+        return 1 << (padded_dim(self.dim) - 1).bit_length()
+
+    @property
+    def _row_warps(self) -> int:
+        """At most 16 features of a row in a thread."""
+        return max(self._row_width // 512, 4)
+
+    @property
     def _row_block(self) -> dict[str, int]:
         """About a thousand features a program, in whole rows of one block of any pair kernel."""
         padded = padded_dim(self.dim)
-        width = 1 << (padded - 1).bit_length()
+        width = self._row_width
         return {
             "PADDED_DIM": padded,
             "BLOCK_ROWS": min(max(1024 // width, 1), 32),
@@ -375,7 +406,7 @@ class Plan:
         return Launch(kernel, signature, constexprs, aligned, *depth, whole_grid)
 
     def _type_of(self, name: str) -> str:
-        if name in ("features", "gradient", "rows", "cols"):
+        if name in ("features", "gradient", "rows", "cols", "derivatives"):
             return "*" + _TYPES[self.dtype]
         kinds = (kind for kind, names in _ARGUMENT_TYPES.items() if name in names.split())
         return next(kinds, "i32")

@@ -57,6 +57,13 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
         found.append((f"forward {call}", plan.forward(running)))
         if plan.looks_twice:
             found.append((f"second forward {call}", plan.forward(running, second=True)))
+        if plan.is_wide:
+            n_cols = plan.num_cols or n
+            found.append((f"backward {call}", plan.derivatives(running, n, n_cols)))
+            if not plan.square:
+                both = plan.derivatives(running, n, n_cols, both_anchor=True)
+                found.append((f"backward of both {call}", both))
+            continue
         found.append((f"backward {call}", plan.backward(running)))
         if not plan.square:
             found += [

@@ -6,8 +6,7 @@ import dataclasses
 
 # Rows of a side, zeros behind the last, so that no tile of any pair kernel needs a mask to load.
 ROW_PADDING = 128
-MAX_DIM = 2048
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+MAX_DIM = 8192
 
 
 def cdiv(a: int, b: int) -> int:
@@ -110,13 +109,19 @@ BACKWARD = (
     Row(SHORT, 128, _ALL, Tile(64, 32, 128, 4, 3, 2), "two exponentials: 64 columns spill"),
     Row(SHORT, 256, (90,), Tile(128, 64, 256, 8, 2), "gradient: half a thread", lean=True),
     Row(SHORT, 256, _MMA, Tile(64, 32, 256, 8, 2), "gradient: half a thread"),
-    Row(SHORT, MAX_DIM, (90,), Tile(128, 32, 64, 8, 3), "with 256 features 64 columns spill"),
-    Row(SHORT, MAX_DIM, _MMA, Tile(64, 32, 64, 8, 3), "with 256 features 64 columns spill"),
-    Row(SHORT, MAX_DIM, (100,), Tile(64, 32, 64, 4, 2, 2), "gradient: half a thread"),
-    Row(TF32X3, MAX_DIM, (86,), Tile(64, 16, 16, 4, 2, 2), "as below; one stage spills"),
-    Row(TF32X3, MAX_DIM, _ALL, Tile(64, 16, 16, 4, 1, 2), "TF32's parts are in registers"),
-    Row(TF32, MAX_DIM, (100,), Tile(64, 32, 32, 4, 3, 2), "as below; two stages spill"),
-    Row(TF32, MAX_DIM, _ALL, Tile(64, 32, 32, 4, 2, 2), "gradient: half a thread"),
+    Row(SHORT, 256, (90,), Tile(128, 32, 64, 8, 3), "with 256 features 64 columns spill"),
+    Row(TF32X3, 128, (86,), Tile(64, 16, 16, 4, 2, 2), "as below; one stage spills"),
+    Row(TF32X3, 128, _ALL, Tile(64, 16, 16, 4, 1, 2), "TF32's parts are in registers"),
+    Row(TF32, 128, (100,), Tile(64, 32, 32, 4, 3, 2), "as below; two stages spill"),
+    Row(TF32, 128, _ALL, Tile(64, 32, 32, 4, 2, 2), "gradient: half a thread"),
+)
+DERIVATIVES = (
+    Row(
+        SHORT, MAX_DIM, (80, 90, 100), Tile(128, 128, 64, 8, 3), "few reads of a feature", lean=True
+    ),
+    Row(SHORT, MAX_DIM, _ALL, Tile(128, 64, 64, 8, 3), "99 KiB; 128 columns of others spill"),
+    Row(TF32X3, MAX_DIM, _ALL, Tile(64, 64, 16, 4, 2), "TF32's parts are in registers"),
+    Row(TF32, MAX_DIM, _ALL, Tile(64, 64, 32, 4, 2, 2), "two programs"),
 )
 
 
@@ -137,9 +142,8 @@ def tile_of(
     return dataclasses.replace(tile, chunk=min(tile.chunk, padded))
 
 
-def slice_of(dim: int, dtype: str = "bfloat16", capability: int = 90) -> int:
-    """Features of the gradient that one program of the backward owns."""
-    padded, widest = padded_dim(dim), 1024 // (2 * _BYTES[dtype])
-    if capability == 100:  # what leaves tensor memory takes all registers
-        widest = 128
-    return padded if padded <= widest else widest if padded % widest == 0 else 128
+def is_wide(dim: int, dtype: str = "bfloat16", capability: int = 90) -> bool:
+    """Whether a block of rows' gradient is too large for a program to hold beside its products."""
+    # What leaves tensor memory takes all registers.
+    widest = 128 if capability == 100 or dtype == "float32" else 256
+    return padded_dim(dim) > widest

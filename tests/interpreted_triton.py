@@ -172,6 +172,33 @@ def test_pairs_that_have_nearly_converged(dtype, has_memory):
         assert (ours - want).abs().max() < 3 * (like - want).abs().max()
 
 
+# --- wide rows, whose derivatives are written in blocks
+
+
+@pytest.mark.parametrize("variant", [("out", "all"), ("in", "one_positive")], ids="/".join)
+@pytest.mark.parametrize("has_memory", [False, True])
+def test_wide_rows(has_memory, variant, monkeypatch):
+    monkeypatch.setattr(backend, "workspace_bytes", 4 * 128**2)  # a part of rows and columns
+    g = torch.Generator().manual_seed(0)
+    leaves = {"features": torch.randn(140, 130, generator=g)}
+    options = {"labels": torch.arange(140) % 7, "temperature": torch.tensor(0.1)}
+    if has_memory:
+        leaves["contrast_features"] = torch.randn(150, 130, generator=g)
+        options["contrast_labels"] = torch.arange(150) % 9
+    options |= {"summation": variant[0], "denominator": variant[1]}
+
+    def gradients(loss_function, dtype):
+        inputs = {k: v.to(dtype).requires_grad_() for k, v in leaves.items()}
+        tau = options["temperature"].clone().requires_grad_()
+        loss = loss_function(**inputs, **{**options, "temperature": tau})
+        return torch.autograd.grad(loss, [*inputs.values(), tau])
+
+    for ours, want in zip(
+        gradients(triton_loss, torch.float32), gradients(reference, torch.float64)
+    ):
+        torch.testing.assert_close(ours.double(), want.double(), rtol=1e-5, atol=1e-7)
+
+
 # --- the rows of a rank among those of all
 
 

@@ -9,6 +9,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -249,6 +250,10 @@ def pretend_cuda() -> Iterator[PretendCuda]:
         "torch.cuda.current_stream": _Stream,
         "torch.Tensor.record_stream": lambda x, stream: None,
         "torch.cuda.synchronize": lambda *device: None,
+        "torch.cuda.max_memory_reserved": lambda *device: 3 * 2**29,
+        "torch.cuda.get_device_properties": lambda *device: SimpleNamespace(
+            total_memory=80 * 2**30
+        ),
         # The loss is computed by PyTorch's own operations.
         "supcon_kernels.backends.triton.why_not": lambda problem: "it is no GPU",
         "torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype": _grouped,

@@ -1,7 +1,7 @@
 """README and docs/: every program runs, and every command's options exist.
 
-docs/training.md is run on a folder of images by test_train_docs.py, which has the program of
-docs/export.md, too, and docs/frameworks.md with the libraries that it names by the tests in integrations/.
+docs/training.md, evaluation.md and export.md are run on folders of images by test_train_docs.py, and
+docs/frameworks.md with the libraries that it names by the tests in integrations/.
 """
 
 import re
@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN_ELSEWHERE = {"training.md", "export.md", "frameworks.md"}
+RUN_ELSEWHERE = {"training.md", "evaluation.md", "export.md", "frameworks.md"}
 
 
 def blocks(page: Path, language: str) -> list[str]:

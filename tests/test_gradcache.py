@@ -142,6 +142,24 @@ def test_random_numbers_go_on_after_those_of_the_loss():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_chunks_see_the_same_chance_on_mps(monkeypatch):
+    generator = torch.Generator()  # in the place of that of MPS
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.mps.get_rng_state", generator.get_state)
+    monkeypatch.setattr("torch.mps.set_rng_state", generator.set_state)
+    images, _ = make_batch()
+    drawn = []
+
+    def encode(chunk):
+        drawn.append(torch.rand(chunk.shape, generator=generator))
+        return network(chunk * drawn[-1])
+
+    network = make_network()
+    grad_cache_backward(encode, images.split(6), loss_of, model=network)
+    first, second = drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
 class FailsAt(nn.Module):
     """A network that raises at its k-th call."""
 

@@ -10,7 +10,7 @@ from dataclasses import fields
 import pytest
 
 import train_fixtures
-from linear import LinearOptions
+from linear_stage.options import LinearOptions
 from run.command_line import parse, run_script
 from run.device import pick_device
 from run.errors import UserError
@@ -55,9 +55,10 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--num_views", "1001"], "--num_views 1001: must be at most 1000"),
         (["--width", str(2**64)], f"--width {2**64}: must be at most"),
         (["--batch", "3"], "--batch 3"),
+        (["--sync_batchnorm", "--compile"], "--sync_batchnorm contradicts --compile"),
         (["--batch_size", "many"], "batch_size"),
         (["--batch_size", "1"], "--batch_size 1: must be at least 2"),
-        (["--num_views", "1"], "--num_views 1: must be at least 2"),
+        (["--num_views", "1"], "--num_views 1: must be at least 2 for --method supcon"),
         (["--min_crop_area", "0"], "--min_crop_area 0.0: must be greater than 0 and at most 1"),
         (["--min_crop_area", "0.5"], "--min_crop_area contradicts --augment digits"),
         (["--base_temperature", "0"], "--base_temperature 0.0: must be greater than 0"),
@@ -77,7 +78,7 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--precision", "fp8"], "precision"),
         (["--temperature", "0"], "--temperature 0.0: must be greater than 0"),
         (["--temperature", "nan"], "temperature"),
-        (["--method", "moco"], "method"),
+        (["--method", "byol"], "method"),
         (["--device", "tpu"], "device"),
         (["--dataset", "mnist"], "accepted are digits, fashion_mnist, cifar10, cifar100"),
         (["--dataset", "imagefolder:"], "--dataset imagefolder:: accepted are"),
@@ -97,6 +98,7 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--knn_temperature", "0"], "--knn_temperature 0.0: must be greater than 0"),
         (["--epochs", "5", "--warmup_epochs", "5"], "--warmup_epochs 5 contradicts --epochs 5"),
         (["--optimizer", "sgd"], "optimizer"),
+        (["--rmsprop_eps", "0.1"], "--rmsprop_eps contradicts --optimizer momentum"),
         (["--clip_grad", "0"], "--clip_grad 0.0: must be greater than 0"),
         (["--schedule", "step"], "--schedule step needs --decay_epochs"),
         (["--decay_epochs", "[3]"], "--decay_epochs and --decay_rate contradict --schedule cosine"),
@@ -115,7 +117,29 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
             "contradicts --init_from",
         ),
         (["--queue_size", "127"], "--queue_size 127: must hold at least the 128 keys of a step"),
+        (["--queue_size", "0"], "--queue_size 0: must hold at least the 128 keys of a step"),
         (["--queue_size", "255", "--num_views", "3"], "at least the 256 keys of a step"),
+        (
+            ["--method", "simclr", "--queue_size", "256"],
+            "--queue_size contradicts --method simclr: it is for supcon, moco",
+        ),
+        (
+            ["--method", "cross_entropy", "--temperature", "0.2"],
+            "--temperature contradicts --method cross_entropy: it is for supcon, simclr, moco",
+        ),
+        (["--label_smoothing", "0.1"], "it is for cross_entropy, joint"),
+        (
+            ["--method", "joint", "--label_smoothing", "1"],
+            "--label_smoothing 1.0: must be at least",
+        ),
+        (["--method", "max_margin", "--margin", "0.5"], "--margin 0.5: must be an integer"),
+        (["--learn_temperature", "--base_temperature", "1"], "contradicts --learn_temperature"),
+        (["--method", "moco", "--classes_per_batch", "2"], "--method moco, which trains without"),
+        (["--method", "joint", "--ema_decay", "0.9"], "--ema_decay contradicts --method joint"),
+        (["--method", "cmc", "--grad_cache_chunk", "9"], "--grad_cache_chunk contradicts --method"),
+        (["--label_noise", "1"], "--label_noise 1.0: must lie between 0 and 1"),
+        (["--imbalance", "0.5"], "--imbalance 0.5: must be at least 1"),
+        (["--train_images", "0"], "--train_images 0: must be at least 1"),
         (["--queue_momentum", "0.99"], "contradicts the absence of a queue: give --queue_size"),
         (
             ["--queue_size", "256", "--queue_momentum", "1"],

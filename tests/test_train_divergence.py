@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from methods.contrastive import MethodOptions
+from methods.options import MethodOptions
 from run.errors import UserError
 from supcon_kernels import supcon_loss
 from training.divergence import COLLAPSE_STEPS, MAX_SKIPPED_IN_A_ROW, DivergenceCheck
@@ -29,7 +29,7 @@ def test_collapse_is_named_once(labels, temperature, base):
     generator = torch.Generator().manual_seed(0)
     features = torch.ones(128, 2, 16) + 1e-4 * torch.randn(128, 2, 16, generator=generator)
     loss = supcon_loss(features, labels, temperature=temperature, base_temperature=base).item()
-    scale = MethodOptions(temperature=temperature, base_temperature=base).loss_scale
+    scale = MethodOptions(temperature=temperature, base_temperature=base).scale
     check = DivergenceCheck(scale * math.log(255), scale=scale)
     said = [check.check(step, 0.2, loss, 1.0) for step in range(1, 3 * COLLAPSE_STEPS)]
     assert [step for step, text in enumerate(said, start=1) if text] == [COLLAPSE_STEPS]

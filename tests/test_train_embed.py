@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-import linear
 import train_fixtures  # noqa: F401  puts train/ on the path
 from embed import find_images, main
 from evaluation.embeddings import encode_stored
+from linear import main as linear
 from run.command_line import run_script
 from run.errors import UserError
 from train_fixtures import pretrain, weights, write_images
@@ -125,7 +125,7 @@ def test_checkpoint_that_does_not_fit_is_named_in_one_line(folder, tmp_path, cap
             if script == "embed":
                 run_script(partial(embed, path, images, tmp_path / "e.npz"))
             else:
-                run_script(partial(linear.main, ["--checkpoint", str(path), "--device=cpu"]))
+                run_script(partial(linear, ["--checkpoint", str(path), "--device=cpu"]))
         error = capsys.readouterr().err
         assert ended.value.code == 1 and error.count("\n") == 1
         assert error.startswith("error: ") and str(path) in error and message in error

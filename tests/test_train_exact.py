@@ -311,7 +311,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(
     output = capsys.readouterr()
     for name in ("last.pt", "step-10.pt"):
         assert f"warning: {run / name} {said}" in output.err
-    assert "going on after step 9" in output.out
+    assert "resuming after step 9" in output.out
     assert_same(run, whole)
 
 

@@ -29,7 +29,7 @@ def trainer_and_batches(**options):
     return trainer, list(zip(data.train.images.split(BATCH), data.train.labels.split(BATCH)))[:4]
 
 
-@pytest.mark.parametrize("method", ["supcon", "simclr"])
+@pytest.mark.parametrize("method", ["supcon", "moco"])
 def test_loss_is_the_formula_over_the_last_keys(method):
     trainer, batches = trainer_and_batches(method=method)
     keys = torch.empty(0, 128)
@@ -48,7 +48,7 @@ def test_loss_is_the_formula_over_the_last_keys(method):
         expected = -((log_share * positive).sum(1) / positive.sum(1)).mean()
         assert trainer.step(images, labels, step).item() == pytest.approx(expected.item(), rel=1e-4)
 
-        if method == "simclr":
+        if method == "moco":
             assert positive.sum(1).tolist() == [VIEWS - 1] * BATCH
         filled = trainer.method.queue.labels != -100
         assert filled.sum() == len(classes) == min((step + 1) * NUM_KEYS, SIZE)

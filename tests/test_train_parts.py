@@ -6,9 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from evaluation.knn import accuracy, knn_predict
+from evaluation.embeddings import Share
+from evaluation.knn import _from_keys, accuracy, knn_predict, nearest
 from run.checkpoint import RunState
 from run.errors import UserError
 from run.records import Table
@@ -34,18 +36,30 @@ def test_knn_weighs_votes_as_computed_by_hand():
     assert predict(neighbours=1, temperature=1.0) == 0
 
 
-def test_knn_compares_directions_in_any_chunking():
+def test_knn_compares_directions_in_any_chunking(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(50, 8, generator=generator)
     labels = torch.randint(5, (50,), generator=generator)
     queries = torch.randn(7, 8, generator=generator)
     expected = knn_predict(queries, bank, labels, num_classes=5)
     scaled = torch.rand(50, 1, generator=generator) + 0.1
-    assert torch.equal(
-        knn_predict(100 * queries, scaled * bank, labels, num_classes=5, chunk=3), expected
-    )
+    monkeypatch.setattr("evaluation.knn.CHUNK", 3)
+    assert torch.equal(knn_predict(100 * queries, scaled * bank, labels, num_classes=5), expected)
     own = knn_predict(bank, bank, labels, num_classes=5, neighbours=1)
     assert torch.equal(own, labels)
+
+
+def test_knn_by_blocks_finds_the_nearest_of_all():
+    generator = torch.Generator().manual_seed(1)
+    bank, queries = (torch.randn(n, 6, generator=generator) for n in (1200, 30))
+    labels = torch.arange(1200)
+    directions = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    similarity, number = (directions[1] @ directions[0].T).topk(700)
+    found, of = _from_keys(nearest(queries, Share(bank), 700))
+    torch.testing.assert_close(found, similarity)
+    assert (of == number).float().mean() > 0.99 and found.min() < 0
+    own = knn_predict(queries, bank, labels, num_classes=1200, neighbours=1)
+    assert torch.equal(own, number[:, 0])
 
 
 def test_accuracy_counts_samples_not_classes():

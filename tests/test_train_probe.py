@@ -39,7 +39,7 @@ def test_building_it_draws_no_random_number():
     [
         (),
         ("--ema_decay", 0.9),
-        ("--queue_size", 256, "--method", "simclr"),
+        ("--queue_size", 256, "--method", "moco"),
         ("--precision", "bf16", "--num_views", 3),
     ],
     ids=lambda options: " ".join(map(str, options)) or "plain",

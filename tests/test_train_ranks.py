@@ -98,14 +98,16 @@ def test_trains_as_one_process_does(found, monkeypatch, name):
         assert losses == pytest.approx(alone.losses, rel=1e-5)
         for key, value in state["model"].items():
             torch.testing.assert_close(value, alone.model.state_dict()[key], rtol=1e-4, atol=1e-5)
-        moved = state["model"]["head.0.weight"] - begun["head.0.weight"]
+        moved = state["model"]["encoder.stem.0.weight"] - begun["encoder.stem.0.weight"]
         assert moved.abs().max() > 1e-3
+        weights = dict(alone.method.named_parameters())
+        for key, value in state["method"].items():
+            assert torch.equal(value, found[0][name][1]["method"][key])
+            if key in weights:
+                torch.testing.assert_close(value, weights[key].detach(), rtol=1e-4, atol=1e-5)
         if "queue_size" in STEPS[name]:
-            queue = state["method"]["queue.features"], state["method"]["queue.labels"]
-            assert torch.equal(queue[0], found[0][name][1]["method"]["queue.features"])
-            ours, theirs = (
-                labels.sort().values for labels in (queue[1], alone.method.queue.labels)
-            )
+            labels = state["method"]["queue.labels"], alone.method.queue.labels
+            ours, theirs = (part.sort().values for part in labels)
             assert torch.equal(ours, theirs)
 
 
@@ -125,6 +127,17 @@ def test_evaluates_as_one_process_does(found, folder):
     expected = train_ranks.predictions(trainer, STEPS["batch norm"])
     assert torch.equal(found[0]["predictions"], expected)
     assert torch.equal(found[1]["predictions"], expected)
+
+
+def test_each_keeps_its_share_of_the_neighbours_and_votes_as_one_process_does(found):
+    alone = train_ranks.nearest()
+    shares = [of_rank["nearest"] for of_rank in found]
+    for size, counts in ((1100, [1024, 76]), (500, [500, 0])):
+        assert alone[f"{size} rows here"] == size
+        assert [share[f"{size} rows here"] for share in shares] == counts
+        for share in shares:
+            for what in (f"nearest of {size}", f"classes of {size}"):
+                assert torch.equal(share[what], alone[what]), what
 
 
 def test_gradient_by_chunks_is_that_of_one_process(found):
@@ -261,6 +274,6 @@ def test_signalled_then_killed_and_restarted_ends_like_one_never_stopped(found, 
     os.kill(process_of(started, 1), signal.SIGKILL)
     said, _ = started.communicate(timeout=SECONDS)
     assert started.returncode == 0, said
-    assert said.count("going on after step") == 2, said
+    assert said.count("resuming after step") == 2, said
     assert not (run / "REQUEUE").exists()
     assert_same(run, folder / "plain")

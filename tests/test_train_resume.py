@@ -8,7 +8,7 @@ import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from run.errors import UserError
-from run.resume import with_its_warmup
+from run.resume import describe_machine, with_its_warmup
 from train_fixtures import metrics, pretrain, weights, write_images
 from train_parts import options_of
 
@@ -39,16 +39,21 @@ def rates(run):
     return [float(row["learning_rate"]) for row in metrics(run) if row["loss"]]
 
 
-def test_extended_run_ends_like_one_that_was_always_as_long(whole, cut_short):
+def test_extended_run_ends_like_one_that_was_always_as_long(whole, cut_short, monkeypatch, capsys):
     assert metrics(cut_short)[-1]["step"] == "7" and metrics(cut_short)[-1]["knn_accuracy"]
     pretrain(cut_short, *OPTIONS, "--max_steps", 12, "--save_every", 2, "--resume", cut_short)
     assert metrics(cut_short) == metrics(whole)
     expected = weights(whole)
     assert all(torch.equal(value, expected[name]) for name, value in weights(cut_short).items())
     assert (cut_short / "config.yaml").read_text().count("max_steps: 12\n") == 1
-    # Once it is longer, it is so for good.
+    # Once it is longer, it is so for good. What of the machine differs is said.
+    assert "last bits" not in capsys.readouterr().err
+    machine = describe_machine(torch.device("cpu"), 1) | {"torch": "9.9"}
+    monkeypatch.setattr("run.resume.describe_machine", lambda *arguments: machine)
     pretrain(cut_short, *OPTIONS, "--max_steps", 12, "--resume", cut_short)
     assert metrics(cut_short) == metrics(whole)
+    warning = f"so the last bits may differ: torch is 9.9, was {torch.__version__}\n"
+    assert capsys.readouterr().err.count(warning) == 1
 
 
 def test_shortened_run_is_evaluated_where_it_ends(cut_short):

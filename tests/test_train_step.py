@@ -155,8 +155,9 @@ def test_compiled_trains_the_same_under_plain_names(monkeypatch, options):
         {"clip_grad": 1.0},
         {"num_views": 3, "queue_size": 256, "ema_decay": 0.9, "probe": True},
         {"num_views": 3, "method": "simclr", "probe": True},
+        {"method": "joint", "learn_temperature": True},
     ],
-    ids=["plain", "queue", "simclr"],
+    ids=["plain", "queue", "simclr", "joint"],
 )
 def test_chunks_train_as_the_whole_batch_does(options):
     (whole, images, labels), (chunked, *_) = (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from evaluation.embeddings import embed, encode_stored
+from evaluation.embeddings import embed, embed_share, encode_stored
 from evaluation.knn import accuracy, knn_predict
 from linear import main as linear
 from run.errors import UserError
@@ -53,11 +53,13 @@ def encoded(monkeypatch):
     """The number of images of each split that a run encodes, in order."""
     sizes = []
 
-    def spy(encode, split, **options):
-        sizes.append(len(split))
-        return embed(encode, split, **options)
+    for act in (embed, embed_share):
 
-    monkeypatch.setattr("evaluation.evaluator.embed", spy)
+        def spy(encode, split, act=act, **options):
+            sizes.append(len(split))
+            return act(encode, split, **options)
+
+        monkeypatch.setattr(f"evaluation.evaluator.{act.__name__}", spy)
     monkeypatch.setattr("pretrain.draw", lambda *arguments: None)
     return sizes
 

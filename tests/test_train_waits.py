@@ -31,6 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "randaugment": {"augment": "randaugment", "queue_size": 64},
     "stacked_randaugment": {"augment": "stacked_randaugment", "method": "simclr"},
     "fp16": {"augment": "crop_flip", "precision": "fp16"},
+    "joint": {"augment": "crop_flip", "method": "joint", "learn_temperature": True},
+    "cmc": {"augment": "crop_flip", "method": "cmc", "in_chans": 1, "precision": "bf16"},
 }
 
 
@@ -70,15 +72,15 @@ def test_policies_take_few_operations_whatever_the_batch(name):
         assert device.kernels < 250 and device.waits == {}
 
 
-def test_records_are_read_every_few_steps_and_before_a_checkpoint(tmp_path):
+def test_records_are_read_every_few_steps_and_before_a_checkpoint(tmp_path, capsys):
     with pretend_cuda() as device:
         loss = torch.zeros(()).to(CUDA)
         state = RunState(raw_pixels=0.0, untrained=0.0, accuracy=0.0)
         with Report(
             tmp_path,
             None,
-            total_steps=99,
-            images_per_step=BATCH_SIZE,
+            options_of(batch_size=BATCH_SIZE),
+            total_steps=STEPS_PER_FLUSH,
             divergence=DivergenceCheck(None, scale=1.0),
             phases=PhaseClock(CUDA),
         ) as report:
@@ -87,8 +89,10 @@ def test_records_are_read_every_few_steps_and_before_a_checkpoint(tmp_path):
                 state.step += 1
                 report.step(state, 0.1, loss, loss)
             assert sum(device.waits.values()) == 0
+            state.step += 1
             report.step(state, 0.1, loss, loss)
             assert sum(device.waits.values()) == 1
+            assert "GPU 1.5 of 80.0 GiB" in capsys.readouterr().out
             report.step(state, 0.1, loss * torch.inf, loss)
             with pytest.raises(UserError, match="the loss is nan"):
                 report.sync(state)

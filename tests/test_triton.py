@@ -44,6 +44,13 @@ def test_it_says_why_it_is_not_there(monkeypatch):
         supcon_loss(torch.randn(4, 3), torch.arange(4), backend="triton")
 
 
+def test_the_workspace_is_a_number_of_mib():
+    assert backend._workspace_bytes("3") == 3 * 2**20
+    for wrong in ("0", "-1", "big", "1.5"):
+        with pytest.raises(ValueError, match="SUPCON_KERNELS_WORKSPACE_MIB must be a whole number"):
+            backend._workspace_bytes(wrong)
+
+
 def test_it_says_what_the_installation_lacks(monkeypatch):
     monkeypatch.setattr(backend, "_INTERPRETED", False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())

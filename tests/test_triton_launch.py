@@ -46,11 +46,9 @@ def launches(dtype="bfloat16", dim=128, capability=90) -> dict[str, Launch]:
 
 
 @pytest.mark.parametrize("dim", DIMS)
-def test_rows_are_padded_to_whole_chunks_and_slices(dim):
+def test_rows_are_padded_to_whole_chunks(dim):
     padded = triton_tiles.padded_dim(dim)
     assert dim <= padded < max(2 * dim, 17) and padded >= 16
-    for dtype, capability in itertools.product(DTYPES, CAPABILITIES):
-        assert padded % triton_tiles.slice_of(dim, dtype, capability) == 0
 
 
 @pytest.mark.parametrize("dim", FEW_DIMS)
@@ -151,10 +149,26 @@ def test_few_tiles_are_not_torn_apart():
     assert few.backward_shares(False, of_columns=True).max_pieces <= 2
 
 
-def test_wide_rows_divide_their_gradient():
-    launch = plan(dim=2048).backward(False)
-    assert launch.grid[1] * launch.constexprs["SLICE"] == 2048
-    assert plan(dim=256).backward(False).grid[1] == 1
+def test_who_writes_blocks():
+    assert [plan(dim=dim).is_wide for dim in (256, 257)] == [False, True]
+    assert [plan(dim=dim, dtype="float32").is_wide for dim in (128, 129)] == [False, True]
+    launch = plan(dim=8192).derivatives(False, 1024, 512)
+    tile = launch.constexprs
+    assert launch.grid == (512 // tile["COLS"], 1024 // tile["ROWS"], 1)
+    assert plan(dim=8192).prepare(64, anchors=True, sort=False).num_warps == 16
+
+
+@pytest.mark.parametrize("dtype, size", [("bfloat16", 2), ("float32", 4)])
+@pytest.mark.parametrize("shape", [(1, 1), (8192, 8192), (64, 10**7), (10**5, 10**5)])
+@pytest.mark.parametrize("workspace", [0, 2**20, 2**28])
+def test_blocks_fit_their_workspace(dtype, size, shape, workspace):
+    p = plan(dim=768, dtype=dtype, num_rows=shape[0], num_cols=shape[1])
+    rows, cols = p.blocks(workspace)
+    assert rows % triton_tiles.ROW_PADDING == cols % triton_tiles.ROW_PADDING == 0
+    assert min(rows, cols) >= triton_tiles.ROW_PADDING
+    assert rows * cols * size <= max(workspace, size * triton_tiles.ROW_PADDING**2)
+    if workspace == 2**28 and shape == (8192, 8192):
+        assert (rows, cols) == (8192, 8192)  # one block
 
 
 def test_who_is_an_anchor():
@@ -178,10 +192,8 @@ def test_where_a_maximum_is_kept():
 def test_both_kernels_leave_their_pieces_in_the_same_places():
     for capability, dim, dtype in itertools.product(CAPABILITIES, (64, 256, 1024), DTYPES):
         p = plan(fits=None, dim=dim, dtype=dtype, target=Target(capability, 100), num_rows=1024)
-        for tile_of, shares_of in (
-            (p.forward_tile, p.forward_shares),
-            (p.backward_tile, p.backward_shares),
-        ):
+        kinds = [(p.forward_tile, p.forward_shares), (p.backward_tile, p.backward_shares)]
+        for tile_of, shares_of in kinds[: 1 if p.is_wide else 2]:
             fast, slow = (tile_of(running) for running in p.running)
             assert fast.rows == slow.rows and fast.cols % slow.cols == 0
             pieces = [pieces_by_block(shares_of(running)) for running in p.running]

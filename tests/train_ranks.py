@@ -18,7 +18,10 @@ from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from data.batches import training_batches
+from data.images import Split
 from data.views import Views
+from evaluation import knn
+from evaluation.embeddings import embed_share
 from evaluation.evaluator import Evaluator
 from network.momentum_encoder import MomentumEncoder
 from pretrain import pretrain
@@ -46,6 +49,9 @@ STEPS: dict[str, dict[str, Any]] = {
     "chunks": {**NO_STATISTICS, "grad_cache_chunk": 24},
     "queue by chunks": {**NO_STATISTICS, "queue_size": 128, "grad_cache_chunk": 24},
     "compiled by chunks": {**NO_STATISTICS, "compile": True, "grad_cache_chunk": 24},
+    "cross entropy": {**NO_STATISTICS, "method": "cross_entropy"},
+    "joint": {**NO_STATISTICS, "method": "joint", "learn_temperature": True},
+    "cmc": {**NO_STATISTICS, "method": "cmc"},
     "batch norm": {"model": "resnet10", "width": 4, "ema_decay": 0.9, "probe": True},
 }
 
@@ -84,6 +90,30 @@ def predictions(trainer: Trainer, options: dict[str, Any]) -> torch.Tensor:
     return torch.cat(
         [evaluation.predictions(evaluation.test), torch.tensor([state.accuracy, state.probe or 0])]
     )
+
+
+def nearest(ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Of some queries: the neighbours, with the bits of their similarities, and the classes.
+
+    Every tenth row is the first again, and the last process has no row.
+    """
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(1100, 24, generator=generator)
+    rows[::10] = rows[0]
+    queries = torch.cat([rows[:3], torch.randn(40, 24, generator=generator)])
+    labels = torch.randint(6, (1100,), generator=generator)
+    found: dict[str, Any] = {}
+    for size in (1100, 500):
+        split = Split(torch.arange(size)[:, None], labels[:size], "rows")
+
+        def encode(numbers: torch.Tensor) -> torch.Tensor:
+            return rows[numbers.flatten()]
+
+        share = embed_share(encode, split, device=torch.device("cpu"), workers=0, ranks=ranks)
+        found[f"{size} rows here"] = len(share.rows)
+        found[f"nearest of {size}"] = knn.nearest(queries, share, 20)
+        found[f"classes of {size}"] = knn.knn_predict(queries, share, labels[:size], num_classes=6)
+    return found
 
 
 def gradient_by_chunks(ranks: Ranks = ALONE) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -200,6 +230,7 @@ def check_all(folder: Path, ranks: Ranks) -> dict[str, Any]:
         trainer = train(options, ranks)
         found[name] = trainer.losses, trainer.state_dict()
     found["predictions"] = predictions(trainer, options)
+    found["nearest"] = nearest(ranks)
     found["gradient"] = gradient_by_chunks(ranks)
     found["keys"] = keys(ranks)
     return found

@@ -100,7 +100,7 @@ def test_host_that_loses_its_network_ends_the_job_which_goes_on_later(hosts, tmp
         started = start(tmp_path)
         said = [one.communicate(timeout=SECONDS_TO_END)[0] for one in started]
         assert [one.returncode for one in started] == [0, 0], said
-        assert f"going on after step {step}" in said[0]
+        assert f"resuming after step {step}" in said[0]
     finally:
         for one in started:
             one.kill()

@@ -24,6 +24,7 @@ from torchvision.datasets.folder import is_image_file
 from data.images import ImageFiles, Split
 from data.views import Views
 from evaluation.embeddings import embed, encode_stored
+from run import next_steps
 from run.atomic_write import replace_file
 from run.command_line import parse, run_script
 from run.device import Device, pick_device
@@ -39,11 +40,11 @@ class EmbedOptions:
     """Embedding a folder of images.
 
     Args:
-        checkpoint: last.pt or best.pt of a run of pretrain.py, or the run's folder (its last.pt).
+        checkpoint: A checkpoint of pretrain.py (last.pt, best.pt), or the folder of a run (its last.pt).
         images: A folder of images, or of a folder per class.
         output: The .npz file to write.
         workers: Processes that decode images.
-        device: auto takes cuda, then mps, then cpu.
+        device: auto: cuda if available, then mps, then cpu.
     """
 
     checkpoint: str
@@ -103,6 +104,8 @@ def embed_folder(options: EmbedOptions) -> Path:
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error}") from error
     print(f"{len(embeddings)} embeddings of {embeddings.shape[1]} numbers written to {output}")
+    following = next_steps.read(output), next_steps.export(Path(options.checkpoint))
+    print(next_steps.lines(*following))
     return output
 
 

@@ -31,7 +31,7 @@ class ExportOptions:
     """Exporting an encoder to ONNX.
 
     Args:
-        checkpoint: last.pt or best.pt of a run of pretrain.py, or the run's folder (its last.pt).
+        checkpoint: A checkpoint of pretrain.py (last.pt, best.pt), or the folder of a run (its last.pt).
         output: The .onnx file to write.
     """
 

@@ -1,4 +1,4 @@
-"""Pretrain a ResNet with the supervised contrastive loss and say how good its embedding is.
+"""Train an image encoder with the supervised contrastive loss, and measure its embeddings.
 
 python train/pretrain.py
 python train/pretrain.py --dataset fashion_mnist --data_root DIR
@@ -30,13 +30,14 @@ from data.sources import load_data
 from data.views import training_images
 from evaluation.evaluator import Evaluator
 from evaluation.pictures import MAX_POINTS
-from evaluation.summary import describe, draw, write_results
+from evaluation.summary import describe, draw, say_what_is_next, write_results
 from network.embedder import encoder_recipe
 from network.weights import load_encoder, load_pretrained, write_encoder
 from run.atomic_write import explain_full_disk, replace_text
 from run.checkpoint import RunState
 from run.command_line import parse, run_script
-from run.device import pick_device
+from run.compiler_caches import keep_caches_local
+from run.device import pick_device, set_arithmetic
 from run.folder import RunLock, open_folder, removed_if_empty
 from run.options import PretrainOptions, to_yaml
 from run.out_of_memory import out_of_memory_names
@@ -47,6 +48,7 @@ from run.resume import resume, write_checkpoint
 from run.saved_run import open_encoder
 from training.build import build_trainer
 from training.divergence import DivergenceCheck
+from training.memory import say_memory
 from training.trainer import Trainer
 
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
@@ -58,6 +60,9 @@ def main(argv: list[str] | None = None) -> Path:
         options = parse(PretrainOptions, argv, prog="train/pretrain.py", description=DESCRIPTION)
         device = pick_device(options.device.device)
     with joined(device, timeout_minutes=options.device.timeout_minutes) as ranks:
+        set_arithmetic(options.device, device)
+        if device.type == "cuda" or options.step.compile:
+            keep_caches_local()
         return pretrain(options, ranks.own_device(device), ranks)
 
 
@@ -112,10 +117,13 @@ def set_up(
     order, batches = training_batches(
         images, options.batches, seed=seed, ranks=ranks, device=device
     )
-    with out_of_memory_names(model=options.network.model, width=options.network.width):
+    # Of several processes each makes a first backward there, of as many rows as a step has.
+    with out_of_memory_names(**sizes(options)):
         trainer = build_trainer(
             options, data, steps_per_epoch=len(order), device=device, ranks=ranks
         )
+    if ranks.is_rank_0:
+        say_memory(options, data, trainer)
     options = options.changed(name=folder.name, resume="none", image_size=data.image_size)
     run = Run(options, folder, data, order, batches, trainer)
     if checkpoints:
@@ -174,7 +182,7 @@ def train(run: Run) -> None:
             run.state = evaluator.baselines()
             report.accuracy(run.state)
         state = run.state
-        print(describe(folder, data, trainer.device, state), flush=True)
+        report.say(describe(folder, data, trainer.device, state))
 
         while state.epoch < run.num_epochs:
             # Begun in its middle where the run stopped; perhaps its evaluation alone is left.
@@ -203,11 +211,13 @@ def train(run: Run) -> None:
             report.end_epoch(state, evaluated=evaluated)
             save(best=best)
 
+        report.end_training()
         tested = evaluator.at_the_end(num_drawn=MAX_POINTS)
         if ranks.is_rank_0:
-            draw(folder, data, state, tested)
+            draw(folder, data, state, tested, options.logging)
             write_encoder(folder, trainer.measured.encoder, options.network, data)
-            write_results(folder, data, state, tested)
+            write_results(folder, data, state, tested, trainer.method.figures())
+            say_what_is_next(folder, options.data.dataset)
 
 
 def report_of(run: Run) -> Report:
@@ -216,8 +226,8 @@ def report_of(run: Run) -> Report:
     return Report(
         run.folder if trainer.ranks.is_rank_0 else None,
         state,
+        run.options,
         total_steps=run.total_steps,
-        images_per_step=run.options.batches.batch_size,
         divergence=DivergenceCheck(
             trainer.method.collapsed_loss,
             scale=trainer.method.scale,
@@ -240,4 +250,4 @@ def is_due(count: int, every: int) -> bool:
 
 
 if __name__ == "__main__":
-    run_script(main, if_interrupted="(--resume auto goes on from the last checkpoint)")
+    run_script(main, if_interrupted="(--resume auto continues from the last checkpoint)")

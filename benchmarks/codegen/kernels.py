@@ -12,7 +12,7 @@ from supcon_kernels.triton_shipped import shipped_launches
 
 OURS_CSV, PEERS_CSV = RESULTS / "gpu_codegen.csv", RESULTS / "gpu_codegen_peers.csv"
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
-DIMS = (64, 128, 256, 512, 1024, 2048)
+DIMS = (64, 128, 256, 512, 1024, 8192)
 TILE_PAIRS = 128 * 128
 GOALS = {
     ("forward out/all", 80): 12.0,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from codegen.chips import programs_of
 from codegen.kernels import Compiled
 from measuring.workloads import Workload
-from supcon_kernels.triton_tiles import padded_dim, slice_of
+from supcon_kernels.triton_tiles import is_wide
 
 PHASES = ("forward", "backward")
 
@@ -37,13 +37,13 @@ class Card:
 
 CARDS = (
     # NVIDIA A100 Tensor Core GPU datasheet (SXM, 80 GB) and architecture whitepaper.
-    Card("A100", 80, 108, 1.41, {"16-bit": 312, "tf32": 156}, 2039),
+    Card("A100", 80, 108, 1.41, {"16-bit": 312, "tf32": 156, "float32": 19.5}, 2039),
     # NVIDIA H100 datasheet (SXM) and architecture whitepaper.
-    Card("H100", 90, 132, 1.83, {"16-bit": 989.4, "tf32": 494.7}, 3350),
+    Card("H100", 90, 132, 1.83, {"16-bit": 989.4, "tf32": 494.7, "float32": 67}, 3350),
     # NVIDIA H200 datasheet (SXM): the H100's chip with other memory.
-    Card("H200", 90, 132, 1.83, {"16-bit": 989.4, "tf32": 494.7}, 4800),
+    Card("H200", 90, 132, 1.83, {"16-bit": 989.4, "tf32": 494.7, "float32": 67}, 4800),
     # NVIDIA HGX B200 datasheet, per GPU.
-    Card("B200", 100, 148, 1.86, {"16-bit": 2250, "tf32": 1125}, 8000),
+    Card("B200", 100, 148, 1.86, {"16-bit": 2250, "tf32": 1125, "float32": 75}, 8000),
 )
 
 LAUNCH_US = 2.5
@@ -64,15 +64,6 @@ class PairKernel:
     launches: int = 1
 
 
-def _whole(dim: int, dtype: str) -> int:
-    return 1
-
-
-def _slices(dim: int, dtype: str) -> int:
-    """Programs that share the features of a gradient row between them: each needs all scores."""
-    return padded_dim(dim) // slice_of(dim, dtype)
-
-
 @dataclass(frozen=True)
 class Scheme:
     """The kernels over pairs that a step launches, read from their source."""
@@ -82,22 +73,19 @@ class Scheme:
     kernels: tuple[PairKernel, ...]
     takes_16_bit: bool = True
     float32_passes: int = 1
-    gradient_slices: Callable[[int, str], int] = _whole
+    # Whether the derivatives of these rows' pairs are written, and multiplied by cuBLAS.
+    in_blocks: Callable[[int, str, int], bool] = lambda dim, dtype, arch: False
 
     def in_phase(self, phase: str) -> list[PairKernel]:
         return [kernel for kernel in self.kernels if kernel.phase == phase]
 
-    def exponentials(self, phase: str, dim: int, dtype: str) -> int:
+    def exponentials(self, phase: str) -> int:
         """Of a pair; there is one for each score."""
-        return sum(
-            k.launches * (self.gradient_slices(dim, dtype) if k.gradients else 1)
-            for k in self.in_phase(phase)
-        )
+        return self.launches(phase)
 
-    def products(self, phase: str, dim: int, dtype: str) -> int:
+    def products(self, phase: str) -> int:
         """N×N×D products: one for the scores, each time that they are computed, one for a gradient."""
-        gradients = sum(k.launches * k.gradients for k in self.in_phase(phase))
-        return self.exponentials(phase, dim, dtype) + gradients
+        return sum(k.launches * (1 + k.gradients) for k in self.in_phase(phase))
 
     def launches(self, phase: str) -> int:
         return sum(kernel.launches for kernel in self.in_phase(phase))
@@ -113,7 +101,7 @@ SCHEMES = (
             PairKernel("backward", "backward out/all", gradients=1),
         ),
         float32_passes=3,  # tf32 three times over, to float32's precision
-        gradient_slices=_slices,
+        in_blocks=is_wide,
     ),
     Scheme(
         "memeff",
@@ -195,8 +183,8 @@ def bound(
         dim=dim,
         dtype=dtype,
         phase=phase,
-        products=scheme.products(phase, dim, dtype),
-        exponentials=scheme.exponentials(phase, dim, dtype),
+        products=scheme.products(phase),
+        exponentials=scheme.exponentials(phase),
         launches=launches,
         programs=programs,
         matrix_us=total["matrix"],
@@ -211,7 +199,7 @@ def bound(
 
 
 def chunked_bound(card: Card, workload: Workload, phase: str) -> Bound:
-    """The dense formula in chunks of rows, by cuBLAS, in three products of TF32 and one fused pass.
+    """The dense formula in chunks of rows, by cuBLAS in float32 and one fused pass.
 
     The forward writes scores and reads them once; the backward also writes the two parts of H that
     are multiplied, and reads them once. Kernels follow each other, so that all times add up.
@@ -219,7 +207,7 @@ def chunked_bound(card: Card, workload: Workload, phase: str) -> Bound:
     num_rows, dim = workload.num_rows, workload.dim
     products, passes_bytes, launches = {"forward": (1, 8, 2), "backward": (2, 24, 4)}[phase]
     launches *= -(-4 * num_rows**2 // CHUNK_BYTES)
-    matrix_us = 1e-6 * 2 * 3 * products * num_rows**2 * dim / card.matrix_tflops["tf32"]
+    matrix_us = 1e-6 * 2 * products * num_rows**2 * dim / card.matrix_tflops["float32"]
     memory_us = 1e-3 * passes_bytes * num_rows**2 / (L2_BYTES_PER_CLOCK * card.clock_ghz)
     exponential_us = 1e-3 * num_rows**2 / (card.ex2_per_sm_clock * card.sm_ghz)
     times = {
@@ -257,18 +245,23 @@ def _kernel_us(
     num_rows, dim, dtype = workload.num_rows, workload.dim, workload.dtype
     is_16_bit = dtype != "float32" and scheme.takes_16_bit
     pairs = num_rows**2 * kernel.launches
-    scores = scheme.gradient_slices(dim, dtype) if kernel.gradients else 1
+    in_blocks = kernel.gradients > 0 and scheme.in_blocks(dim, dtype, card.arch)
     passes = scheme.float32_passes if dtype == "float32" else 1
-    flops = 2 * (scores + kernel.gradients) * passes * pairs * dim
+    rate_of = {"scores": card.matrix_tflops["16-bit" if is_16_bit else "tf32"] / passes}
+    rate_of["gradient"] = rate_of["scores"]
+    if in_blocks and dtype == "float32":
+        rate_of["gradient"] = card.matrix_tflops["float32"]
+    product = 1e-6 * 2 * pairs * dim
+    size = 2 if is_16_bit else 4
     # The features once, and a gradient as large, for each launch: columns come again from a cache.
     matrices = kernel.launches * (2 if kernel.phase == "backward" else 1)
     row = _row(scheme, card, kernel, workload, compiled)
     instructions = row.instructions_per_pair if row and row.instructions_per_pair else 0.0
     rate = card.instructions_per_sm_clock * card.sm_ghz
     units = {
-        "matrix": 1e-6 * flops / card.matrix_tflops["16-bit" if is_16_bit else "tf32"],
-        "exponential": 1e-3 * scores * pairs / (card.ex2_per_sm_clock * card.sm_ghz),
-        "instruction": 1e-3 * scores * instructions * pairs / rate,
+        "matrix": product / rate_of["scores"] + kernel.gradients * product / rate_of["gradient"],
+        "exponential": 1e-3 * pairs / (card.ex2_per_sm_clock * card.sm_ghz),
+        "instruction": 1e-3 * instructions * pairs / rate,
     }
     programs = 1
     if row:  # that of a failed compilation has no registers
@@ -276,7 +269,11 @@ def _kernel_us(
         programs = max(1, found)
     return units | {
         "serial": sum(units.values()) / programs,
-        "memory": 1e-3 * matrices * num_rows * dim * (2 if is_16_bit else 4) / card.bandwidth_gbs,
+        # What is written of the pairs is read again.
+        "memory": 1e-3
+        * size
+        * (matrices * num_rows * dim + in_blocks * 2 * pairs)
+        / card.bandwidth_gbs,
         "programs": programs,
     }
 
@@ -304,6 +301,7 @@ def with_rates(card: Card, rates: Mapping[str, float]) -> Card:
         matrix_tflops={
             "16-bit": rates.get("bfloat16 product", tflops["16-bit"]),
             "tf32": rates.get("tf32 product", tflops["tf32"]),
+            "float32": rates.get("float32 product", tflops["float32"]),
         },
         bandwidth_gbs=rates.get("copy", card.bandwidth_gbs),
         ex2_per_sm_clock=1e3 * exponentials / card.sm_ghz,

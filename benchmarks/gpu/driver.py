@@ -100,15 +100,17 @@ def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def _images_per_second(place: Place) -> Iterator[Row]:
-    """bench_train.py: a bare loop, the driver, and the driver in bf16, compiled, and both."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(REPOSITORY / "benchmarks" / "bench_train.py"), "--options"]
-        command += ["--device", place.device, "--model", "resnet18", "--width", "64"]
-        command += ["--image-sizes", "28" if place.data_root else "8", "--output-dir", folder]
-        command += ["--steps", str(STEPS), "--rounds", str(ROUNDS)]
-        if place.data_root:
-            command += ["--data-root", place.data_root]
-        subprocess.run(command, check=True)
-        output = Path(folder) / f"train_options_{place.device}.csv"
-        with output.open(newline="") as file:
-            yield from csv.DictReader(file)
+    """bench_train.py: beside a bare loop and SupContrast's way; then in bf16, compiled, and both."""
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "bench_train.py")]
+    command += ["--device", place.device, "--model", "resnet18", "--width", "64"]
+    command += ["--image-sizes", "28" if place.data_root else "8"]
+    command += ["--steps", str(STEPS), "--rounds", str(ROUNDS)]
+    if place.data_root:
+        command += ["--data-root", place.data_root]
+    # SupContrast's way waits for its workers: a few steps tell.
+    beside = ["--steps", "20", "--workers", "8"]
+    for name, options in (("train", beside), ("train_options", ["--options"])):
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([*command, *options, "--output-dir", folder], check=True)
+            with (Path(folder) / f"{name}_{place.device}.csv").open(newline="") as file:
+                yield from csv.DictReader(file)

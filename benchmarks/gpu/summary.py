@@ -142,6 +142,12 @@ def _tiles(rows: Sequence[Row]) -> str:
 def _driver(rows: Sequence[Row]) -> str:
     lines = [
         f"{row['loop']}: {row['images_per_second']} images/s, {row['over_bare']} of bare"
+        + (f", {row['over_plain']} of SupContrast's way" if row.get("over_plain") else "")
+        + "".join(
+            f", {phase} {row[f'{phase}_share']}"
+            for phase in ("data", "views", "loss")
+            if row.get(f"{phase}_share")
+        )
         for row in rows
         if "loop" in row
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import bench_grad_cache
 import bench_train
+from pretend_cuda import pretend_cuda
 
 
 @pytest.fixture
@@ -51,9 +53,41 @@ def test_writes_a_row_for_every_loop(
         assert 0 < slowest <= rate <= fastest
         assert (row["over_plain"] != "") == name.startswith("driver")
         assert row["torch"] == torch.__version__
-    shares = [float(rows["driver_simclr"][f"{name}_share"]) for name in ("loss", "data")]
+    shares = [float(rows["driver_simclr"][f"{name}_share"]) for name in ("loss", "data", "views")]
     assert all(0 < share < 1 for share in shares)
     assert capsys.readouterr().out.count("driver_crop_flip: ") == 4
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
+def test_loops_train_on_a_gpu_and_are_waited_for_around_each_turn(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[str] = []
+    for kind in (bench_train.Bare, bench_train.Driver, bench_train.Plain):
+
+        def run(self: Any, num_steps: int, run: Any = kind.run) -> None:
+            run(self, num_steps)
+            assert next(getattr(self, "trainer", self).model.parameters()).is_cuda
+            turns.append(type(self).__name__)
+
+        monkeypatch.setattr(kind, "run", run)
+    monkeypatch.setattr(bench_train, "set_arithmetic", lambda options, device: None)
+    monkeypatch.setattr(bench_train, "describe_machine", lambda device: {"gpu": "none"})
+    small = ["--model", "resnet10", "--width", "4", "--image-sizes", "8", "--batch-size", "16"]
+    place = ["--data-root", str(data_root), "--output-dir", str(tmp_path), "--device", "cuda"]
+    with pretend_cuda():
+        monkeypatch.setattr("torch.cuda.synchronize", lambda *device: turns.append("wait"))
+        monkeypatch.setattr("torch.cuda.Event.elapsed_time", lambda event, end: 1.0)
+        short = ["--steps", "2", "--rounds", "1", "--workers", "0"]
+        assert bench_train.main([*small, *short, *place]) == 0
+    with open(tmp_path / "train_cuda.csv", newline="") as file:
+        rows = {row["loop"]: row for row in csv.DictReader(file)}
+    assert rows["driver_simclr"]["over_plain"] and rows["driver_simclr"]["views_share"]
+    # The clock of the driver's phases waits once more.
+    expected = []
+    for kind in ("Bare", "Driver", "Driver", "Plain", "Plain"):
+        expected += ["wait", *(["wait"] if kind == "Driver" else []), kind, "wait"]
+    assert turns[-len(expected) :] == expected
 
 
 def test_options_are_timed_beside_the_default(

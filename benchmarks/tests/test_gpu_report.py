@@ -22,6 +22,13 @@ def test_the_summary_is_of_the_last_run_of_each_stage() -> None:
     assert "FAILED tiles: forward" in text
 
 
+def test_the_summary_says_what_a_training_step_is_spent_on() -> None:
+    row: Row = {"stage": "driver", "loop": "driver_simclr", "over_bare": "0.97"}
+    row |= {"images_per_second": "9000", "over_plain": "3.1", "loss_share": "0.01"}
+    text = summary([{"stage": "run", "argv": []}, row])
+    assert "driver_simclr: 9000 images/s, 0.97 of bare, 3.1 of SupContrast's way, loss 0.01" in text
+
+
 def test_the_summary_is_a_page_however_much_failed() -> None:
     rows: list[Row] = [
         {

@@ -12,16 +12,20 @@ from measuring.workloads import Workload
 
 
 def test_products_of_the_schemes() -> None:
-    def steps(dim: int) -> dict[str, list[int]]:
-        return {
-            s.name: [s.products(p, dim, "bfloat16") for p in model.PHASES] for s in model.SCHEMES
-        }
+    steps = {s.name: [s.products(p) for p in model.PHASES] for s in model.SCHEMES}
+    assert steps == {"supcon_kernels": [1, 2], "memeff": [1, 4], "Inf-CL": [1, 4]}
 
-    assert steps(128) == {"supcon_kernels": [1, 2], "memeff": [1, 4], "Inf-CL": [1, 4]}
-    assert steps(1024)["supcon_kernels"] == [
-        1,
-        5,
-    ]  # four slices of the gradient, all scores for each
+
+def test_blocks_of_derivatives_are_written_and_read() -> None:
+    ours, card = model.SCHEMES[0], model.find_card("NVIDIA H100")
+    assert card is not None
+    n = 8192
+    wide = model.bound(ours, card, Workload(n, 1024, dtype="bfloat16"), "backward")
+    assert wide.memory_us == pytest.approx(1e-3 * 2 * (2 * n * 1024 + 2 * n * n) / 3350)
+    assert wide.matrix_us == pytest.approx(1e-6 * 2 * 2 * n * n * 1024 / 989.4)
+    exact = model.bound(ours, card, Workload(n, 1024, dtype="float32"), "backward")
+    product = 1e-6 * 2 * n * n * 1024
+    assert exact.matrix_us == pytest.approx(product * (3 / 494.7 + 1 / 67))
 
 
 def test_products_are_those_of_the_compiled_kernels() -> None:
@@ -76,7 +80,7 @@ def test_measured_rates_replace_published_ones() -> None:
     assert card is not None and card.bandwidth_gbs == 4800
     rates = {"bfloat16 product": 790.0, "exponentials": 4.0, "copy": 4300.0}
     measured = model.with_rates(card, rates)
-    assert measured.matrix_tflops == {"16-bit": 790.0, "tf32": 494.7}
+    assert measured.matrix_tflops == {"16-bit": 790.0, "tf32": 494.7, "float32": 67}
     bound = model.bound(model.SCHEMES[0], measured, Workload(8192, dtype="bfloat16"), "forward")
     assert bound.matrix_us == pytest.approx(2 * 8192**2 * 128 / 790e12 * 1e6)
     assert bound.exponential_us == pytest.approx(8192**2 / 4e12 * 1e6)

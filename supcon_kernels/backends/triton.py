@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +27,18 @@ from supcon_kernels.triton_tiles import Target
 # Probabilities are multiplied by this before they are rounded to float16, whose subnormals begin
 # at 2^-14, and stay within its range: both anchors of a pair add up to at most 2^15.
 HEADROOM = 2.0**14
+
+
+def _workspace_bytes(mib: str) -> int:
+    if not mib.isdecimal() or int(mib) == 0:
+        raise ValueError(f"SUPCON_KERNELS_WORKSPACE_MIB must be a whole number > 0, got {mib!r}")
+    return 2**20 * int(mib)
+
+
+# Where rows are wide, so many bytes of H are written at a time.
+workspace_bytes = _workspace_bytes(os.environ.get("SUPCON_KERNELS_WORKSPACE_MIB", "256"))
+# A gradient in one piece.
+WHOLE = Shares(num_blocks=1, num_tiles=1, group=1, share=1)
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _INTERPRETED = triton_run.INTERPRETED
 # The first with triton.knobs, by which the kernels know the interpreter.
@@ -188,11 +202,13 @@ def backward(
         of_cols = weights if plan.square else None
         if col_stats is not None:
             of_cols, _ = call.weights(upstreams[-1], peak, count, col_stats)
-        if needs_rows or needs_temperature:
-            gradient, dots = call.gradient(weights, of_cols, factor, needs_temperature)
+        uses_rows = needs_rows or needs_temperature
+        products = call.products(weights, of_cols, uses_rows, needs_cols)
+        if uses_rows:
+            gradient, dots = call.gradient(rows, *next(products), factor, needs_temperature)
             grad_rows = gradient if needs_rows else grad_rows
         if needs_cols:
-            grad_cols, _ = call.gradient(None, weights, factor, False)
+            grad_cols, _ = call.gradient(call.cols, *next(products), factor, False)
         if needs_temperature:
             call.run(
                 plan.temperature_gradient(),
@@ -251,6 +267,11 @@ class _Side:
         num_rows = features.shape[:-1].numel()
         padded = triton_tiles.padded_rows(num_rows)
         return _Side(features, labels.contiguous(), num_rows, padded, *[features] * 2)
+
+    def matrix(self, dim: int) -> Tensor:
+        """The prepared rows (padded, padded D)."""
+        width = triton_tiles.padded_dim(dim)
+        return self.rows[: self.padded * width].view(self.padded, width)
 
     @property
     def num_samples(self) -> int:
@@ -396,17 +417,62 @@ class _Call:
         )
         return weights, factor
 
-    def gradient(
-        self, of_rows: Tensor | None, of_cols: Tensor | None, factor: Tensor, wants_dots: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The gradient of one side's features, and its rows' dot products with the prepared ones.
+    def products(
+        self, of_rows: Tensor, of_cols: Tensor | None, uses_rows: bool, uses_cols: bool
+    ) -> Iterator[tuple[Tensor, Shares]]:
+        """H times the columns where rows are used, then Hᵀ times the rows where columns are, in pieces.
 
         Args:
-            of_rows, of_cols: what the owner's anchors weigh, and those of the other side; None: it
-                has no anchors. Without anchors of its own the owner is the columns' side.
-            factor: what was taken out of the weights.
-            wants_dots: whether the dot products are wanted.
+            of_rows, of_cols: what the anchors among the rows weigh, and those among the columns, if any.
         """
+        if self.plan.is_wide:
+            yield from self.wide_products(of_rows, of_cols, uses_rows, uses_cols)
+            return
+        if uses_rows:
+            yield self.pieces(of_rows, of_cols)
+        if uses_cols:
+            yield self.pieces(None, of_rows)
+
+    def wide_products(
+        self, of_rows: Tensor, of_cols: Tensor | None, uses_rows: bool, uses_cols: bool
+    ) -> Iterator[tuple[Tensor, Shares]]:
+        """``products`` by blocks of H, each of which is made once."""
+        plan, rows, cols = self.plan, self.rows, self.cols
+        height, width = plan.blocks(workspace_bytes)
+        block = rows.features.new_empty(height * width)
+        by_rows: dict[int, Tensor] = {}  # by the first row
+        by_cols: dict[int, Tensor] = {}
+        for i in range(0, rows.padded, height):
+            for j in range(0, cols.padded, width):
+                h, w = min(height, rows.padded - i), min(width, cols.padded - j)
+                for running in plan.running:
+                    self.run(
+                        plan.derivatives(running, h, w, both_anchor=of_cols is not None),
+                        rows_ptr=rows.rows,
+                        cols_ptr=cols.rows,
+                        row_weights_ptr=of_rows,
+                        col_weights_ptr=of_rows if of_cols is None else of_cols,
+                        temperature_ptr=self.temperature,
+                        derivatives_ptr=block,
+                        padded_rows=rows.padded,
+                        padded_cols=cols.padded,
+                        first_row=i,
+                        first_col=j,
+                        padded_width=w,
+                        own_offset=self.own_col,
+                        host_temperature=self.host_temperature,
+                    )
+                derivatives = block[: h * w].view(h, w)
+                if uses_rows:
+                    _add(by_rows, i, _product(derivatives, cols.matrix(plan.dim)[j : j + w]))
+                if uses_cols:
+                    _add(by_cols, j, _product(derivatives.T, rows.matrix(plan.dim)[i : i + h]))
+        for sums in (by_rows, by_cols):
+            if sums:
+                yield torch.cat(tuple(sums.values())) if len(sums) > 1 else sums[0], WHOLE
+
+    def pieces(self, of_rows: Tensor | None, of_cols: Tensor | None) -> tuple[Tensor, Shares]:
+        """H times the columns, or Hᵀ times the rows where the rows do not weigh: H stays in registers."""
         plan, of_columns = self.plan, of_rows is None
         owner, streamed = (self.cols, self.rows) if of_columns else (self.rows, self.cols)
         own_offset = self.own_row if of_columns else self.own_col
@@ -424,12 +490,26 @@ class _Call:
                 col_weights_ptr=weights if of_cols is None else of_cols,
                 slices_ptr=slices,
             )
+        return slices, shares
+
+    def gradient(
+        self, owner: _Side, pieces: Tensor, shares: Shares, factor: Tensor, wants_dots: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of one side's features, and its rows' dot products with the prepared ones.
+
+        Args:
+            owner: the side.
+            pieces, shares: as ``products`` has them.
+            factor: what was taken out of the weights.
+            wants_dots: whether the dot products are wanted.
+        """
+        plan = self.plan
         gradient = owner.features.new_empty(owner.features.shape)
         dots = self.new(owner.padded if wants_dots else 0, torch.float64)
         self.run(
             plan.gradient(owner.num_rows, dots=wants_dots),
             **owner.arguments(),
-            slices_ptr=slices,
+            slices_ptr=pieces,
             rows_ptr=owner.rows,
             factor_ptr=factor,
             gradient_ptr=gradient,
@@ -442,6 +522,19 @@ class _Call:
             share=shares.share,
         )
         return gradient, dots
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, whatever the autocast of the caller is."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32 or not a.is_cuda:
+            return a.float() @ b.float()
+        return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _add(sums: dict[int, Tensor], at: int, product: Tensor) -> None:
+    """Add to what is there, if anything is."""
+    sums[at] = sums[at].add_(product) if at in sums else product
 
 
 def _temperature(problem: Problem) -> Tensor | float:

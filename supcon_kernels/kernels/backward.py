@@ -1,4 +1,8 @@
-"""The backward over pairs: H, the derivative of the loss by each exponent, times the columns."""
+"""The backward over pairs: H, the derivative of the loss by each exponent, times the columns.
+
+Up to 256 features H stays in registers and is multiplied there. Wider rows' gradient does not fit beside
+it: a block of H is written, and multiplied by torch's own product.
+"""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped, import-not-found"
 
@@ -72,6 +76,36 @@ def seen_by(
 
 
 @triton.jit
+def derivatives(
+    x,  # exponents (ROWS, COLS)
+    row_weights,  # of the anchors along the rows, if ROWS_ANCHOR
+    col_weights_ptr,  # (4, padded cols), if COLS_ANCHOR
+    j,  # the tile's columns
+    padded_cols,
+    positive,  # (ROWS, COLS) where a pair is of one class
+    RUNNING: tl.constexpr,
+    OUT: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+    ROWS_ANCHOR: tl.constexpr,
+    COLS_ANCHOR: tl.constexpr,
+):
+    """H of a tile: the derivative by each exponent, as seen from every side that is an anchor."""
+    USES_LSE: tl.constexpr = RUNNING or DENOMINATOR == "one_positive"
+    power = x
+    if not RUNNING:
+        power = tl.exp2(x)
+    if ROWS_ANCHOR:
+        h, pull = seen_by(row_weights, x, power, RUNNING, OUT, DENOMINATOR)
+    if COLS_ANCHOR:
+        col_weights = weights_of(col_weights_ptr, j, padded_cols, 0, USES_LSE)
+        col_h, col_pull = seen_by(col_weights, x, power, RUNNING, OUT, DENOMINATOR)
+        h = h + col_h if ROWS_ANCHOR else col_h
+        pull = pull + col_pull if ROWS_ANCHOR else col_pull
+    of_positive = h - pull if DENOMINATOR == "all" else -pull
+    return tl.where(positive, of_positive, h)
+
+
+@triton.jit
 def _backward_kernel(
     rows_ptr,  # (padded rows, PADDED_DIM) whose gradient this is, and their classes
     cols_ptr,  # (padded cols, PADDED_DIM) streamed, and their classes
@@ -98,10 +132,9 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     CHUNK: tl.constexpr,
-    SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program owns ``share`` tiles, of one block of rows after the other, and SLICE features.
+    """A program owns ``share`` tiles, of one block of rows after the other.
 
     It keeps Σ H_ij col_j of a block, H being the derivative as seen from every side that is an
     anchor: from both, where the rows are contrasted with each other.
@@ -119,9 +152,7 @@ def _backward_kernel(
     padded_cols = padded_cols.to(tl.int64)
     k = tl.arange(0, COLS)
     d = tl.arange(0, CHUNK)
-    kept = d  # the very columns that were multiplied, where they are one chunk
-    if NUM_CHUNKS > 1:
-        kept = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    kept = tl.arange(0, PADDED_DIM)
     b_offsets = k[:, None] * PADDED_DIM + d[None, :]
     kept_offsets = k[:, None] * PADDED_DIM + kept[None, :]
     run, start, first, last = run_of(num_blocks, num_tiles, group, share)
@@ -133,9 +164,10 @@ def _backward_kernel(
         a_ptrs = rows_ptr + i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
         a = tl.load(a_ptrs)
         row_id = tl.load(row_ids_ptr + i)
+        row_weights = i
         if ROWS_ANCHOR:
             row_weights = weights_of(row_weights_ptr, i, padded_rows, 1, USES_LSE)
-        gradient = tl.zeros((ROWS, SLICE), tl.float32)
+        gradient = tl.zeros((ROWS, PADDED_DIM), tl.float32)
 
         # The tiles before those that hold a row itself, those, and the tiles after them.
         for part in tl.static_range(3):
@@ -147,18 +179,20 @@ def _backward_kernel(
                 x = exponents(
                     a, a_ptrs, b_ptrs, scale, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION, RUNNING
                 )
-                power = x
-                if not RUNNING:
-                    power = tl.exp2(x)
-                if ROWS_ANCHOR:
-                    h, pull = seen_by(row_weights, x, power, RUNNING, OUT, DENOMINATOR)
-                if COLS_ANCHOR:
-                    col_weights = weights_of(col_weights_ptr, j, padded_cols, 0, USES_LSE)
-                    col_h, col_pull = seen_by(col_weights, x, power, RUNNING, OUT, DENOMINATOR)
-                    h = h + col_h if ROWS_ANCHOR else col_h
-                    pull = pull + col_pull if ROWS_ANCHOR else col_pull
-                of_positive = h - pull if DENOMINATOR == "all" else -pull
-                h = tl.where(row_id[:, None] == col_id[None, :], of_positive, h)
+                positive = row_id[:, None] == col_id[None, :]
+                h = derivatives(
+                    x,
+                    row_weights,
+                    col_weights_ptr,
+                    j,
+                    padded_cols,
+                    positive,
+                    RUNNING,
+                    OUT,
+                    DENOMINATOR,
+                    ROWS_ANCHOR,
+                    COLS_ANCHOR,
+                )
                 if part == 1:
                     h = tl.where(j[None, :] != (own_offset + i)[:, None], h, 0.0)
                 b = tl.load(tile_ptr + kept_offsets)
@@ -169,3 +203,77 @@ def _backward_kernel(
         out = slices_ptr + (run - before // share) * padded_rows * PADDED_DIM
         out += i.to(tl.int64)[:, None] * PADDED_DIM + kept[None, :]
         tl.store(out, gradient)
+
+
+@triton.jit
+def _derivatives_kernel(
+    rows_ptr,  # (padded rows, PADDED_DIM), and their classes
+    cols_ptr,  # (padded cols, PADDED_DIM), and their classes
+    row_weights_ptr,  # (4, padded rows) from the weights kernel
+    col_weights_ptr,  # (4, padded cols), if COLS_ANCHOR
+    temperature_ptr,
+    derivatives_ptr,  # out: (rows of the block, columns of the block), of the features' dtype
+    padded_rows,
+    padded_cols,
+    first_row,  # of the block
+    first_col,
+    padded_width,  # columns of the block
+    own_offset,  # the column that is row 0 itself, or far below 0
+    host_temperature,
+    ON_DEVICE: tl.constexpr,
+    EITHER: tl.constexpr,
+    RUNNING: tl.constexpr,
+    OUT: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+    COLS_ANCHOR: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A program owns one tile of a block of H, whose products with the features are made elsewhere."""
+    tau = temperature_of(host_temperature, temperature_ptr, ON_DEVICE)
+    if EITHER:  # noqa: SIM102 - a constant, decided when the kernel is compiled
+        if fits(tau) == RUNNING:
+            return
+    d = tl.arange(0, CHUNK)
+    i = first_row + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    j = first_col + tl.program_id(0) * COLS + tl.arange(0, COLS)
+    row_id = tl.load(classes_of(rows_ptr, padded_rows, PADDED_DIM) + i)
+    col_id = tl.load(classes_of(cols_ptr, padded_cols, PADDED_DIM) + j)
+    a_ptrs = rows_ptr + i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
+    b_ptrs = cols_ptr + j.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
+    x = exponents(
+        tl.load(a_ptrs),
+        a_ptrs,
+        b_ptrs,
+        1.0 / (tau * LN2),
+        ROWS,
+        COLS,
+        PADDED_DIM // CHUNK,
+        CHUNK,
+        PRECISION,
+        RUNNING,
+    )
+    USES_LSE: tl.constexpr = RUNNING or DENOMINATOR == "one_positive"
+    row_weights = weights_of(row_weights_ptr, i, padded_rows.to(tl.int64), 1, USES_LSE)
+    positive = row_id[:, None] == col_id[None, :]
+    h = derivatives(
+        x,
+        row_weights,
+        col_weights_ptr,
+        j,
+        padded_cols.to(tl.int64),
+        positive,
+        RUNNING,
+        OUT,
+        DENOMINATOR,
+        True,
+        COLS_ANCHOR,
+    )
+    h = tl.where(j[None, :] != (own_offset + i)[:, None], h, 0.0)
+    if PRECISION == "tf32":
+        h = rounded_to_tf32(h)
+    at = (i - first_row).to(tl.int64)[:, None] * padded_width + (j - first_col)[None, :]
+    tl.store(derivatives_ptr + at, rounded(h, derivatives_ptr.dtype.element_ty))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from data.corrupted import Corrupted
 from data.images import Crops, Split
 from data.order import BalancedOrder, PlacedOrder, TrainingOrder
 from data.prefetch import on_device_ahead
@@ -29,12 +30,11 @@ class BatchOptions:
     """Batches.
 
     Args:
-        batch_size: Images per step, of all processes together, each in num_views views.
-        classes_per_batch: Have every batch hold so many classes, with equally many images of each.
-            Default: batches are drawn from all images alike.
-        workers: Processes that load (and for imagefolder and webdataset decode) images, for each
-            training process (of torchrun: 8 GPUs with 4 workers each are 32); 0: the training
-            process itself. The results do not depend on it.
+        batch_size: Images per step, summed over all processes. Each image has num_views views.
+        classes_per_batch: Number of classes in each batch, with the same number of images of each.
+            Default: batches are drawn from all images.
+        workers: Processes that load and decode images, per training process (8 GPUs with 4 workers
+            each: 32). 0: the training process does it. The results do not depend on it.
     """
 
     batch_size: int = 128
@@ -109,7 +109,7 @@ def training_batches(
 
 
 def sequential_batches(
-    split: Split,
+    split: Split | Corrupted,
     *,
     batch_size: int,
     workers: int,
@@ -124,8 +124,7 @@ def sequential_batches(
     share = math.ceil(len(batches) / ranks.world_size)
     first = ranks.rank * share
     batches = [batches[min(number, len(batches) - 1)] for number in range(first, first + share)]
-    in_memory = isinstance(split.images, Tensor)
-    return Batches(split, batches, 0 if in_memory else workers, device)
+    return Batches(split, batches, 0 if split.in_memory else workers, device)
 
 
 class Batches:
@@ -137,7 +136,7 @@ class Batches:
 
     def __init__(
         self,
-        split: Split | Crops,
+        split: Split | Crops | Corrupted,
         batches: TrainingOrder | list[list[int]],
         workers: int,
         device: torch.device,
@@ -147,9 +146,7 @@ class Batches:
         sampler: Sampler[list[Any]] | list[list[int]] = batches
         if isinstance(split, Crops) and isinstance(batches, TrainingOrder):
             sampler = PlacedOrder(batches)
-        # What lies in memory is found sooner than sent.
-        decoded = isinstance(split, Crops) or not isinstance(split.images, Tensor)
-        size = IMAGES_PER_PART if decoded and workers > 0 else len(split)
+        size = len(split) if split.in_memory or workers == 0 else IMAGES_PER_PART
         self.parts = _Parts(sampler, size)
         if workers > 0:
             longest = _longest(batches)

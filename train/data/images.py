@@ -109,6 +109,11 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
         return digest.hexdigest()
 
     @property
+    def in_memory(self) -> bool:
+        """Whether an image is found sooner than sent from another process."""
+        return isinstance(self.images, Tensor)
+
+    @property
     def image_bytes(self) -> int:
         """The bytes of an image as it is stored."""
         shape = self.images.shape[1:] if isinstance(self.images, Tensor) else self.images.shape
@@ -143,6 +148,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
     num_views: int
     min_area: float
     seed: int
+    in_memory = False
 
     def __len__(self) -> int:
         return len(self.split)

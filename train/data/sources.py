@@ -19,6 +19,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from data.images import ImageData, ImageFiles, Split
 from data.shards import NOT_FETCHED, read_index
+from data.training_part import training_part
 from run.errors import UserError
 from run.rules import LARGEST, broken, out_of_range
 from run.seeds import seed_of
@@ -44,27 +45,32 @@ class DataOptions:
 
     Args:
         dataset: digits | fashion_mnist | cifar10 | cifar100 | stl10 | imagefolder:PATH |
-            webdataset:URL. stl10: its labelled images. PATH holds train/ and val/ with a folder per
-            class, or the class folders alone (see val_fraction). URL names tar shards, as in
-            DATA/train-{000..127}.tar, by a path or anything that webdataset opens (https:, gs:,
-            pipe:COMMAND); of each sample a jpg, jpeg, png or webp is the image and an integer as
-            text in cls the label.
-        data_root: Where fashion_mnist, cifar and stl10 are looked for, and downloaded to if not
-            there; shards that are no local files are copied to it, once. Default: data.
-        image_size: Side of the images that the encoder sees, in pixels. Default: the data set's
-            own (digits: 16); imagefolder, webdataset: 64.
-        val_fraction: imagefolder without val/, webdataset without val_shards: the share of every
-            class to hold out.
-        val_shards: webdataset: URL of the shards to evaluate on.
+            webdataset:URL. stl10: the labelled images. PATH has train/ and val/ with a folder per
+            class, or only class folders (see val_fraction). URL names tar shards, such as
+            DATA/train-{000..127}.tar. It is a path, or anything that webdataset opens (https:, gs:,
+            pipe:COMMAND). Each sample has an image (jpg, jpeg, png or webp) and a label (cls, an
+            integer as text).
+        data_root: Folder of fashion_mnist, cifar and stl10, which are downloaded if missing, and of
+            copies of remote shards. Default: data.
+        image_size: Side of the encoder's images, in pixels. Default: that of the data set
+            (digits: 16); imagefolder, webdataset: 64.
+        val_fraction: Share of every class to hold out as test images, for imagefolder without val/
+            and webdataset without val_shards.
+        val_shards: URL of the test shards, for webdataset.
         validation_fraction: The share of every class to hold out of the training images, as the seed
             draws it. k-NN during the run is then measured on these, and chooses best.pt; the test
             images are looked at once, at the end. Of a class with one image none is held out.
             Default: none; k-NN is measured on the test images, and nothing is chosen by it.
-        in_chans: Channels that the network sees: 1 makes colour images grey, 3 repeats grey ones.
-            Default: the data set's own; imagefolder, webdataset: 3.
-        mean: Of each channel, subtracted from pixels in [0, 1], such as [0.5]. Default: the
-            training images' own; imagefolder, webdataset: ImageNet's.
-        std: Of each channel, to divide by. Default: as for mean.
+        train_images: Train on a stratified part of so many images, drawn by the seed. Default: all.
+        label_noise: Share of the training images that get the label of another class, drawn by the
+            seed. Labels of test and validation images are not changed. Default: none.
+        imbalance: Make the training classes a long tail: the first class is so many times as large as
+            the last, and sizes fall exponentially (LDAM). Default: classes are not changed.
+        in_chans: Input channels of the network. 1 converts colour images to grey; 3 repeats grey
+            images. Default: those of the data set; imagefolder, webdataset: 3.
+        mean: Mean of each channel for pixels in [0, 1], such as [0.5]. Default: that of the
+            training images; imagefolder, webdataset: that of ImageNet.
+        std: Standard deviation of each channel. Default: as for mean.
     """
 
     dataset: str = "digits"
@@ -73,6 +79,9 @@ class DataOptions:
     val_fraction: float | None = None
     val_shards: str | None = None
     validation_fraction: float | None = None
+    train_images: int | None = None
+    label_noise: float | None = None
+    imbalance: float | None = None
     in_chans: Literal[1, 3] | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -111,9 +120,9 @@ class DataOptions:
         ]
         return broken(rules) + out_of_range(
             self,
-            at_least={"image_size": 8},
+            at_least={"image_size": 8, "train_images": 1, "imbalance": 1},
             at_most={"image_size": LARGEST},
-            between_0_and_1=("val_fraction", "validation_fraction"),
+            between_0_and_1=("val_fraction", "validation_fraction", "label_noise"),
         )
 
 
@@ -121,7 +130,7 @@ def load_data(options: DataOptions, *, seed: int = 0, fetch: bool = True) -> Ima
     """Load the data set that the options name.
 
     Args:
-        seed: draws the images of `validation_fraction`.
+        seed: draws the images of `validation_fraction`, and what is changed of the training set.
         fetch: run the commands, open the URLs and download the data sets that it names; else what
             is not in files here is refused, as for a options that came in a checkpoint.
 
@@ -286,7 +295,7 @@ def _in_memory(
     if options.dataset == "stl10" and size < train.images.shape[-1]:
         # Crops are cut from images as they came; those of other data sets are no larger.
         whole = replace(whole, originals=_with_channels(train.images, channels))
-    train, validation = _hold_out_validation(whole, options, seed)
+    train, validation = _training_and_validation(whole, options, seed)
     assert isinstance(train.images, Tensor)
     mean, std = _mean_and_std(train.images)
     return ImageData(train, fit(test), classes, size, channels, mean, std, validation)
@@ -341,7 +350,7 @@ def _in_files(options: DataOptions, seed: int, fetch: bool) -> ImageData:
     if channels == 1:
         # Of ImageNet in grey, as if its channels moved together.
         mean, std = ([sum(w * v for w, v in zip(LUMA, values))] for values in (mean, std))
-    train, validation = _hold_out_validation(train, options, seed)
+    train, validation = _training_and_validation(train, options, seed)
     return ImageData(train, test, classes, size, channels, mean, std, validation)
 
 
@@ -395,6 +404,21 @@ def _hold_out(whole: Split, options: DataOptions) -> tuple[Split, Split]:
     if not held_out:
         raise UserError(f"{options.dataset}: no class has an image to spare for --val_fraction")
     return whole.take(stay), whole.take(held_out)
+
+
+def _training_and_validation(
+    train: Split, options: DataOptions, seed: int
+) -> tuple[Split, Split | None]:
+    """The images to train on, and those to choose by, which are held out first."""
+    train, validation = _hold_out_validation(train, options, seed)
+    part = training_part(
+        train,
+        imbalance=options.imbalance,
+        train_images=options.train_images,
+        label_noise=options.label_noise,
+        seed=seed,
+    )
+    return part, validation
 
 
 def _hold_out_validation(

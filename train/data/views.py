@@ -25,6 +25,10 @@ from run.seeds import seed_of
 # Each holds a change that needs three channels.
 POLICIES = ("autoaugment", "randaugment", "stacked_randaugment")
 CIFAR = ("cifar10", "cifar100")
+Augment = Literal[
+    "auto", "digits", "crop_flip", "simclr", "simclr_blur",
+    "autoaugment", "randaugment", "stacked_randaugment",
+]  # fmt: skip
 
 
 @dataclass
@@ -32,23 +36,20 @@ class ViewOptions:
     """The random views of each image.
 
     Args:
-        augment: What changes from view to view. auto: digits for the data set digits, otherwise simclr.
-            digits: slant, turn, shift and scale. All others crop and flip. crop_flip: no more; simclr:
-            and change colours; simclr_blur: and blur; autoaugment, randaugment: and draw from that
-            policy, for each image alone; stacked_randaugment: from it, and change colours at twice
-            the strength and blur.
-        min_crop_area: The least share of an image that a random crop keeps, up to all of it, such as
-            0.08 of the SupCon authors' ImageNet runs. Default: 0.2, as SupContrast. Of images in files
-            crops are cut from the whole image, as of stl10 at an image_size below its 96.
-        num_views: Random views of each image in a batch.
+        augment: Random changes. auto: digits for the data set digits, otherwise simclr. digits:
+            shear, rotation, shift and scale. All others crop and flip. crop_flip: nothing else.
+            simclr: also colour jitter. simclr_blur: also colour jitter and blur. autoaugment,
+            randaugment: also that policy, drawn per image. stacked_randaugment: randaugment with
+            colour jitter of twice the strength and blur.
+        min_crop_area: Smallest share of an image that a random crop keeps. The SupCon authors use
+            0.08 on ImageNet, SupContrast 0.2. Files are cropped from the whole image, also stl10 if
+            image_size is below 96.
+        num_views: Random views of each image in a batch. Default: 2; cross_entropy, max_margin: 1.
     """
 
-    augment: Literal[
-        "auto", "digits", "crop_flip", "simclr", "simclr_blur",
-        "autoaugment", "randaugment", "stacked_randaugment",
-    ] = "auto"  # fmt: skip
+    augment: Augment = "auto"
     min_crop_area: float = 0.2
-    num_views: int = 2
+    num_views: int | None = None
 
     def mistakes(self) -> list[str]:
         """What is out of range, one sentence each."""
@@ -59,7 +60,7 @@ class ViewOptions:
             )
         ]
         return broken(rules) + out_of_range(
-            self, at_least={"num_views": 2}, at_most={"num_views": 1000}
+            self, at_least={"num_views": 1}, at_most={"num_views": 1000}
         )
 
     def changes(self, dataset: str) -> str:
@@ -164,6 +165,7 @@ def training_images(options: ViewOptions, data: ImageData, *, seed: int) -> Spli
     """What training batches are drawn from: of files and larger originals, crops in every view."""
     if not _are_cut_where_decoded(options, data):
         return data.train
+    assert options.num_views is not None  # as options of a run have it
     return Crops(
         data.train,
         size=data.image_size,

@@ -4,20 +4,20 @@ Nothing here draws a random number: evaluating more or less often does not chang
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import sequential_batches
+from data.corrupted import Corrupted
 from data.images import Split
 from data.views import Views
 from network.embedder import Embedder
 from run.processes import ALONE, Ranks
 
 EMBED_BATCH_SIZE = 512
-
-
 BASELINE_SIZE = 32
 
 
@@ -32,18 +32,38 @@ def pixels(images: Tensor) -> Tensor:
     images = images.float()
     if images.shape[-1] > BASELINE_SIZE:
         # Whole sets of large images would not fit in memory.
-        images = F.adaptive_avg_pool2d(images, BASELINE_SIZE)
+        cells = _cells(images.shape[-1]).to(images.device)
+        images = cells.T @ images @ cells
     return images.flatten(1)
 
 
-@torch.no_grad()
+def _cells(size: int) -> Tensor:
+    """The weights (size, BASELINE_SIZE) of adaptive average pooling, which MPS has for few sizes."""
+    return F.adaptive_avg_pool1d(torch.eye(size), BASELINE_SIZE)
+
+
+class Share(NamedTuple):
+    """The embeddings of a split, of which each process keeps those of some images.
+
+    Attributes:
+        rows: (n, F), of this process's images, one after another.
+        first: the number of the first of them in the split, a multiple of EMBED_BATCH_SIZE.
+        ranks: the processes that keep the others.
+    """
+
+    rows: Tensor
+    first: int = 0
+    ranks: Ranks = ALONE
+
+
 def embed(
     encode: Callable[[Tensor], Tensor],
-    split: Split,
+    split: Split | Corrupted,
     *,
     device: torch.device,
     workers: int,
     ranks: Ranks = ALONE,
+    batch_size: int = EMBED_BATCH_SIZE,
 ) -> Tensor:
     """Encode every image of a split, in order.
 
@@ -54,9 +74,40 @@ def embed(
     Returns:
         (N, F) on `device`.
     """
+    rows = _encode_share(
+        encode, split, device=device, workers=workers, ranks=ranks, batch_size=batch_size
+    )
+    return ranks.all_gather_rows(rows)[: len(split)]
+
+
+def embed_share(
+    encode: Callable[[Tensor], Tensor],
+    split: Split,
+    *,
+    device: torch.device,
+    workers: int,
+    ranks: Ranks = ALONE,
+) -> Share:
+    """The same, of which each process keeps what it has encoded: whole batches, all but the last."""
+    rows = _encode_share(encode, split, device=device, workers=workers, ranks=ranks)
+    first = ranks.rank * len(rows)
+    return Share(rows[: max(len(split) - first, 0)], first, ranks)
+
+
+@torch.no_grad()
+def _encode_share(
+    encode: Callable[[Tensor], Tensor],
+    split: Split | Corrupted,
+    *,
+    device: torch.device,
+    workers: int,
+    ranks: Ranks,
+    batch_size: int = EMBED_BATCH_SIZE,
+) -> Tensor:
+    """As many rows for each process, in whole batches; those of no image come last."""
     batches = sequential_batches(
         split,
-        batch_size=EMBED_BATCH_SIZE,
+        batch_size=batch_size,
         workers=workers,
         ranks=ranks,
         device=device,
@@ -66,6 +117,6 @@ def embed(
         encoded = encode(images)
         if number == 0:
             # Filled batch by batch: a list of them, put together at the end, takes twice the memory.
-            rows = encoded.new_empty(len(batches) * EMBED_BATCH_SIZE, *encoded.shape[1:])
-        rows[number * EMBED_BATCH_SIZE :][: len(encoded)] = encoded
-    return ranks.all_gather_rows(rows)[: len(split)]
+            rows = encoded.new_empty(len(batches) * batch_size, *encoded.shape[1:])
+        rows[number * batch_size :][: len(encoded)] = encoded
+    return rows

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from data.images import ImageData, Split
 from data.sources import evenly_drawn, subset
-from evaluation.embeddings import embed, encode_stored, pixels
+from evaluation.embeddings import Share, embed, embed_share, encode_stored, pixels
 from evaluation.knn import NEIGHBOURS, TEMPERATURE, accuracy, knn_predict
 from network.embedder import Embedder
 from run.checkpoint import RunState
@@ -38,12 +38,12 @@ class EvaluationOptions:
     """Measuring the embedding.
 
     Args:
-        probe: Train a linear classifier on the embeddings, too, without gradient to the encoder, and
-            evaluate it with k-NN.
-        knn_every: Epochs between k-NN evaluations; 0: only before the first and after the last.
-        knn_k: Neighbours that vote.
-        knn_temperature: Each votes with the weight exp(cosine similarity / this).
-        knn_bank: Use only so many training images as neighbours; 0: all.
+        probe: Also train a linear classifier on the embeddings. It is evaluated with k-NN. The
+            encoder gets no gradient from it.
+        knn_every: Epochs between k-NN evaluations. 0: only before the first and after the last.
+        knn_k: Number of neighbours.
+        knn_temperature: A neighbour has the weight exp(cosine similarity / knn_temperature).
+        knn_bank: Number of training images to search. 0: all.
     """
 
     probe: bool = False
@@ -89,12 +89,15 @@ class Evaluator:
         self.num_classes = len(data.classes)
         self.bank = subset(data.train, options.knn_bank)
         self.before_batch = before_batch
-        # By the network as it is: no split is encoded twice until the weights move.
+        # By the network as it is: no split is encoded twice until the weights move. Of the training
+        # images each process keeps its share.
         self.embedded: dict[Split, Tensor] = {}
+        self.neighbours: Share | None = None
 
     def weights_move(self) -> None:
         """Drop what was encoded by the weights so far."""
         self.embedded.clear()
+        self.neighbours = None
 
     def baselines(self) -> RunState:
         """The state of a run before its first step."""
@@ -105,9 +108,12 @@ class Evaluator:
             # Every image is read once for both: decoding may take longer than the network.
             return torch.cat([self._encode(self.trainer.measured, images), pixels(images)], 1)
 
-        watched, bank = (self._embed(encode, split) for split in (self.watched, self.bank))
+        watched, bank = self._embed(encode, self.watched), self._embed_share(encode, self.bank)
         untrained, raw_pixels = (
-            accuracy(self._classify(watched[:, part], bank[:, part]), self.watched.labels)
+            accuracy(
+                self._classify(watched[:, part], bank._replace(rows=bank.rows[:, part])),
+                self.watched.labels,
+            )
             for part in (slice(num_features), slice(num_features, None))
         )
         return RunState(raw_pixels=raw_pixels, untrained=untrained, accuracy=untrained)
@@ -132,7 +138,11 @@ class Evaluator:
 
     def predictions(self, split: Split) -> Tensor:
         """The (N,) classes of the images of a split by k-NN, on the CPU."""
-        return self._classify(self.embed(split), self.embed(self.bank))
+        queries = self.embed(split)
+        if self.neighbours is None:
+            encode = partial(self._encode, self.trainer.measured)
+            self.neighbours = self._embed_share(encode, self.bank)
+        return self._classify(queries, self.neighbours)
 
     def embed(self, split: Split) -> Tensor:
         """The (N, F) embeddings of a split."""
@@ -151,11 +161,11 @@ class Evaluator:
         embedded = self.embed(split) if is_measured else self._embed(encode, split)
         return accuracy(probe.predictions(embedded), split.labels)
 
-    def _classify(self, queries: Tensor, bank: Tensor) -> Tensor:
+    def _classify(self, queries: Tensor, bank: Share) -> Tensor:
         predictions = knn_predict(
             queries,
             bank,
-            self.bank.labels.to(bank.device),
+            self.bank.labels,
             num_classes=self.num_classes,
             neighbours=self.options.knn_k,
             temperature=self.options.knn_temperature,
@@ -163,13 +173,14 @@ class Evaluator:
         return predictions.cpu()
 
     def _embed(self, encode: Callable[[Tensor], Tensor], split: Split) -> Tensor:
-        return embed(
-            encode,
-            split,
-            device=self.trainer.device,
-            workers=self.workers,
-            ranks=self.trainer.ranks,
-        )
+        return embed(encode, split, **self._place())
+
+    def _embed_share(self, encode: Callable[[Tensor], Tensor], split: Split) -> Share:
+        return embed_share(encode, split, **self._place())
+
+    def _place(self) -> dict[str, Any]:
+        trainer = self.trainer
+        return {"device": trainer.device, "workers": self.workers, "ranks": trainer.ranks}
 
     def _encode(self, model: Embedder, images: Tensor) -> Tensor:
         self.before_batch()

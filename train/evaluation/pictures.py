@@ -68,6 +68,8 @@ def draw_curves(
         return [(int(row["step"]), scale * float(row[name])) for row in rows if row[name]]
 
     loss, knn, probe = column("loss"), column("knn_accuracy", 100), column("probe_accuracy", 100)
+    if not knn:
+        return  # --log csv was chosen only after the last step
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(*zip(*loss), linewidth=1)

@@ -1,7 +1,6 @@
 """What a run says of itself at its start and at its end: lines, pictures and results.json."""
 
 import json
-import shlex
 from pathlib import Path
 
 import torch
@@ -16,20 +15,22 @@ from evaluation.pictures import (
     fonts_for,
 )
 from network.weights import ENCODER, EXPORT
+from run import next_steps
 from run.atomic_write import replace_text
 from run.checkpoint import LAST, RunState
+from run.loggers import LogOptions
 
 
 def describe(folder: Path, data: ImageData, device: torch.device, state: RunState) -> str:
     """A few words on a run that begins or goes on."""
-    verb = f"going on after step {state.step} in" if state.step else "writing to"
+    verb = f"resuming after step {state.step} in" if state.step else "writing to"
     held_out = "" if data.validation is None else f", {len(data.validation)} validation"
     return (
         f"{len(data.train)} training{held_out} and {len(data.test)} test images of "
         f"{len(data.classes)} classes, {data.channels}x{data.image_size}x{data.image_size}, on "
         f"{device.type}; {verb} {folder}\n"
-        f"k-NN to beat on {watched(data)} images: raw pixels {state.raw_pixels:.2%}, "
-        f"untrained encoder {state.untrained:.2%}"
+        f"baselines on {watched(data)} images: k-NN of raw pixels {state.raw_pixels:.2%}, "
+        f"of the untrained encoder {state.untrained:.2%}"
     )
 
 
@@ -38,7 +39,9 @@ def watched(data: ImageData) -> str:
     return "test" if data.validation is None else "validation"
 
 
-def draw(folder: Path, data: ImageData, state: RunState, tested: Tested) -> None:
+def draw(
+    folder: Path, data: ImageData, state: RunState, tested: Tested, logging: LogOptions
+) -> None:
     """Draw the curves of a run, how it embeds test images, and which classes k-NN confuses."""
     with fonts_for([folder.name, *data.classes]) as fit:
         name, classes = fit(folder.name), [fit(name) for name in data.classes]
@@ -47,12 +50,15 @@ def draw(folder: Path, data: ImageData, state: RunState, tested: Tested) -> None
         draw_embedding(*points, classes, folder / "embedding.png", title)
         labels = data.test.labels
         draw_confusion(tested.predictions, labels, classes, folder / "confusion.png", title)
-        curves = folder / "curves.png"
-        draw_curves(folder / "metrics.csv", curves, name, state, images=watched(data))
+        if "csv" in logging.chosen:
+            curves = folder / "curves.png"
+            draw_curves(folder / "metrics.csv", curves, name, state, images=watched(data))
 
 
-def write_results(folder: Path, data: ImageData, state: RunState, tested: Tested) -> None:
-    """Write the numbers, and say where everything is."""
+def write_results(
+    folder: Path, data: ImageData, state: RunState, tested: Tested, learned: dict[str, float]
+) -> None:
+    """Write the numbers, with those that the method has learned, and print them."""
     numbers = {
         "evaluated_on": watched(data),
         "knn_accuracy": state.accuracy,
@@ -64,6 +70,7 @@ def write_results(folder: Path, data: ImageData, state: RunState, tested: Tested
         "epochs": state.epoch,
         "steps": state.step,
         "skipped_steps": state.skipped,
+        **learned,
     }
     numbers = {name: value for name, value in numbers.items() if value is not None}
     replace_text(folder / "results.json", json.dumps(numbers, indent=2) + "\n")
@@ -71,13 +78,24 @@ def write_results(folder: Path, data: ImageData, state: RunState, tested: Tested
     if data.validation is not None:
         validation = f"k-NN {state.accuracy:.2%} on {len(data.validation)} validation images\n"
     print(
-        f"\n{validation}"
+        f"{validation}"
         f"k-NN {tested.knn_accuracy:.2%} on {len(data.test)} test images\n"
-        f"to beat on {watched(data)} images: raw pixels {state.raw_pixels:.2%}, untrained encoder "
-        f"{state.untrained:.2%}\n"
-        f"checkpoint    {folder / LAST}\n"
-        f"encoder       {folder / ENCODER}  {folder / EXPORT}\n"
-        f"pictures      {'  '.join(str(folder / name) for name in PICTURES)}\n"
-        f"numbers       {folder / 'results.json'}  {folder / 'metrics.csv'}\n"
-        f"linear stage  python train/linear.py --checkpoint {shlex.quote(str(folder / LAST))}"
+        f"baselines on {watched(data)} images: raw pixels {state.raw_pixels:.2%}, untrained "
+        f"encoder {state.untrained:.2%}"
     )
+
+
+def say_what_is_next(folder: Path, dataset: str) -> None:
+    """Print where everything is, and the commands that use it."""
+    files = {
+        "checkpoint": [LAST],
+        "encoder": [ENCODER, EXPORT],
+        "pictures": PICTURES,
+        "numbers": ["results.json", "metrics.csv"],
+    }
+    print(f"files in {folder}:")
+    for what, names in files.items():
+        there = [name for name in names if (folder / name).exists()]
+        print(f"  {what:10}  {'  '.join(there)}")
+    following = next_steps.linear(folder), next_steps.embed(folder, dataset)
+    print(next_steps.lines(*following), flush=True)

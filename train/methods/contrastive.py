@@ -1,78 +1,74 @@
-"""Supervised and self-supervised contrastive learning: the views of a step with each other.
+"""SupCon: the views of a step with each other, images of one class attract each other.
 
-Khosla et al., Supervised Contrastive Learning, arXiv 2004.11362; Chen et al., SimCLR, 2002.05709.
+Khosla et al., Supervised Contrastive Learning, arXiv 2004.11362.
 """
 
 import math
 import sys
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.images import ImageData
-from methods.method import Method
-from run.errors import UserError
-from run.processes import ALONE, Ranks
-from run.rules import out_of_range
+from methods.method import Method, Setup
+from methods.options import MethodOptions
 from supcon_kernels import supcon_loss
 
-
-@dataclass
-class MethodOptions:
-    """The loss.
-
-    Args:
-        method: supcon: images of one class attract each other; simclr: only the views of one
-            image do (labels are not used in training).
-        temperature: Of the loss.
-        base_temperature: Multiply the loss by temperature / base_temperature, so that the size of a step
-            does not follow the temperature. 1: as the SupCon authors' code; 0.07: as SupContrast's.
-            Default: do not.
-    """
-
-    method: Literal["supcon", "simclr"] = "supcon"
-    temperature: float = 0.1
-    base_temperature: float | None = None
-
-    def mistakes(self) -> list[str]:
-        """What is out of range, one sentence each."""
-        return out_of_range(self, greater_than_0=("temperature", "base_temperature"))
-
-    @property
-    def loss_scale(self) -> float:
-        """What the contrastive loss is multiplied by."""
-        return self.temperature / (self.base_temperature or self.temperature)
+# A learned temperature stays above it; CLIP has the same bound.
+LEAST_TEMPERATURE = 0.01
 
 
 class Contrastive(Method):
-    """The supervised contrastive loss over the views of all processes.
-
-    Args:
-        num_rows: the views of a step, of all processes together.
-    """
+    """The contrastive loss over the views of all processes, by classes or without labels."""
 
     of_all_ranks = True
 
-    def __init__(self, options: MethodOptions, *, num_rows: int, ranks: Ranks = ALONE) -> None:
+    def __init__(self, options: MethodOptions, setup: Setup) -> None:
         super().__init__()
         self.options = options
-        self.ranks = ranks
-        self.group: dist.ProcessGroup | str | None = ranks.group
-        self.scale = options.loss_scale
-        # Every similarity is the same: the logarithm of their number, whatever the temperature.
-        self.collapsed_loss = self.scale * math.log(num_rows - 1)
+        self.ranks = setup.ranks
+        self.group: dist.ProcessGroup | str | None = setup.ranks.group
+        self.scale = options.scale
+        if options.denominator == "all":
+            # Every similarity is the same: the logarithm of their number, whatever the temperature.
+            self.collapsed_loss = self.scale * math.log(setup.num_views * setup.batch_size - 1)
+        self.log_change: nn.Parameter | None = None
+        if options.learn_temperature:
+            # From the temperature given on, to which weight decay returns it.
+            self.log_change = nn.Parameter(torch.zeros(()))
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """As given, or as learned so far."""
+        if self.log_change is None:
+            return self.options.temperature
+        learned: Tensor = self.options.temperature * self.log_change.exp()
+        return learned.clamp(min=LEAST_TEMPERATURE)
+
+    def figures(self) -> dict[str, float]:
+        """The temperature, where it is learned."""
+        learned = self.temperature
+        return {"temperature": learned.item()} if isinstance(learned, Tensor) else {}
 
     def check(self, data: ImageData) -> None:
         """With labels, refuse one class alone; warn of classes of one image."""
-        if self.options.method == "supcon":
-            check_classes(data)
+        super().check(data)
+        if not self.uses_labels:
+            return
+        counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
+        for name, count in zip(data.classes, counts):
+            if count == 1:
+                print(
+                    f"warning: class {name!r} has one training image, whose only positive is its "
+                    "own other view",
+                    file=sys.stderr,
+                )
 
     def targets(self, labels: Tensor, step: int) -> Tensor:
-        """The labels; for SimCLR a class for each image that no other has, be it of another step."""
-        if self.options.method == "supcon":
+        """The labels; without them a class for each image that no other has, be it of another step."""
+        if self.uses_labels:
             return labels
         share = step * self.ranks.world_size + self.ranks.rank
         return torch.arange(len(labels), device=labels.device) + share * len(labels)
@@ -80,37 +76,21 @@ class Contrastive(Method):
     def forward(self, embedded: Tensor, projected: Tensor, targets: Tensor) -> Tensor:
         """The loss of (V·B, D) projections, view by view, of images with (B,) classes."""
         features = projected.float().unflatten(0, (-1, len(targets))).transpose(0, 1)
+        return self.contrast(features, targets)
+
+    def contrast(self, features: Tensor, targets: Tensor | None, **others: Any) -> Tensor:
+        """The loss of (B, V, D) features, or (B, D).
+
+        Args:
+            others: the arguments of supcon_loss that name other rows to contrast with.
+        """
         return supcon_loss(
             features,
             targets,
-            temperature=self.options.temperature,
+            temperature=self.temperature,
             base_temperature=self.options.base_temperature,
+            summation=self.options.summation,
+            denominator=self.options.denominator,
             group=self.group,
-            **self.contrast(),
+            **others,
         )
-
-    def contrast(self) -> dict[str, Any]:
-        """The arguments of supcon_loss that name what the views are contrasted with."""
-        return {}
-
-
-def check_classes(data: ImageData) -> None:
-    """Refuse data with one class alone, of which no loss with labels learns; warn of single images.
-
-    Raises:
-        UserError: there is one class.
-    """
-    counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
-    present = [name for name, count in zip(data.classes, counts) if count > 0]
-    if len(present) < 2:
-        raise UserError(
-            f"{data.name} has one class alone, {present[0]!r}: nothing to tell apart "
-            "(--method simclr trains without labels)"
-        )
-    for name, count in zip(data.classes, counts):
-        if count == 1:
-            print(
-                f"warning: class {name!r} has one training image, whose only positive is its own "
-                "other view",
-                file=sys.stderr,
-            )

@@ -4,76 +4,48 @@ He et al., Momentum Contrast, arXiv 1911.05722; with labels in the appendix of a
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from methods.contrastive import Contrastive, MethodOptions
+from methods.contrastive import Contrastive
+from methods.method import Setup
+from methods.options import MethodOptions
 from network.embedder import PROJECTION_DIM
 from network.momentum_encoder import MomentumEncoder
-from run.processes import ALONE, Ranks
-from run.rules import LARGEST, broken, out_of_range
+from run.out_of_memory import out_of_memory_names
 from supcon_kernels import LabelQueue
-
-
-@dataclass
-class QueueOptions:
-    """A queue of keys from a momentum encoder (MoCo).
-
-    Args:
-        queue_size: Contrast the first view of each image with a queue of so many keys, such as 8192:
-            the other views of this step's and of earlier images, embedded without gradient by an
-            average of the weights (MoCo). Default: the views of a step with each other.
-        queue_momentum: The share of that average which a step keeps.
-    """
-
-    queue_size: int | None = None
-    queue_momentum: float = 0.999
-
-    def mistakes(self) -> list[str]:
-        """What is out of range or contradicts itself, one sentence each."""
-        rules = [
-            (
-                self.queue_size is not None or self.queue_momentum == QueueOptions.queue_momentum,
-                "--queue_momentum contradicts the absence of a queue: give --queue_size",
-            ),
-            (
-                0 <= self.queue_momentum < 1,
-                f"--queue_momentum {self.queue_momentum}: must be at least 0 and less than 1",
-            ),
-        ]
-        return broken(rules) + out_of_range(self, at_most={"queue_size": LARGEST})
 
 
 class MomentumQueue(Contrastive):
     """The first view of each image against the last keys, which a momentum encoder makes of the others.
 
-    Args:
-        encoder: makes the keys, on the device of the queue to be.
-        ranks: whose queues hold the keys of all.
+    The queue, on the device of the network, holds the keys of all processes.
     """
 
     num_embedded = 1
     of_all_ranks = False
 
-    def __init__(
-        self,
-        options: MethodOptions,
-        encoder: MomentumEncoder,
-        *,
-        queue_size: int,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        super().__init__(options, num_rows=queue_size + 1, ranks=ranks)
-        # While it fills a collapse has no loss of its own; then all slots are contrasted.
-        self.collapsed_loss = self.scale * math.log(queue_size)
+    def __init__(self, options: MethodOptions, setup: Setup) -> None:
+        super().__init__(options, setup)
+        size = options.num_keys
+        assert size is not None
+        if self.collapsed_loss is not None:
+            # While it fills a collapse has no loss of its own; then all slots are contrasted.
+            self.collapsed_loss = self.scale * math.log(size)
         # What it holds is the same for all processes; their queries are their own.
         self.group = "local"
-        self.encoder = encoder
-        self.traits = ["keys shuffled among processes"] if encoder.shuffles else []
-        self.queue = LabelQueue(queue_size, PROJECTION_DIM, device=encoder.device)
+        with out_of_memory_names(queue_size=size):
+            self.encoder = MomentumEncoder(
+                setup.model,
+                momentum=options.queue_momentum,
+                chunk=setup.chunk,
+                compiled=setup.compiled,
+                seed=setup.seed,
+                ranks=setup.ranks,
+            )
+            self.queue = LabelQueue(size, PROJECTION_DIM, device=self.encoder.device)
+        self.traits = ["keys shuffled among processes"] if self.encoder.shuffles else []
 
     @torch.no_grad()
     def prepare(self, views: list[Tensor], targets: Tensor, step: int) -> None:
@@ -81,9 +53,12 @@ class MomentumQueue(Contrastive):
         keys = self.encoder(torch.cat(views[1:]), step)
         self.queue.enqueue(keys, targets.repeat(len(views) - 1), group=self.ranks.group)
 
-    def contrast(self) -> dict[str, Any]:
-        """The keys in the queue, and their classes."""
-        return {"contrast_features": self.queue.features, "contrast_labels": self.queue.labels}
+    def forward(self, embedded: Tensor, projected: Tensor, targets: Tensor) -> Tensor:
+        """The loss of (B, D) projections against the keys in the queue."""
+        features, labels = self.queue.features, self.queue.labels
+        return self.contrast(
+            projected.float(), targets, contrast_features=features, contrast_labels=labels
+        )
 
     @torch.no_grad()
     def follow(self, network: nn.Module) -> None:

@@ -22,17 +22,15 @@ class NetworkOptions:
     """The network.
 
     Args:
-        model: With the small stem resnet10, 18, 34, 50, 101, 152 or 200; with the standard stem
-            any model of timm by name that can embed images of image_size.
-        stem: small: 3x3 at stride 1, for images up to about 64 pixels; standard: the model's own.
-        zero_init_residual: Begin the last batch norm of every residual block at zero, so that the block
-            begins as the identity (models of timm that take zero_init_last); false: at one, as
-            SupContrast.
-        width: Channels of the first stage, doubled at each of the next three (small stem only).
-        head: Between encoder and loss. mlp: two layers; linear: one, as the paper's ImageNet recipe.
-        normalize_embedding: The head sees embeddings of length 1, as in that recipe.
-        channels_last: Keep images and filters with the channels innermost, which convolutions are
-            mostly faster with.
+        model: Small stem: resnet10, 18, 34, 50, 101, 152 or 200. Standard stem: any timm model that
+            accepts images of image_size.
+        stem: small: 3x3 with stride 1, for images up to about 64 pixels. standard: that of the model.
+        zero_init_residual: Initialise the last batch norm of each residual block to zero, so that the
+            block starts as the identity (timm models with zero_init_last). SupContrast: to one.
+        width: Channels of the first stage, doubled in each of the next three (small stem only).
+        head: Projection head. mlp: two layers. linear: one layer, as in the paper's ImageNet recipe.
+        normalize_embedding: Normalise embeddings before the head, as in that recipe.
+        channels_last: Use the channels-last memory format. Convolutions are usually faster with it.
     """
 
     model: str = "resnet18"

@@ -30,9 +30,10 @@ class StartOptions:
     """The weights to start from.
 
     Args:
-        pretrained: Start from timm's weights for the model, downloaded (standard stem only).
-        init_from: Start from the encoder of another run of the same model: PATH of its checkpoint,
-            its encoder.safetensors, or its folder (its last.pt); or from what convert.py wrote.
+        pretrained: Start from timm's weights of the model, which are downloaded (standard stem
+            only).
+        init_from: Start from the encoder of another run with the same model. A checkpoint, an
+            encoder.safetensors, the folder of a run (its last.pt), or a file from convert.py.
     """
 
     pretrained: bool = False
@@ -64,9 +65,9 @@ def load_pretrained(encoder: nn.Module, about: dict[str, Any]) -> None:
         trained = timm.create_model(name, pretrained=True, **arguments)
     except Exception as error:
         raise UserError(
-            f"--pretrained: timm's weights for --model {name} could not be had "
-            f"({' '.join(str(error).split())}); where there is no network, start without "
-            "them or from a file by --init_from"
+            f"--pretrained: cannot get timm's weights for --model {name} "
+            f"({' '.join(str(error).split())}); without a network connection, leave the option out "
+            "or use a file by --init_from"
         ) from error
     encoder.load_state_dict(trained.state_dict())
 

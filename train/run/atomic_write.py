@@ -53,8 +53,8 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
         if error.errno not in NO_ROOM:
             raise
         raise UserError(
-            f"cannot write to {folder}: {error.strerror}. Every checkpoint there is whole: make "
-            f"room and go on with --resume {folder}"
+            f"cannot write to {folder}: {error.strerror}. Every checkpoint there is whole: free "
+            f"some space and continue by --resume {folder}"
         ) from error
 
 

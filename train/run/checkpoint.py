@@ -33,10 +33,10 @@ class CheckpointOptions:
     """Checkpoints.
 
     Args:
-        save_every: Steps between checkpoints within an epoch; 0: only at each epoch's end.
-        keep: Checkpoints that stay; with 2 or more a damaged one has another before it. last.pt is
-            the newest. best.pt, of the best k-NN accuracy on the images of validation_fraction,
-            stays besides; without these there is none.
+        save_every: Steps between checkpoints within an epoch. 0: only at the end of each epoch.
+        keep: Number of checkpoints to keep. last.pt is the newest. With 2 or more, an older one is
+            there if the newest is damaged. best.pt is kept, too: the best k-NN accuracy on the
+            images of validation_fraction.
     """
 
     save_every: int = 0

@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import torch
 
-# Of a step, in order: until its batch is on the device; views, networks and probe; the loss; their
-# gradients; the new weights; what is written of it, checkpoints included.
-PHASES = ("data", "forward", "loss", "backward", "optimizer", "records")
+# Of a step, in order: until its batch is on the device; its random views; the networks; the loss;
+# their gradients; the new weights, and the probe's; what is written of it, checkpoints included.
+PHASES = ("data", "views", "forward", "loss", "backward", "optimizer", "records")
 
 
 class PhaseClock:

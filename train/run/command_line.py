@@ -128,6 +128,8 @@ def _add_room(parser: ArgumentParser, room: type[Any]) -> None:
         how["help"] = described[option.name]
         if types[option.name] is bool:
             how |= {"action": ActionYesNo(no_prefix="no_"), "nargs": "?"}
+        elif types[option.name] == list[str]:
+            how |= {"type": str, "nargs": "+"}
         else:
             how["type"] = types[option.name]
         group.add_argument(f"--{option.name}", **how)

@@ -27,12 +27,12 @@ class FolderOptions:
 
     Args:
         output_dir: The run is written to output_dir/name.
-        name: Default: made of dataset, method and seed, numbered when that name is taken.
-        resume: none: start a new run. auto: go on from the newest checkpoint of the run of this
-            name that is not damaged (without --name: the latest of the default name), or start it
-            if there is none. PATH: go on from this checkpoint, or in this run folder. Options that
-            would change the past are refused; epochs, max_steps, knn_every and save_every may change,
-            and data_root or the path in dataset, where the same images have moved.
+        name: Name of the run. Default: dataset, method and seed, with a number if the name is taken.
+        resume: none: start a new run. auto: resume the run of this name from its newest whole
+            checkpoint, or start it (without --name: the latest run of the default name). PATH: resume
+            from this checkpoint or run folder. Options that shaped earlier steps cannot change.
+            epochs, max_steps, knn_every, save_every and log can. data_root or the path in dataset can
+            change if the same images have moved.
     """
 
     output_dir: str = "runs"
@@ -84,7 +84,7 @@ class RunLock:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise UserError(
                         f"another process is writing to {folder}: choose another --name, or wait "
-                        "for it"
+                        "until it ends"
                     ) from error
                 print(
                     f"warning: {folder} cannot be locked ({error.strerror}): start no other run "
@@ -128,7 +128,7 @@ def open_folder(
         raise UserError(f"cannot write a run: {error}; choose another --output_dir") from error
     if options.resume == "none" and any(path.name != LOCK for path in folder.iterdir()):
         raise UserError(
-            f"{folder} already holds a run: choose another --name, or go on with --resume auto"
+            f"{folder} already holds a run: choose another --name, or continue it by --resume auto"
         )
     if options.resume in ("none", "auto"):
         # Without any the run stopped before its first checkpoint: nothing to keep, it starts again.

@@ -5,7 +5,7 @@ On the command line, in config.yaml and in checkpoints they are flat: no two roo
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,13 +15,13 @@ from data.batches import BatchOptions
 from data.sources import DataOptions
 from data.views import ViewOptions
 from evaluation.evaluator import EvaluationOptions
-from methods.contrastive import MethodOptions
-from methods.momentum_queue import QueueOptions
+from methods.options import WITH_CLASSIFIER, MethodOptions
 from network.embedder import NetworkOptions
 from network.weights import StartOptions
 from run.checkpoint import CheckpointOptions
 from run.device import DeviceOptions
 from run.folder import FolderOptions
+from run.loggers import LogOptions
 from run.rules import broken
 from run.seeds import SeedOptions
 from training.optimizer import OptimizerOptions
@@ -37,7 +37,6 @@ class PretrainOptions:
     views: ViewOptions = field(default_factory=ViewOptions)
     batches: BatchOptions = field(default_factory=BatchOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
-    queue: QueueOptions = field(default_factory=QueueOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
     start: StartOptions = field(default_factory=StartOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
@@ -46,8 +45,13 @@ class PretrainOptions:
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     seeds: SeedOptions = field(default_factory=SeedOptions)
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
+    logging: LogOptions = field(default_factory=LogOptions)
     folder: FolderOptions = field(default_factory=FolderOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
+
+    def __post_init__(self) -> None:
+        if self.views.num_views is None:
+            self.views = replace(self.views, num_views=self.method.default_views)
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> "PretrainOptions":
@@ -68,9 +72,10 @@ class PretrainOptions:
         return PretrainOptions.from_flat(self.flat() | values)
 
     @property
-    def num_rows(self) -> int:
-        """The views of a step, of all processes together."""
-        return self.views.num_views * self.batches.batch_size
+    def num_views(self) -> int:
+        """Of each image in a batch."""
+        assert self.views.num_views is not None
+        return self.views.num_views
 
     @property
     def default_name(self) -> str:
@@ -87,21 +92,36 @@ class PretrainOptions:
 
     def _contradictions(self) -> list[str]:
         """Between rooms."""
-        data, views, batches, queue = self.data, self.views, self.batches, self.queue
+        data, views, batches, method = self.data, self.views, self.batches, self.method
         schedule, optimizer, start = self.schedule, self.optimizer, self.start
-        num_keys = batches.batch_size * (views.num_views - 1)
+        num_keys = batches.batch_size * (self.num_views - 1)
         rules = [
             (
                 views.crops(data.dataset) or views.min_crop_area == ViewOptions.min_crop_area,
                 "--min_crop_area contradicts --augment digits, which does not crop",
             ),
             (
-                batches.classes_per_batch is None or self.method.method != "simclr",
-                "--classes_per_batch contradicts --method simclr, which trains without labels",
+                batches.classes_per_batch is None or method.uses_labels,
+                f"--classes_per_batch contradicts --method {method.method}, which trains without "
+                "labels",
             ),
             (
-                queue.queue_size is None or queue.queue_size >= num_keys,
-                f"--queue_size {queue.queue_size}: must hold at least the {num_keys} keys of a step, "
+                self.num_views >= method.least_views,
+                f"--num_views {self.num_views}: must be at least {method.least_views} for --method "
+                f"{method.method}",
+            ),
+            (
+                self.step.ema_decay is None or method.method not in WITH_CLASSIFIER,
+                f"--ema_decay contradicts --method {method.method}, whose classifier is not averaged",
+            ),
+            (
+                self.step.grad_cache_chunk is None or method.method != "cmc",
+                "--grad_cache_chunk contradicts --method cmc, whose second encoder sees the whole "
+                "batch at once",
+            ),
+            (
+                method.num_keys is None or method.num_keys >= num_keys,
+                f"--queue_size {method.num_keys}: must hold at least the {num_keys} keys of a step, "
                 "which are all views but the first of --batch_size images",
             ),
             (

@@ -68,7 +68,7 @@ class Ranks:
     def own_device(self, device: torch.device) -> torch.device:
         """Of the GPUs of this host the one that is for this process."""
         several = self.group is not None and device.type == "cuda"
-        return torch.device("cuda", self.local_rank) if several else device
+        return torch.device("cuda", _own_gpu(self.local_rank)) if several else device
 
     def parallel(self, network: nn.Module) -> nn.Module:
         """The network, whose gradients are averaged in its backward."""
@@ -187,7 +187,7 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
         yield ALONE
         return
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
-    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
+    if device.type == "cuda" and _own_gpu(local_rank) >= torch.cuda.device_count():
         raise UserError(
             f"process {local_rank} of this host has no GPU to itself, there are "
             f"{torch.cuda.device_count()}: give torchrun --nproc-per-node as many"
@@ -198,7 +198,7 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
     ranks, store, failure = Ranks(rank, world_size, local_rank), None, None
     try:
         if device.type == "cuda":
-            torch.cuda.set_device(local_rank)
+            torch.cuda.set_device(_own_gpu(local_rank))
         timeout = timedelta(minutes=timeout_minutes)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, *_ = next(dist.rendezvous("env://", timeout=timeout))
@@ -221,6 +221,14 @@ def joined(device: torch.device, *, timeout_minutes: float) -> Iterator[Ranks]:
         _disconnect(ranks, ended_by)
     if failure is not None:
         _raise_once(failure, store, ranks, timeout_minutes)
+
+
+def _own_gpu(local_rank: int) -> int:
+    """The number of a process's GPU among those that it sees."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    # Slurm shows each task its own (--gpus-per-task=1); torchrun shows all processes the same.
+    own_alone = len(seen) == 1 and seen != [""] and "TORCHELASTIC_RUN_ID" not in os.environ
+    return 0 if own_alone else local_rank
 
 
 @contextmanager

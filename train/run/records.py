@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.csv, timings.csv, TensorBoard and the progress line.
+"""What a run records while it runs: metrics.csv, timings.csv, the loggers of --log, its progress.
 
 metrics.csv holds no clock: two runs of one config write the same bytes. Times are in timings.csv.
 """
@@ -15,14 +15,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from run.atomic_write import replace_text
 from run.checkpoint import RunState
 from run.clock import PHASES, PhaseClock, shares
+from run.loggers import Logger, open_loggers
+from run.options import PretrainOptions
+from run.progress import ProgressBar
 from training.divergence import DivergenceCheck
 
 METRICS = (
@@ -45,7 +45,6 @@ TIMINGS = (
 )
 # Losses stay on the device between flushes: reading each one would make the device wait.
 STEPS_PER_FLUSH = 10
-SECONDS_PER_LINE = 5.0
 
 
 class Table:
@@ -97,54 +96,10 @@ def _in_columns(line: str, written: tuple[str, ...], columns: tuple[str, ...]) -
 
 
 class NoRecord:
-    """What a process that does not write has instead of a table, a board or a progress line."""
+    """Stands in for a table or a progress bar where none is wanted."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments, **options: None
-
-
-class ProgressLine:
-    """A bar in a terminal; elsewhere a line every few seconds."""
-
-    def __init__(self, *, step: int, total_steps: int) -> None:
-        console = Console()
-        self.plain = not console.is_terminal
-        self.first, self.total = step, total_steps
-        self.began = self.said = time.monotonic()
-        self.bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} images/s"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=self.plain,
-        )
-        self.task = self.bar.add_task(
-            "", total=total_steps, completed=step, epoch=1, loss=float("nan"), speed=0.0
-        )
-        self.bar.start()
-
-    def show(self, step: int, epoch: int, loss: float, images_per_second: float) -> None:
-        """Report that `step` steps are done, in the given epoch counted from 1."""
-        self.bar.update(self.task, completed=step, epoch=epoch, loss=loss, speed=images_per_second)
-        now = time.monotonic()
-        if self.plain and (now - self.said >= SECONDS_PER_LINE or step == self.total):
-            self.said = now
-            left = (now - self.began) / (step - self.first) * (self.total - step)
-            print(
-                f"epoch {epoch}  step {step}/{self.total}  loss {loss:.4f}  "
-                f"{images_per_second:.0f} images/s  {left:.0f} s left",
-                flush=True,
-            )
-
-    def say(self, text: str) -> None:
-        """Print a line that stays, above the bar if there is one."""
-        self.bar.console.print(text, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self.bar.stop()
 
 
 class Report:
@@ -152,7 +107,6 @@ class Report:
 
     Args:
         folder: where to write; None: of several processes each checks the numbers, and one writes.
-        images_per_step: of all processes together.
         phases: marks what the time of each step is spent on.
     """
 
@@ -160,24 +114,24 @@ class Report:
         self,
         folder: Path | None,
         resumed: RunState | None,
+        options: PretrainOptions,
         *,
         total_steps: int,
-        images_per_step: int,
         divergence: DivergenceCheck,
         phases: PhaseClock,
     ) -> None:
         self.metrics: Any = NoRecord()
         self.timings: Any = NoRecord()
-        self.board: Any = NoRecord()
+        self.loggers: list[Logger] = []
         self.progress: Any = NoRecord()
         if folder is not None:
-            self.metrics = Table(folder / "metrics.csv", METRICS, resumed=resumed)
-            self.timings = Table(folder / "timings.csv", TIMINGS, resumed=resumed)
+            self.loggers = open_loggers(options.logging, folder, resumed, options.flat())
+            if "csv" in options.logging.chosen:
+                self.metrics = Table(folder / "metrics.csv", METRICS, resumed=resumed)
+                self.timings = Table(folder / "timings.csv", TIMINGS, resumed=resumed)
             step = 0 if resumed is None else resumed.step
-            purge = 0 if resumed is None else step + 1
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
-            self.progress = ProgressLine(step=step, total_steps=total_steps)
-        self.images_per_step = images_per_step
+            self.progress = ProgressBar(step=step, total_steps=total_steps, device=phases.device)
+        self.images_per_step = options.batches.batch_size  # of all processes together
         self.divergence = divergence
         self.skipped_said = self.divergence.num_skipped
         # Of each step: its number, its epoch, its learning rate; its loss and gradient norm.
@@ -196,7 +150,7 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for record in (self.progress, self.metrics, self.timings, self.board):
+        for record in (self.progress, self.metrics, self.timings, *self.loggers):
             record.close()
 
     @contextmanager
@@ -227,23 +181,23 @@ class Report:
             measured["probe_accuracy"] = state.probe
             said += f"  probe {state.probe:.2%}"
         self.metrics.add(step=state.step, epoch=state.epoch, **measured)
-        for name, value in measured.items():
-            self.board.add_scalar(name, value, state.step)
+        for logger in self.loggers:
+            logger.add(state.step, measured)
         if state.step > 0:
-            self.progress.say(said)
+            self.say(said)
 
     def end_epoch(self, state: RunState, *, evaluated: bool) -> None:
         """Close an epoch with its times, and with the accuracy if it was evaluated."""
         phases = self.phases.read()
         if self.divergence.num_skipped > self.skipped_said:
             self.skipped_said = self.divergence.num_skipped
-            self.progress.say(
+            self.say(
                 f"epoch {state.epoch}  steps skipped so far for an overflow of fp16: "
                 f"{self.skipped_said}"
             )
         if evaluated:
             self.accuracy(state)
-            self.progress.say(f"epoch {state.epoch}  time of its steps: {shares(phases)}")
+            self.say(f"epoch {state.epoch}  time of its steps: {shares(phases)}")
         images = self.epoch_steps * self.images_per_step
         self.timings.add(
             step=state.step,
@@ -256,6 +210,14 @@ class Report:
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         self.epoch_steps = 0
 
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.progress.say(text)
+
+    def end_training(self) -> None:
+        """Stop the progress bar: what is printed from now on comes below it."""
+        self.progress.close()
+
     def sync(self, state: RunState) -> None:
         """Check every step made, count those skipped, and have every row on the disk.
 
@@ -265,7 +227,8 @@ class Report:
         state.skipped = self.divergence.num_skipped
         self.metrics.sync()
         self.timings.sync()
-        self.board.flush()
+        for logger in self.loggers:
+            logger.flush()
 
     def _flush(self) -> None:
         if not self.pending:
@@ -273,11 +236,11 @@ class Report:
         measured = torch.stack([values for *_, values in self.pending]).tolist()
         for (step, epoch, learning_rate, _), (loss, gradient) in zip(self.pending, measured):
             if warning := self.divergence.check(step, learning_rate, loss, gradient):
-                self.progress.say(warning)
+                self.say(warning)
             values = {"learning_rate": learning_rate, "loss": loss, "gradient_norm": gradient}
             self.metrics.add(step=step, epoch=epoch, **values)
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            for logger in self.loggers:
+                logger.add(step, values)
         now = time.perf_counter()
         speed = len(measured) * self.images_per_step / (now - self.flushed_at)
         self.progress.show(step, epoch, loss, speed)

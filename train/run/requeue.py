@@ -70,7 +70,7 @@ class Requests:
                 self.mark.touch()
                 name = signal.Signals(self.received).name
                 print(
-                    f"{name}: stopped after saving; --resume {self.mark.parent} goes on",
+                    f"{name}: stopped after saving; continue by --resume {self.mark.parent}",
                     file=sys.stderr,
                 )
             # The first that ends has torchrun end the others, who must not be saving any more.

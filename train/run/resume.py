@@ -4,6 +4,7 @@ What would change the steps already made is refused, in one line.
 """
 
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from training.trainer import Trainer
 # other option has shaped the steps that it has made.
 FREE_OPTIONS = {
     "data_root", "epochs", "max_steps", "workers", "device", "timeout_minutes", "knn_every",
-    "save_every", "keep", "output_dir", "name", "resume",
+    "save_every", "keep", "log", "output_dir", "name", "resume",
 }  # fmt: skip
 # Where images are, which may have moved.
 PLACES = {"dataset", "val_shards"}
@@ -90,6 +91,9 @@ def resume(
     saved = trainer.ranks.from_rank_0(partial(open_newest, checkpoints, restore))
     if not trainer.ranks.is_rank_0:
         _restore(trainer, saved)
+    machine = describe_machine(trainer.device, trainer.ranks.world_size)
+    if changed := other_machine(saved.content["machine"], machine):
+        print(f"warning: {changed}", file=sys.stderr)
     options, state = with_its_warmup(options, saved.options), saved.state
     trainer.schedule = build_schedule(
         options.schedule, trainer.optimizer, steps_per_epoch=steps_per_epoch
@@ -143,7 +147,24 @@ def describe_machine(device: torch.device, world_size: int) -> dict[str, Any]:
         "world_size": world_size,
         # A sum on the CPU is divided among its threads.
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "torch": str(torch.__version__),
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
     }
+
+
+def other_machine(then: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """In which hardware and versions a run that goes on differs from before, if in any."""
+    changed = [
+        f"{part} is {now[part]}, was {then[part]}"
+        for part in ("gpu", "torch", "cudnn")
+        if part in then and then[part] != now[part]  # an older checkpoint does not say
+    ]
+    if not changed:
+        return None
+    return (
+        f"resumed on other hardware or versions, so the last bits may differ: {'; '.join(changed)}"
+    )
 
 
 def check_same_run(saved: SavedRun, options: PretrainOptions, machine: dict[str, Any]) -> None:
@@ -168,9 +189,9 @@ def check_same_run(saved: SavedRun, options: PretrainOptions, machine: dict[str,
         # Either is None where the run moved from or to another kind of device.
         if now is not None and then is not None and now != then:
             raise UserError(
-                f"cannot resume {path} with {now} {kind}, it was trained with {then}: sums taken in "
-                f"another order round differently, and the run would not end as one never stopped "
-                f"({remedy.format(then)} goes on)"
+                f"cannot resume {path} with {now} {kind}, it was trained with {then}: sums in another "
+                f"order round differently, so the result would differ from that of a run without a stop "
+                f"({remedy.format(then)} can resume it)"
             )
 
 
@@ -186,7 +207,7 @@ def check_same_images(saved: SavedRun, images: dict[str, Any]) -> None:
     # An older checkpoint says nothing of its views: they had none of these traits.
     if traits := sorted(set(images["views"]) ^ set(theirs.get("views") or [])):
         raise UserError(
-            f"cannot resume {path}: its random views were made in another way than by this version "
+            f"cannot resume {path}: this version makes other random views "
             f"({', '.join(traits)}); --init_from {path} starts a new run from its encoder"
         )
     changed = [name for name in images if theirs.get(name, images[name]) != images[name]]

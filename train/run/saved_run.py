@@ -31,7 +31,13 @@ from run.options import PretrainOptions, option_types
 # The parts of a checkpoint besides options and tensors. What may be None an older checkpoint may lack.
 CONTENTS: dict[str, dict[str, Any]] = {
     "state": get_type_hints(RunState),
-    "machine": {"world_size": int, "threads": int | None},
+    "machine": {
+        "world_size": int,
+        "threads": int | None,
+        "gpu": str | None,
+        "torch": str | None,
+        "cudnn": int | None,
+    },
     "data": {
         "classes": list[str],
         "channels": Literal[1, 3],
@@ -140,6 +146,8 @@ def open_run(path: Path) -> SavedRun:
         )
     # Without an option a run was what the default of that option makes it.
     saved["config"] = known | saved["config"]
+    if saved["config"]["method"] == "simclr" and saved["config"]["queue_size"] is not None:
+        saved["config"]["method"] = "moco"  # as it is called since there is that method
     with restored_from(path):
         _check_contents(saved)
     return SavedRun(path, saved)

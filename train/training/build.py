@@ -1,5 +1,6 @@
 """The trainer that the options ask for: network, views, method, optimiser and schedule, put together."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -8,20 +9,42 @@ from torch import nn
 from data.images import ImageData
 from data.views import build_views
 from evaluation.probe import Probe
+from methods.cmc import CMC
 from methods.contrastive import Contrastive
-from methods.method import Method
+from methods.cross_entropy import CrossEntropy
+from methods.joint import Joint
+from methods.max_margin import MaxMargin
+from methods.method import Method, Setup
+from methods.moco import MoCo
 from methods.momentum_queue import MomentumQueue
+from methods.n_pairs import NPairs
+from methods.options import MethodOptions
+from methods.simclr import SimCLR
+from methods.triplet import Triplet
 from network.embedder import Embedder, build_model, sync_batch_norms
-from network.momentum_encoder import MomentumEncoder
 from run.errors import UserError
 from run.options import PretrainOptions
-from run.out_of_memory import out_of_memory_names
 from run.processes import ALONE, Ranks
 from run.seeds import seed_of
 from training.data_parallel import average_gradients
 from training.optimizer import build_optimizer
 from training.schedule import build_schedule
 from training.trainer import Trainer
+
+# The methods by name.
+METHODS: dict[str, Callable[[MethodOptions, Setup], Method]] = {
+    "supcon": Contrastive,
+    "simclr": SimCLR,
+    "moco": MoCo,
+    "cross_entropy": CrossEntropy,
+    "joint": Joint,
+    "n_pairs": NPairs,
+    "triplet": Triplet,
+    "max_margin": MaxMargin,
+    "cmc": CMC,
+}
+# Tells the seeds of a method's weights from others of the same run.
+WEIGHTS_OF_METHOD = 3
 
 
 def build_trainer(
@@ -39,7 +62,7 @@ def build_trainer(
     """
     seed = options.seeds.seed
     model = _build_model(options, data, device, ranks)
-    method = build_method(options, model, ranks)
+    method = build_method(options, model, data, ranks)
     method.check(data)
     model.head.requires_grad_(method.uses_head)
     probe = None
@@ -60,27 +83,33 @@ def build_trainer(
         optimizer,
         build_schedule(options.schedule, optimizer, steps_per_epoch=steps_per_epoch),
         options.step,
-        num_views=options.views.num_views,
+        num_views=options.num_views,
         probe=probe,
         ranks=ranks,
     )
 
 
-def build_method(options: PretrainOptions, model: Embedder, ranks: Ranks = ALONE) -> Method:
+def build_method(
+    options: PretrainOptions, model: Embedder, data: ImageData, ranks: Ranks = ALONE
+) -> Method:
     """The method that the options ask for, to train a model on its device."""
-    queue_size = options.queue.queue_size
-    if queue_size is None:
-        return Contrastive(options.method, num_rows=options.num_rows, ranks=ranks)
-    with out_of_memory_names(queue_size=queue_size):
-        encoder = MomentumEncoder(
-            model,
-            momentum=options.queue.queue_momentum,
-            chunk=options.step.grad_cache_chunk,
-            compiled=options.step.compile,
-            seed=options.seeds.seed,
-            ranks=ranks,
-        )
-        return MomentumQueue(options.method, encoder, queue_size=queue_size, ranks=ranks)
+    setup = Setup(
+        model=model,
+        data=data,
+        network=options.network,
+        num_views=options.num_views,
+        batch_size=options.batches.batch_size,
+        chunk=options.step.grad_cache_chunk,
+        compiled=options.step.compile,
+        seed=options.seeds.seed,
+        ranks=ranks,
+    )
+    name = options.method.method
+    with_queue = name == "supcon" and options.method.num_keys is not None
+    # Its weights are the same for all processes, and what the network draws is as without them.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(options.seeds.seed, WEIGHTS_OF_METHOD))
+        return (MomentumQueue if with_queue else METHODS[name])(options.method, setup)
 
 
 def _build_model(
@@ -112,7 +141,7 @@ def _network(
     if ranks.group is None:
         return network
     device = next(model.parameters()).device
-    num_views = method.num_embedded or options.views.num_views
+    num_views = method.num_embedded or options.num_views
     num_rows = num_views * options.batches.batch_size // ranks.world_size
     num_rows = min(num_rows, options.step.grad_cache_chunk or num_rows)
     shape = (num_rows, data.channels, data.image_size, data.image_size)

@@ -16,7 +16,9 @@ def average_gradients(
 
     DDP lays out its buckets anew after its first backward, and sums depend on the layout. Were
     that the first step, a resumed run would add up one step in another order than a run never
-    stopped. So the first backward is one of empty images, of which nothing stays.
+    stopped. So the first backward is one of empty images, of which nothing stays. In its forward a
+    compiled network is compiled, within DDP's: torch then cuts it where DDP's buckets end, and a bucket
+    is sent while the backward goes on.
 
     Args:
         network: calls the model.

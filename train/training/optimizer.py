@@ -8,15 +8,16 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from run.rules import out_of_range
+from run.rules import broken, out_of_range
 
+OptimizerName = Literal["momentum", "nesterov", "lars", "rmsprop", "adamw"]
 # Of each --optimizer: its name in timm, whose "sgd" would be Nesterov's, and the options that
-# are not timm's defaults. RMSprop's eps is that of the SupCon authors' stage 1 (of stage 2: 0.001).
+# are not timm's defaults.
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "momentum": ("momentum", {}),
     "nesterov": ("nesterov", {}),
     "lars": ("lars", {"trust_coeff": 0.001}),
-    "rmsprop": ("rmsproptf", {"eps": 1.0}),
+    "rmsprop": ("rmsproptf", {}),
     "adamw": ("adamw", {}),
 }
 
@@ -27,22 +28,35 @@ class OptimizerOptions:
 
     Args:
         optimizer: momentum: SGD with momentum 0.9; nesterov: the same with Nesterov's; lars: with
-            momentum 0.9 and trust coefficient 0.001; rmsprop: TensorFlow's, with momentum 0.9 and
-            eps 1; adamw.
+            momentum 0.9 and trust coefficient 0.001; rmsprop: TensorFlow's, with momentum 0.9;
+            adamw.
         learning_rate: At its peak; not scaled by the batch size.
         weight_decay: Applied to all parameters, as the SupCon authors do; but see the next one.
         decay_norm_and_bias: Whether biases and norm layers decay, too, and with lars are adapted.
             bias: biases alone, as the SupCon authors. Default: true; with lars false.
+        rmsprop_eps: Of rmsprop, added to the mean square under its root: 1 as the SupCon authors
+            pretrain, 0.001 as they train the linear stage.
     """
 
-    optimizer: Literal["momentum", "nesterov", "lars", "rmsprop", "adamw"] = "momentum"
+    optimizer: OptimizerName = "momentum"
     learning_rate: float = 0.2
     weight_decay: float = 5e-4
     decay_norm_and_bias: bool | Literal["bias"] | None = None
+    rmsprop_eps: float = 1.0
 
     def mistakes(self) -> list[str]:
-        """What is out of range, one sentence each."""
-        return out_of_range(self, at_least={"weight_decay": 0}, greater_than_0=("learning_rate",))
+        """What is out of range or contradicts itself, one sentence each."""
+        rules = [
+            (
+                self.optimizer == "rmsprop" or self.rmsprop_eps == OptimizerOptions.rmsprop_eps,
+                f"--rmsprop_eps contradicts --optimizer {self.optimizer}",
+            )
+        ]
+        return broken(rules) + out_of_range(
+            self,
+            at_least={"weight_decay": 0},
+            greater_than_0=("learning_rate", "rmsprop_eps"),
+        )
 
 
 def build_optimizer(options: OptimizerOptions, *modules: nn.Module) -> Optimizer:
@@ -64,6 +78,8 @@ def build_optimizer(options: OptimizerOptions, *modules: nn.Module) -> Optimizer
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
     name, rest = OPTIMIZERS[options.optimizer]
+    if options.optimizer == "rmsprop":
+        rest = {"eps": options.rmsprop_eps}
     return create_optimizer_v2(groups, opt=name, lr=options.learning_rate, momentum=0.9, **rest)
 
 

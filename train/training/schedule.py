@@ -17,17 +17,17 @@ class ScheduleOptions:
     """The length of the run, and its learning rate.
 
     Args:
-        epochs: Passes over the training images. In a resumed run with another number the schedule is
-            from the next step on that of a run of the new length.
-        max_steps: Stop after so many steps; the learning rate then ends its decay there.
-        warmup_epochs: Epochs of linear warm-up before the schedule. Default: 4, but one less than epochs
-            where these are fewer, and not beyond the first of decay_epochs; of a resumed run its own.
-        schedule: cosine: half a cosine to final_learning_rate; step: times decay_rate at each of decay_epochs;
-            exponential: a little lower every step, times decay_rate per decay_epochs.
-        final_learning_rate: Where the cosine ends; with SupContrast at a thousandth of the peak.
-        decay_rate: A factor of the learning rate (step and exponential only).
-        decay_epochs: step: the epochs, from the start of the run, after which the rate falls, such
-            as [700,800,900]; exponential: [how many epochs it takes to fall once].
+        epochs: Passes over the training images. A resumed run may have another number. It then
+            follows the schedule of the new length.
+        max_steps: Stop after this number of steps. The learning rate reaches its end there.
+        warmup_epochs: Epochs of linear warm-up. Default: 4, but at most epochs - 1 and the first of
+            decay_epochs. A resumed run keeps its own.
+        schedule: cosine: to final_learning_rate. step: times decay_rate after each of decay_epochs.
+            exponential: a little every step, times decay_rate per decay_epochs.
+        final_learning_rate: Last learning rate of the cosine. SupContrast: 0.001 of the peak.
+        decay_rate: Factor of the learning rate (step and exponential only).
+        decay_epochs: step: epochs after which the learning rate falls, such as [700,800,900].
+            exponential: epochs per factor decay_rate, such as [10].
     """
 
     epochs: int = 60

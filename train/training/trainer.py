@@ -16,7 +16,7 @@ from methods.method import Method
 from network.embedder import Embedder
 from run.clock import PhaseClock
 from run.processes import ALONE, Ranks
-from run.rules import out_of_range
+from run.rules import broken, out_of_range
 from supcon_kernels import grad_cache_backward
 from training.optimizer import gradient_norm, load_optimizer
 
@@ -28,16 +28,17 @@ class StepOptions:
     """How a step is computed.
 
     Args:
-        clip_grad: Scale the gradient of all parameters together down to this norm. Default: never.
-        ema_decay: Evaluate and export an average of the weights, of which each step keeps this share,
-            such as 0.999, and less early on: at step k at most 1 - k^(-2/3). Default: no average.
-        precision: Of the network in training: fp32, or by autocast bf16 or fp16, whose gradients are
-            scaled, and a step whose gradient overflows skipped. The loss is always in float32.
-        compile: Compile the network for training (torch.compile); checkpoints are the same.
-        grad_cache_chunk: For batches that do not fit in memory: embed so many rows (an image in one view is
-            one) at a time, without a graph, and once more with it for the gradient, which is that
-            of the whole batch; but batch norm takes the statistics of each chunk by itself. Of
-            several processes each goes by its own rows. Default: all rows at once.
+        clip_grad: Largest norm of the gradient of all parameters together. Default: no clipping.
+        ema_decay: Decay of an exponential moving average of the weights, such as 0.999. The average
+            is evaluated and exported. At step k the decay is at most 1 - k^(-2/3). Default: no
+            average.
+        precision: Precision of the network in training. bf16 and fp16 use autocast. fp16 scales
+            gradients, and skips steps that overflow. The loss is always computed in float32.
+        compile: Compile the network for training (torch.compile). Checkpoints are the same.
+        grad_cache_chunk: Gradient caching, for batches that do not fit in memory: rows per chunk. A
+            row is one view of one image; each process counts its own. The batch is encoded twice,
+            and the gradient is that of the whole batch. Batch norm uses the statistics of each
+            chunk. Default: no chunks.
         sync_batchnorm: Have batch norm take the statistics of all processes' rows (CUDA only); else
             they are each process's own, and the first one's are evaluated and saved.
     """
@@ -50,8 +51,15 @@ class StepOptions:
     sync_batchnorm: bool = False
 
     def mistakes(self) -> list[str]:
-        """What is out of range, one sentence each."""
-        return out_of_range(
+        """What is out of range or contradicts itself, one sentence each."""
+        rules = [
+            (
+                not (self.sync_batchnorm and self.compile),
+                "--sync_batchnorm contradicts --compile: torch.compile breaks the network at each "
+                "of its exchanges; choose one",
+            )
+        ]
+        return broken(rules) + out_of_range(
             self,
             at_least={"grad_cache_chunk": 1},
             greater_than_0=("clip_grad",),
@@ -119,6 +127,7 @@ class Trainer:
 
         # Views, of which the network embeds all or the first.
         views = [self.views.random(images, step=step, view=view) for view in range(self.num_views)]
+        self.clock.mark("views")
         targets = self.method.targets(labels, step)
         with self.options.autocast(self.device):
             self.method.prepare(views, targets, step)
@@ -174,22 +183,21 @@ class Trainer:
         The network holds the activations of one chunk. The time of its second forward is counted as
         "backward".
         """
-        embedded: list[Tensor] = []
+        embedded = torch.empty(0)
 
-        def encode(chunk: Tensor) -> Tensor:
-            of_chunk, projected = self._encode(chunk)
-            if not torch.is_grad_enabled():  # the first of two times
-                embedded.append(of_chunk)
-            return projected
+        def loss_of(rows: Tensor) -> Tensor:
+            nonlocal embedded
+            embedded, projected = rows.tensor_split([self.model.num_features], dim=1)
+            return self.loss(embedded, projected, targets)
 
         loss = grad_cache_backward(
-            encode,
+            lambda chunk: torch.cat(self._encode(chunk), dim=1),
             chunks,
-            lambda projected: self.loss(torch.cat(embedded), projected, targets),
+            loss_of,
             model=self.network,
             scale=self.scaler.scale,
         )
-        return torch.cat(embedded), loss
+        return embedded.detach(), loss
 
     @property
     def measured(self) -> Embedder:
