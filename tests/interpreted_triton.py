@@ -309,6 +309,7 @@ def launch_cases():
     rectangle = {"contrast_features": memory, "contrast_labels": of_memory}
     rectangle |= {"features": rows, "labels": labels}
     yield pytest.param(rectangle, 12, id="rectangle")
+    yield pytest.param({**rectangle, "symmetric": True}, 32, id="both directions")
     yield pytest.param({**labelled, "many": True}, 20, id="many rows")
     yield pytest.param({**rectangle, "many": True}, 20, id="many rows and columns")
 
