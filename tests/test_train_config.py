@@ -80,6 +80,7 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--temperature", "nan"], "temperature"),
         (["--method", "byol"], "method"),
         (["--device", "tpu"], "device"),
+        (["--timeout_minutes", "1e12"], "--timeout_minutes 1000000000000.0: must be at most"),
         (["--dataset", "mnist"], "accepted are digits, fashion_mnist, cifar10, cifar100"),
         (["--dataset", "imagefolder:"], "--dataset imagefolder:: accepted are"),
         (["--dataset", "cifar10:x"], "stl10, imagefolder:PATH, webdataset:URL"),
@@ -120,8 +121,8 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--queue_size", "0"], "--queue_size 0: must hold at least the 128 keys of a step"),
         (["--queue_size", "255", "--num_views", "3"], "at least the 256 keys of a step"),
         (
-            ["--method", "simclr", "--queue_size", "256"],
-            "--queue_size contradicts --method simclr: it is for supcon, moco",
+            ["--method", "joint", "--queue_size", "256"],
+            "--queue_size contradicts --method joint: it is for supcon, moco",
         ),
         (
             ["--method", "cross_entropy", "--temperature", "0.2"],

@@ -26,6 +26,7 @@ from evaluation.retrieval import retrieve
 from linear import main as fit_linear
 from linear_stage.classifier import load_classifier, save_classifier
 from run.command_line import run_script
+from run.device import DeviceOptions
 from train_fixtures import pretrain, write_images
 from train_parts import build_model, build_views, load_data, options_of
 
@@ -325,6 +326,14 @@ def test_runs_that_cannot_be_evaluated_are_named(folder, copy, capsys):
 )
 def test_wrong_options_are_named(capsys, arguments, message):
     assert message in error_of(capsys, "--checkpoint", "x", *arguments)
+
+
+def test_all_runs_are_computed_alike(monkeypatch):
+    asked = []
+    monkeypatch.setattr("evaluate.set_arithmetic", lambda options, device: asked.append(options))
+    monkeypatch.setattr(runs, "evaluate", lambda *of: [])
+    main(["--checkpoint", "x", "--device=cpu"])
+    assert asked == [DeviceOptions()]
 
 
 def test_missing_extra_is_named(capsys, monkeypatch):

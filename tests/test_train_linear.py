@@ -88,6 +88,22 @@ def test_the_data_of_a_run_is_named_as_a_whole(run, capsys):
     assert ended.value.code == 2 and "--val_shards needs --dataset" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", ["linear", "embed"])
+def test_they_compute_as_the_run_did(run, tmp_path, monkeypatch, script):
+    saved = torch.load(run / "last.pt", weights_only=True)
+    saved["config"] |= {"tf32": True, "deterministic": True}
+    torch.save(saved, tmp_path / "last.pt")
+    asked = []
+    monkeypatch.setattr(f"{script}.set_arithmetic", lambda options, device: asked.append(options))
+    argv = ["--checkpoint", str(tmp_path), "--device=cpu"]
+    if script == "embed":
+        write_images(tmp_path / "images", {"cat": 1})
+        argv += ["--images", str(tmp_path / "images"), "--output", str(tmp_path / "e.npz")]
+    import_module(script).main(argv)
+    [options] = asked
+    assert options.tf32 and options.deterministic
+
+
 @pytest.mark.parametrize("start", ["linear", "init_from"])
 def test_wrong_contents_are_named_wherever_they_are_read(run, tmp_path, capsys, start):
     path = tmp_path / "nan.pt"

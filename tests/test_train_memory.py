@@ -20,6 +20,8 @@ OPTIONS = {
     "bf16": {**TINY, "precision": "bf16", "optimizer": "rmsprop", "head": "linear"},
     "chunks": {**TINY, "grad_cache_chunk": 10, "num_views": 3},
     "queue": {**TINY, "queue_size": 64},
+    "cmc": {**TINY, "method": "cmc"},
+    "cmc of one view": {**TINY, "method": "cmc", "num_views": 1},
     "standard stem": {**STANDARD, "model": "resnet18", "normalize_embedding": True},
     "layer norm": {**STANDARD, "model": "test_convnext", "optimizer": "adamw", "precision": "bf16"},
 }
@@ -30,27 +32,32 @@ def test_estimate_is_what_a_step_holds(name):
     options = options_of(batch_size=BATCH_SIZE, warmup_epochs=0, device="cpu", **OPTIONS[name])
     data = load_data(options)
     trainer = trainer_of(options, data)
-    model, forward, held = trainer.model, trainer.model.forward, []
+    networks = [trainer.model]
+    if options.method.method == "cmc":
+        networks.append(trainer.method.second)
+    held = [0] * len(networks)
+    for number, (model, forward) in enumerate([(each, each.forward) for each in networks]):
 
-    def counted(rows):
-        saved = SavedTensors([*model.parameters(), *model.buffers(), rows])
-        with saved:
-            result = forward(rows)
-        held.append(sum(saved.sizes()))
-        return result
+        def counted(rows, number=number, model=model, forward=forward):
+            saved = SavedTensors([*model.parameters(), *model.buffers(), rows])
+            with saved:
+                result = forward(rows)
+            held[number] = max(held[number], sum(saved.sizes()))
+            return result
 
-    model.forward = counted
+        model.forward = counted
     images, labels = data.train[list(range(BATCH_SIZE))]
     trainer.step(images, labels, 0)
 
     found = estimate_memory(
         options, data, num_views=trainer.num_views, num_embedded=trainer.method.num_embedded
     )
-    assert found.activations == pytest.approx(max(held), rel=0.01)
-    weights = [model, *(part for part in (trainer.average, trainer.method) if part is not None)]
+    assert found.activations == pytest.approx(sum(held), rel=0.01)
+    parts = (trainer.model, trainer.average, trainer.method)
+    weights = [part for part in parts if part is not None]
     tensors = [t for part in weights for t in part.state_dict().values() if "float" in str(t.dtype)]
     queue = num_bytes([trainer.method.queue.features]) if name == "queue" else 0
-    gradients = num_bytes(weight.grad for weight in model.parameters())
+    gradients = num_bytes(weight.grad for weight in trainer.trained)
     assert found.weights == pytest.approx(num_bytes(tensors) + gradients - queue, rel=0.01)
     state = trainer.optimizer.state.values()
     assert found.optimizer == num_bytes(
@@ -64,7 +71,7 @@ def test_estimate_is_what_a_step_holds(name):
 def test_imagenet_recipes_fit_eight_cards_of_80_gb(name):
     options = test_train_recipes.read(name)
     data = test_train_recipes.stand_in(options)
-    num_embedded = 1 if "memory" in name else 2
+    num_embedded = 1 if options.method.num_keys else 2
     found = estimate_memory(options, data, num_views=2, num_embedded=num_embedded, world_size=8)
     assert found.total < memory.USABLE * 80e9
 

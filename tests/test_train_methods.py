@@ -22,9 +22,9 @@ from methods.options import WITH_CLASSIFIER, WITHOUT_LABELS, MethodOptions
 from run.errors import UserError
 from run.saved_run import open_run
 from supcon_kernels import supcon_loss
-from train_fixtures import TRAIN, pretrain
+from train_fixtures import TRAIN, metrics, pretrain
 from train_parts import load_data, options_of, trainer_of
-from training.build import METHODS
+from training.build import METHODS, build_method
 
 SMALL = {"model": "resnet10", "width": 4, "image_size": 8, "warmup_epochs": 0, "batch_size": 64}
 OPTIONS = {
@@ -94,7 +94,7 @@ def test_it_learns_digits_and_goes_on_exactly(method, digits):
         torch.testing.assert_close(other.state_dict()[part], expected, rtol=0, atol=0)
 
 
-def test_weights_of_a_method_are_drawn_alike_and_leave_the_random_state(digits):
+def test_weights_of_a_method_are_drawn_alike_and_leave_the_random_state(digits, monkeypatch):
     states, weights = [], []
     for method, seed in (("supcon", 0), ("cross_entropy", 0), ("joint", 0), ("joint", 1)):
         trainer = trainer_for(method, digits, seed=seed)
@@ -102,6 +102,12 @@ def test_weights_of_a_method_are_drawn_alike_and_leave_the_random_state(digits):
         weights.append(getattr(trainer.method.classifier, "weight", None))
     assert torch.equal(states[0], states[1])
     assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])
+    # What the network draws on a GPU stays that of each process.
+    config, seeded = options_of(**SMALL, method="joint"), []
+    model = trainer_of(config, digits).model
+    monkeypatch.setattr("torch.cuda.manual_seed_all", seeded.append)
+    build_method(config, model, digits)
+    assert not seeded
 
 
 def test_joint_is_the_sum_and_trains_one_network(digits):
@@ -224,3 +230,11 @@ def test_run_of_simclr_with_a_queue_is_one_of_moco(tmp_path, monkeypatch):
     saved["config"]["method"] = "simclr"
     torch.save(saved, run / "old.pt")
     assert open_run(run / "old.pt").options.method.method == "moco"
+
+    # Its config.yaml resumes it.
+    config = (run / "config.yaml").read_text()
+    assert "method: moco\n" in config
+    (tmp_path / "old.yaml").write_text(config.replace("method: moco\n", "method: simclr\n"))
+    (run / "old.pt").rename(run / "last.pt")
+    more = ("--max_steps", 2, "--resume", run)
+    assert metrics(pretrain(tmp_path, "--config", tmp_path / "old.yaml", *more))[-1]["step"] == "2"

@@ -5,6 +5,7 @@ import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from data.training_part import long_tail, shares
+from linear import main as linear
 from run.errors import UserError
 from run.saved_run import open_run
 from train_fixtures import pretrain
@@ -84,3 +85,9 @@ def test_it_is_recorded_with_the_run(tmp_path, monkeypatch):
     assert len(data.train) == saved.about_images["num_images"] == 300
     assert data.train.order == saved.about_images["order"]
     assert data.mean == saved.about_images["mean"]
+    # The linear stage fits on these images and on no others.
+    argv = ["--checkpoint", str(saved.path), "--device=cpu", "--validation_fraction"]
+    with pytest.raises(
+        UserError, match=r"^--validation_fraction 0\.2 contradicts the --train_images"
+    ):
+        linear([*argv, "0.2"])

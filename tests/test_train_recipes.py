@@ -79,6 +79,12 @@ def test_every_recipe_is_ours_or_published():
     assert RECIPES.keys() == OURS | PUBLISHED.keys()
 
 
+def test_recipe_that_says_its_temperature_says_what_the_loss_is_scaled_by():
+    for path in RECIPES.values():
+        recipe = yaml.safe_load(path.read_text())
+        assert ("temperature" in recipe) == ("base_temperature" in recipe), path
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_learning_rate_follows_the_published_rule(name):
     config = read(name)

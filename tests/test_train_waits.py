@@ -32,6 +32,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stacked_randaugment": {"augment": "stacked_randaugment", "method": "simclr"},
     "fp16": {"augment": "crop_flip", "precision": "fp16"},
     "joint": {"augment": "crop_flip", "method": "joint", "learn_temperature": True},
+    "moco": {"augment": "crop_flip", "method": "moco", "queue_size": 64},
+    "cross_entropy": {"augment": "crop_flip", "method": "cross_entropy", "label_smoothing": 0.1},
     "cmc": {"augment": "crop_flip", "method": "cmc", "in_chans": 1, "precision": "bf16"},
 }
 

@@ -27,7 +27,7 @@ from evaluation.embeddings import embed, encode_stored
 from run import next_steps
 from run.atomic_write import replace_file
 from run.command_line import parse, run_script
-from run.device import Device, pick_device
+from run.device import Device, pick_device, set_arithmetic
 from run.errors import UserError
 from run.rules import broken, out_of_range
 from run.saved_run import open_run
@@ -73,6 +73,7 @@ def embed_folder(options: EmbedOptions) -> Path:
     """Embed every image of a folder as the evaluation of the run would, and write the file."""
     run = open_run(Path(options.checkpoint))
     device = pick_device(options.device)
+    set_arithmetic(run.options.device, device)
     of_run, about = run.options, run.prepared_images()
     found, classes = find_images(Path(options.images))
     split = Split(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from evaluation.options import EvaluateOptions
 from run.command_line import parse, run_script
-from run.device import pick_device
+from run.device import DeviceOptions, pick_device, set_arithmetic
 from run.extras import require_extra
 from run.processes import joined, local_rank_0_speaks
 
@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> list[Path]:
     from evaluation.runs import evaluate
 
     with joined(device, timeout_minutes=options.timeout_minutes) as ranks:
+        # The same for all runs, whatever each was trained by.
+        set_arithmetic(DeviceOptions(), device)
         return evaluate(options, ranks.own_device(device), ranks)
 
 

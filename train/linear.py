@@ -25,7 +25,7 @@ from linear_stage.stage import Found, LinearStage
 from run import next_steps
 from run.atomic_write import replace_text
 from run.command_line import parse, run_script
-from run.device import pick_device
+from run.device import pick_device, set_arithmetic
 from run.errors import UserError
 from run.saved_run import SavedRun, open_run
 
@@ -42,6 +42,7 @@ def linear(options: LinearOptions) -> float:
     """Fit on the training images of a run, measure on its test images, write both to its folder."""
     run = open_run(Path(options.stage.checkpoint))
     device = pick_device(options.stage.device)
+    set_arithmetic(run.options.device, device)
     stage = LinearStage(options, run, images_of(run, options), device)
     model = run.network().to(device)
     found = stage.train(model) if options.stage.protocol == "paper" else stage.fit(model)

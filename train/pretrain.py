@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> Path:
     """Run what the command line asks for; returns the folder of the run."""
     with local_rank_0_speaks():
         options = parse(PretrainOptions, argv, prog="train/pretrain.py", description=DESCRIPTION)
+        options.logging.check_installed()
         device = pick_device(options.device.device)
     with joined(device, timeout_minutes=options.device.timeout_minutes) as ranks:
         set_arithmetic(options.device, device)

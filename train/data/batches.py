@@ -30,7 +30,7 @@ class BatchOptions:
     """Batches.
 
     Args:
-        batch_size: Images per step, summed over all processes. Each image has num_views views.
+        batch_size: Images per step, summed over all processes.
         classes_per_batch: Number of classes in each batch, with the same number of images of each.
             Default: batches are drawn from all images.
         workers: Processes that load and decode images, per training process (8 GPUs with 4 workers

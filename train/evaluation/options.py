@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from data.corrupted import SMALLEST_SIDE
 from data.sources import DataOptions
 from run.device import Device
-from run.rules import broken, out_of_range
+from run.rules import LARGEST, broken, out_of_range
 
 # Data sets that are not looked for in a folder of data.
 ROOTLESS = ("digits", "imagefolder")
@@ -71,7 +71,7 @@ class EvaluateOptions:
                     "corruption_side": SMALLEST_SIDE,
                     "workers": 0,
                 },
-                at_most={"corruption_side": 1024, "workers": 1000},
+                at_most={"corruption_side": 1024, "workers": 1000, "timeout_minutes": LARGEST},
                 greater_than_0=("timeout_minutes",),
             )
         )

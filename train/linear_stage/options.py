@@ -14,6 +14,9 @@ from run.rules import broken, out_of_range
 from run.saved_run import SavedRun
 from training.schedule import ScheduleOptions
 
+# What a run draws of its training images, once those of validation_fraction are held out.
+DRAWN_PARTS = ("train_images", "label_noise", "imbalance")
+
 
 @dataclass
 class StageOptions:
@@ -107,7 +110,13 @@ class ImageOptions:
             )
         elif self.data_root is not None:
             data = replace(data, data_root=self.data_root)
-        if self.validation_fraction is not None:
+        if self.validation_fraction not in (None, data.validation_fraction):
+            drawn = [name for name in DRAWN_PARTS if getattr(data, name) is not None]
+            if drawn:
+                raise UserError(
+                    f"--validation_fraction {self.validation_fraction} contradicts the --{drawn[0]} of "
+                    "the run, which would draw other training images: give it to pretrain.py"
+                )
             data = replace(data, validation_fraction=self.validation_fraction)
         if mistakes := data.mistakes():
             raise UserError("; ".join(mistakes))

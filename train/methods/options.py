@@ -74,6 +74,11 @@ class MethodOptions:
     contrast_weight: float = 0.5
     margin: float | None = None
 
+    def __post_init__(self) -> None:
+        # So was moco called before it had a name; checkpoints and config.yaml of then say so.
+        if self.method == "simclr" and self.queue_size is not None:
+            self.method = "moco"
+
     @property
     def uses_labels(self) -> bool:
         """Whether images of one class are treated alike."""

@@ -123,8 +123,10 @@ def _add_room(parser: ArgumentParser, room: type[Any]) -> None:
     group = parser.add_argument_group((doc.short_description or "").rstrip("."))
     types = get_type_hints(room)
     for option in fields(room):
-        required = option.default is MISSING
-        how: dict[str, Any] = {"required": True} if required else {"default": option.default}
+        default = option.default
+        if option.default_factory is not MISSING:
+            default = option.default_factory()
+        how: dict[str, Any] = {"required": True} if default is MISSING else {"default": default}
         how["help"] = described[option.name]
         if types[option.name] is bool:
             how |= {"action": ActionYesNo(no_prefix="no_"), "nargs": "?"}

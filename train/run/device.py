@@ -8,7 +8,7 @@ import torch
 import torch.utils.deterministic
 
 from run.errors import UserError
-from run.rules import out_of_range
+from run.rules import LARGEST, out_of_range
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -36,7 +36,9 @@ class DeviceOptions:
 
     def mistakes(self) -> list[str]:
         """What is out of range, one sentence each."""
-        return out_of_range(self, greater_than_0=("timeout_minutes",))
+        return out_of_range(
+            self, greater_than_0=("timeout_minutes",), at_most={"timeout_minutes": LARGEST}
+        )
 
 
 def gpu_memory(device: torch.device) -> str:

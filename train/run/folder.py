@@ -31,7 +31,8 @@ class FolderOptions:
         resume: none: start a new run. auto: resume the run of this name from its newest whole
             checkpoint, or start it (without --name: the latest run of the default name). PATH: resume
             from this checkpoint or run folder. Options that shaped earlier steps cannot change.
-            epochs, max_steps, knn_every, save_every and log can. data_root or the path in dataset can
+            epochs, max_steps, knn_every, save_every and log can: a longer or shorter run follows the
+            schedule of its new length, and keeps its warm-up. data_root or the path in dataset can
             change if the same images have moved.
     """
 

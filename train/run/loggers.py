@@ -37,18 +37,24 @@ class LogOptions:
         return {name.strip() for name in self.log.split(",")}
 
     def mistakes(self) -> list[str]:
-        """What is unknown or not installed, one sentence each."""
+        """What is unknown, one sentence each."""
         rules = [
             (
                 self.chosen <= set(LOGGERS),
                 f"--log {self.log}: accepted are {', '.join(LOGGERS)}, separated by commas",
             )
         ]
-        rules += [
-            (find_spec(name) is not None, f"--log {name}: run `pip install {name}` first")
-            for name in sorted(self.chosen & {"tensorboard", "wandb"})
-        ]
         return broken(rules)
+
+    def check_installed(self) -> None:
+        """Refuse a logger whose package is missing. Only a run needs it, not who opens its checkpoint.
+
+        Raises:
+            UserError: names the first.
+        """
+        for name in sorted(self.chosen & {"tensorboard", "wandb"}):
+            if find_spec(name) is None:
+                raise UserError(f"--log {name}: run `pip install {name}` first")
 
 
 class Logger(Protocol):

@@ -146,8 +146,6 @@ def open_run(path: Path) -> SavedRun:
         )
     # Without an option a run was what the default of that option makes it.
     saved["config"] = known | saved["config"]
-    if saved["config"]["method"] == "simclr" and saved["config"]["queue_size"] is not None:
-        saved["config"]["method"] = "moco"  # as it is called since there is that method
     with restored_from(path):
         _check_contents(saved)
     return SavedRun(path, saved)

@@ -29,7 +29,7 @@ class SeedOptions:
 
 
 def seed_of(*key: int) -> int:
-    """A 63-bit seed from integers such as (seed, epoch, step, view); any change gives another."""
+    """A 63-bit seed from integers such as (seed, epoch, step, view), zeros at the end aside."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -108,7 +108,8 @@ def build_method(
     with_queue = name == "supcon" and options.method.num_keys is not None
     # Its weights are the same for all processes, and what the network draws is as without them.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(options.seeds.seed, WEIGHTS_OF_METHOD))
+        # Of the CPU alone: torch.manual_seed would seed a GPU's generator alike in all processes.
+        torch.default_generator.manual_seed(seed_of(options.seeds.seed, WEIGHTS_OF_METHOD))
         return (MomentumQueue if with_queue else METHODS[name])(options.method, setup)
 
 

@@ -93,7 +93,9 @@ def estimate_memory(
             weight.grad = torch.empty_like(weight)
         optimizer.step()
     parameters, buffers = num_bytes(model.parameters()), num_bytes(model.buffers())
-    averages = (options.step.ema_decay is not None) + (num_embedded < num_views)
+    # CMC trains two networks of this kind; a queue has keys from an average of one.
+    networks = 2 if options.method.method == "cmc" else 1
+    averages = (options.step.ema_decay is not None) + (options.method.num_keys is not None)
     buckets = world_size > 1
     view_pixels = data.channels * data.image_size**2
     # Of files every view is cut where they are decoded.
@@ -102,17 +104,21 @@ def estimate_memory(
     chunk = min(rows, options.step.grad_cache_chunk or rows)
     saved, largest = saved_by_autograd(model, options.step, data, chunk)
     return Memory(
-        weights=(2 + averages + buckets) * parameters + (1 + averages) * buffers,
-        optimizer=num_bytes(
+        weights=(2 * networks + averages + buckets) * parameters + (networks + averages) * buffers,
+        optimizer=networks
+        * num_bytes(
             value
             for state in optimizer.state.values()
             for value in state.values()
             if isinstance(value, Tensor)
         ),
-        activations=saved,
+        activations=networks * saved,
         backward=2 * largest,
         images=num_images * (BATCHES * image_bytes + VIEW_COPIES * num_views * view_pixels * FLOAT),
-        loss=FLOAT * rows * (LOSS_COPIES * PROJECTION_DIM * world_size + model.num_features),
+        loss=networks
+        * FLOAT
+        * rows
+        * (LOSS_COPIES * PROJECTION_DIM * world_size + model.num_features),
     )
 
 

@@ -17,11 +17,10 @@ class ScheduleOptions:
     """The length of the run, and its learning rate.
 
     Args:
-        epochs: Passes over the training images. A resumed run may have another number. It then
-            follows the schedule of the new length.
+        epochs: Passes over the training images.
         max_steps: Stop after this number of steps. The learning rate reaches its end there.
         warmup_epochs: Epochs of linear warm-up. Default: 4, but at most epochs - 1 and the first of
-            decay_epochs. A resumed run keeps its own.
+            decay_epochs.
         schedule: cosine: to final_learning_rate. step: times decay_rate after each of decay_epochs.
             exponential: a little every step, times decay_rate per decay_epochs.
         final_learning_rate: Last learning rate of the cosine. SupContrast: 0.001 of the peak.

@@ -1,0 +1,197 @@
+"""Test the claims of the SupCon paper at the scale of this machine: shown, not resolved, contradicted.
+
+python train/paper.py --table 2 --scale digits
+python train/paper.py --table 2 1 6 --scale fmnist10k --data_root DIR --budget 8h
+
+Runs are kept in runs/paper, each in a folder that its options name. Stop it at any time; the same command
+goes on. It ends with a report, which `--budget 0min` writes without any run.
+"""
+
+import run.quiet_interrupt  # noqa: F401  before all that takes long to import
+
+# isort: split
+
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from reproduction.claims import METHODS, SCALES, TABLES
+from reproduction.report import (
+    CLAIM_COLUMNS,
+    PICTURE,
+    RUN_COLUMNS,
+    Row,
+    draw,
+    page,
+    read_rows,
+    rows_of_claims,
+    rows_of_runs,
+    write_rows,
+)  # fmt: skip
+from reproduction.runs import BASELINES, Job, Study, jobs_of
+from run.atomic_write import replace_text
+from run.command_line import parse, run_script
+from run.device import Device
+from run.errors import UserError
+from run.rules import broken, out_of_range
+
+DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = REPOSITORY / "benchmarks" / "results", REPOSITORY / "docs" / "paper.md"
+SECONDS = {"s": 1, "min": 60, "h": 3600}
+
+
+@dataclass
+class PaperOptions:
+    """The claims of the paper.
+
+    Args:
+        table: 2 1 6 7 of the paper; memory, noise, tail and few go beyond it. Default: all.
+        methods: Of the tables, only these methods. Default: all.
+        scale: digits: minutes on a CPU. fmnist10k: 10,000 images of Fashion-MNIST at 16 pixels, hours on
+            a CPU. fmnist: all of it, for a GPU. cifar10, imagenet: the published recipes.
+        seeds: Runs of each method. A verdict needs 3.
+        trials: Learning rates tried for each method, the recipe's in the middle, each three times as
+            large as the one before. 1: that of the recipe.
+        epochs: Instead of the scale's, for a quick look.
+        budget: Start no run that would end later, such as 90s, 150min or 8h. Default: no limit.
+        data_root: As of pretrain.py.
+        output_dir: Where the runs and the report are.
+        workers: As of pretrain.py.
+        device: As of pretrain.py.
+        update_docs: Copy all results of the scale to benchmarks/results and write docs/paper.md of all results there.
+    """
+
+    table: list[str] = field(default_factory=lambda: list(TABLES))
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    scale: Literal["digits", "fmnist10k", "fmnist", "cifar10", "imagenet"] = "digits"
+    seeds: int = 3
+    trials: int = 3
+    epochs: int | None = None
+    budget: str | None = None
+    data_root: str | None = None
+    output_dir: str = "runs/paper"
+    workers: int = 0
+    device: Device = "auto"
+    update_docs: bool = False
+
+    def mistakes(self) -> list[str]:
+        """What is out of range, one sentence each."""
+        rules = [
+            (
+                set(self.table) <= TABLES.keys(),
+                f"--table {' '.join(self.table)}: accepted are {', '.join(TABLES)}",
+            ),
+            (
+                set(self.methods) <= METHODS.keys(),
+                f"--methods {' '.join(self.methods)}: accepted are {', '.join(METHODS)}",
+            ),
+            (
+                self.budget is None or _BUDGET.fullmatch(self.budget) is not None,
+                f"--budget {self.budget}: a number of s, min or h is needed, such as 150min",
+            ),
+        ]
+        at_least = {"seeds": 1, "trials": 1, "epochs": 2, "workers": 0}
+        return broken(rules) + out_of_range(self, at_least=at_least)
+
+    @property
+    def seconds(self) -> float:
+        """Those of the budget."""
+        if self.budget is None:
+            return float("inf")
+        found = _BUDGET.fullmatch(self.budget)
+        assert found is not None
+        return float(found[1]) * SECONDS[found[2]]
+
+
+_BUDGET = re.compile(r"(\d+\.?\d*)(s|min|h)")
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Run what the command line asks for; returns the report."""
+    options = parse(PaperOptions, argv, prog="train/paper.py", description=DESCRIPTION)
+    local: dict[str, Any] = {"log": "csv"}
+    local |= {"workers": options.workers, "device": options.device}
+    if options.data_root is not None:
+        local["data_root"] = options.data_root
+    root = Path(options.output_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    study = Study(SCALES[options.scale], root, options.trials, options.epochs, local)
+    jobs = jobs_of(options.table, seeds=options.seeds, trials=options.trials)
+    asked = (*options.methods, *BASELINES)
+    make(study, [job for job in jobs if job.method in asked], options.seconds)
+    return report(study, options)
+
+
+def make(study: Study, jobs: list[Job], budget: float) -> None:
+    """Make the runs that are not done, in order, as far as a number of seconds reaches."""
+    began, left = time.monotonic(), [job for job in jobs if study.record(job) is None]
+    print(f"{len(jobs) - len(left)} of {len(jobs)} runs are done", flush=True)
+    while left:
+        job, *left = left
+        if study.record(job) is not None:
+            continue  # it has the options of another, which was made meanwhile
+        rate = seconds_per_pass(study, jobs)
+        spent = time.monotonic() - began
+        if budget == 0 or spent + rate * study.cost(job) > budget:
+            print(f"left out, the budget is too small: {job}", flush=True)
+            continue
+        remaining = rate * sum(map(study.cost, [job, *left]))
+        said = f"about {duration(remaining)} left" if rate else "time left not known yet"
+        following = f", then {left[0]}" if left else ""
+        print(f"{job} ({said}{following})", flush=True)
+        try:
+            study.do(job)
+        except UserError as error:
+            print(f"  failed: {error}", flush=True)
+
+
+def seconds_per_pass(study: Study, jobs: list[Job]) -> float:
+    """What a pass over the training images has taken so far; 0: nothing is known."""
+    records = [study.record(job) for job in jobs if not job.corrupted]
+    done = [record for record in records if record is not None and record["cost"] > 1]
+    passes = sum(record["cost"] for record in done)
+    return sum(record["seconds"] for record in done) / passes if passes else 0.0
+
+
+def duration(seconds: float) -> str:
+    """As it is read."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def report(study: Study, options: PaperOptions) -> Path:
+    """Write the rows and the page of what is done, of every table; returns the page."""
+    about = (study, options.scale, list(TABLES), options.seeds)
+    runs, claims = rows_of_runs(*about), rows_of_claims(*about)
+    path = study.root / f"{options.scale}.md"
+    replace_text(path, page(runs, claims))
+    draw(claims, study.root / PICTURE)
+    for folder in [study.root, RESULTS] if options.update_docs and runs else [study.root]:
+        write_rows(folder / f"paper_{options.scale}_runs.csv", runs, RUN_COLUMNS)
+        write_rows(folder / f"paper_{options.scale}_claims.csv", claims, CLAIM_COLUMNS)
+    if options.update_docs:
+        replace_text(PAGE, page(*committed_rows()))
+        draw(committed_rows()[1], PAGE.with_name(PICTURE))
+        print(f"written to {PAGE}")
+    for row in claims:
+        if row["table"] in options.table:
+            verdict = f"{row['better']} better than {row['worse']}: {row['verdict']}"
+            print(f"table {row['table']}: {verdict}")
+    print(f"written to {path}")
+    return path
+
+
+def committed_rows() -> tuple[list[Row], list[Row]]:
+    """Those of the runs and of the claims, of all scales that have committed results."""
+    runs, claims = (
+        [row for scale in SCALES for row in read_rows(RESULTS / f"paper_{scale}_{what}.csv")]
+        for what in ("runs", "claims")
+    )
+    return runs, claims
+
+
+if __name__ == "__main__":
+    run_script(main, if_interrupted="(the same command goes on)")

@@ -1,0 +1,57 @@
+"""The class scores of a run, and of the baselines that learn nothing: an accuracy of each image."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.images import ImageData, Split
+from data.sources import load_data
+from data.views import build_views
+from evaluation.embeddings import embed, encode_stored, pixels
+from evaluation.scores import open_classifier
+from linear_stage.convex_fit import ConvexOptions, fit_convex
+from linear_stage.features import Features, embedded_batches
+from network.embedder import build_model
+from run.device import pick_device
+from run.options import PretrainOptions
+from run.saved_run import open_run
+
+
+def scores_of_run(folder: Path, options: PretrainOptions) -> tuple[Tensor, Tensor]:
+    """The (N, C) scores and (N,) labels of a run's validation images, without any of the test images."""
+    device, data, split = _images(options)
+    run = open_run(folder)
+    model = run.network().to(device).eval()
+    views = build_views(options.views, data, seed=options.seeds.seed)
+    classifier = open_classifier(run, model, views, data)
+    return embed(classifier.scores, split, device=device, workers=0).float().cpu(), split.labels
+
+
+def scores_of_baseline(
+    folder: Path, options: PretrainOptions, *, untrained: bool
+) -> tuple[Tensor, Tensor]:
+    """The same of a linear classifier of raw pixels, or of the features of the untrained encoder."""
+    device, data, split = _images(options)
+    encode = pixels
+    if untrained:
+        torch.manual_seed(options.seeds.seed)
+        model = build_model(options.network, channels=data.channels, image_size=data.image_size)
+        views = build_views(options.views, data, seed=options.seeds.seed)
+        encode = partial(encode_stored, model.to(device), views)
+    batches = embedded_batches(encode, data.train, device=device, workers=0)
+    limit = ConvexOptions.features_gib * 2**30
+    features = Features(batches, len(data.train), device=device, limit=limit, folder=folder)
+    linear, _ = fit_convex(features, len(data.classes))
+
+    def scores(images: Tensor) -> Tensor:
+        return linear.logits(encode(images).float())
+
+    return embed(scores, split, device=device, workers=0).float().cpu(), split.labels
+
+
+def _images(options: PretrainOptions) -> tuple[torch.device, ImageData, Split]:
+    data = load_data(options.data, seed=options.seeds.seed)
+    split = data.test if data.validation is None else data.validation
+    return pick_device(options.device.device), data, split
