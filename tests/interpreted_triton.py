@@ -439,8 +439,8 @@ def test_what_it_leaves_to_others():
         triton_loss(features, soft)
     with pytest.raises(ValueError, match="float32, float16 and bfloat16"):
         triton_loss(features.double(), torch.arange(4))
-    with pytest.raises(ValueError, match="up to 2048 features"):
-        triton_loss(torch.randn(4, 2049), torch.arange(4))
+    with pytest.raises(ValueError, match="up to 8192 features"):
+        triton_loss(torch.randn(4, 8193), torch.arange(4))
     with pytest.raises(ValueError, match="up to 2\\^40 pairs"):
         many = torch.zeros(1, 1).expand(2**20 + 1, 1)
         triton_loss(many, torch.zeros(1, dtype=torch.int64).expand(2**20 + 1))
