@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from measuring.machine import describe_machine
+from measuring.stopwatch import time_in_turn
 from measuring.workloads import ERROR_BOUND, SEED
 from reporting.rows import add_output_options, results_path, write_table
 from supcon_kernels import supcon_loss
@@ -78,22 +78,15 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{kind}: the error is {error:.1e}")
             return 1
     calls = {k: t | variant for k, t in targets(options.num_rows, options.widths).items()}
-    times_ms: dict[str, list[float]] = {kind: [] for kind in calls}
-    processor_ms: dict[str, list[float]] = {kind: [] for kind in calls}
-    for _ in range(options.rounds + 1):  # the first finds its memory
-        for kind, call in calls.items():
-            start_s, processor_s = time.perf_counter(), time.process_time()
-            step(features, "native", call)
-            times_ms[kind].append((time.perf_counter() - start_s) * 1e3)
-            processor_ms[kind].append((time.process_time() - processor_s) * 1e3)
+    steps = {k: lambda call=call: step(features, "native", call) for k, call in calls.items()}
+    times = time_in_turn(steps, options.rounds)
     rows = []
     for kind in calls:
         row = {"num_rows": options.num_rows, "dim": options.dim, **variant, "targets": kind}
         row |= {"num_samples": options.rounds}
-        for name, samples in (("time", times_ms), ("processor", processor_ms)):
-            pairs = zip(samples[kind][1:], samples["labels"][1:])
-            row[f"{name}_ms"] = median(samples[kind][1:])
-            row[f"{name}_over_labels"] = median(ours / labels for ours, labels in pairs)
+        for name, samples, of_labels in zip(("time", "processor"), times[kind], times["labels"]):
+            row[f"{name}_ms"] = median(samples)
+            row[f"{name}_over_labels"] = median(a / b for a, b in zip(samples, of_labels))
         print(
             f"{kind:10} {row['time_ms']:9.1f} ms, {row['time_over_labels']:.2f} of integer labels; "
             f"processor {row['processor_ms']:9.1f} ms, {row['processor_over_labels']:.2f}"

@@ -163,6 +163,14 @@ PAGE: dict[str, Callable[[], str]] = {
         "targets_cpu_float32",
         {"targets": "positives by", "time_ms": "ms", "time_over_labels": "of integer labels"},
     ),
+    "both_ways": table_of(
+        "both_ways_cpu_float32",
+        {
+            "both_directions": "both directions by",
+            "time_ms": "ms",
+            "time_over_one_call": "of one call",
+        },
+    ),
     "threads": table_of(
         "threads_cpu_float32",
         {

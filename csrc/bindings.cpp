@@ -108,7 +108,7 @@ struct Call {
   double temperature;
   bool normalize;
   std::string summation, denominator;
-  bool is_double, is_bfloat16;
+  bool is_double, is_bfloat16, symmetric;
   std::string isa;
   int threads;
 
@@ -139,7 +139,8 @@ struct Call {
             denominator == "all"            ? supcon::Denominator::kAll
             : denominator == "one_positive" ? supcon::Denominator::kOnePositive
                                             : supcon::Denominator::kOnlyNegatives,
-            is_bfloat16};
+            is_bfloat16,
+            symmetric};
   }
 };
 
@@ -151,17 +152,28 @@ supcon::RowStatistics statistics_at(uintptr_t address, int64_t num_rows) {
 
 // The addresses of supcon::Results.
 template <typename Real>
-supcon::Results<Real> results(const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
+supcon::Results<Real> results(int64_t num_rows, uintptr_t loss, uintptr_t total, uintptr_t counts,
                               uintptr_t statistics) {
   return {pointer<Real>(loss), pointer<Real>(total), pointer<Real>(counts),
-          statistics_at(statistics, call.num_rows)};
+          statistics_at(statistics, num_rows)};
 }
 
 template <typename Real>
 void forward(const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
              uintptr_t statistics) {
   supcon::forward(call.problem<Real>(), isa_of(call.isa), call.team(),
-                  results<Real>(call, loss, total, counts, statistics));
+                  results<Real>(call.num_rows, loss, total, counts, statistics));
+}
+
+// As forward, with the addresses of what there is of the columns, as (M,) of rows.
+template <typename Real>
+void forward_both_ways(const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
+                       uintptr_t statistics, uintptr_t col_loss, uintptr_t col_total,
+                       uintptr_t col_counts, uintptr_t col_statistics) {
+  const supcon::Results<Real> of_cols =
+      results<Real>(call.num_cols, col_loss, col_total, col_counts, col_statistics);
+  supcon::forward(call.problem<Real>(), isa_of(call.isa), call.team(),
+                  results<Real>(call.num_rows, loss, total, counts, statistics), &of_cols);
 }
 
 // As forward, with the address of what the total is divided by, and those of the gradients, 0 where
@@ -175,7 +187,7 @@ void forward_and_backward(const Call& call, uintptr_t loss, uintptr_t total, uin
   gradients.cols = pointer<Real>(cols);
   gradients.temperature = pointer<double>(temperature);
   supcon::forward_and_backward(call.problem<Real>(), isa_of(call.isa), call.team(),
-                               results<Real>(call, loss, total, counts, statistics),
+                               results<Real>(call.num_rows, loss, total, counts, statistics),
                                pointer<const Real>(count), gradients);
 }
 
@@ -242,46 +254,58 @@ void define(py::module_ module) {
       py::call_guard<py::gil_scoped_release>());
   // Attributes may be set on it: the caller hangs the tensors there whose memory it points into.
   py::class_<Call>(module, "Call", py::dynamic_attr())
-      .def(py::init([](uintptr_t rows, uintptr_t cols, uintptr_t row_labels, uintptr_t col_labels,
-                       const MatrixAt& row_soft, const MatrixAt& col_soft, const MatrixAt& mask,
-                       bool square, int64_t num_rows, int64_t num_cols, int64_t dim,
-                       int64_t ignore_label, int64_t self_offset, double temperature,
-                       bool normalize, const std::string& summation, const std::string& denominator,
-                       bool is_double, bool is_bfloat16, const std::string& isa, int threads) {
-             return Call{rows,
-                         cols,
-                         row_labels,
-                         col_labels,
-                         matrix_at(row_soft),
-                         matrix_at(col_soft),
-                         matrix_at(mask),
-                         square,
-                         num_rows,
-                         num_cols,
-                         dim,
-                         ignore_label,
-                         self_offset,
-                         temperature,
-                         normalize,
-                         summation,
-                         denominator,
-                         is_double,
-                         is_bfloat16,
-                         isa,
-                         threads};
-           }),
-           py::kw_only(), py::arg("rows"), py::arg("cols"), py::arg("row_labels"),
-           py::arg("col_labels"), py::arg("row_soft"), py::arg("col_soft"), py::arg("mask"),
-           py::arg("square"), py::arg("num_rows"), py::arg("num_cols"), py::arg("dim"),
-           py::arg("ignore_label"), py::arg("self_offset"), py::arg("temperature"),
-           py::arg("normalize"), py::arg("summation"), py::arg("denominator"), py::arg("is_double"),
-           py::arg("is_bfloat16"), py::arg("isa"), py::arg("threads"))
+      .def(
+          py::init([](uintptr_t rows, uintptr_t cols, uintptr_t row_labels, uintptr_t col_labels,
+                      const MatrixAt& row_soft, const MatrixAt& col_soft, const MatrixAt& mask,
+                      bool square, int64_t num_rows, int64_t num_cols, int64_t dim,
+                      int64_t ignore_label, int64_t self_offset, double temperature, bool normalize,
+                      const std::string& summation, const std::string& denominator, bool is_double,
+                      bool is_bfloat16, bool symmetric, const std::string& isa, int threads) {
+            return Call{rows,
+                        cols,
+                        row_labels,
+                        col_labels,
+                        matrix_at(row_soft),
+                        matrix_at(col_soft),
+                        matrix_at(mask),
+                        square,
+                        num_rows,
+                        num_cols,
+                        dim,
+                        ignore_label,
+                        self_offset,
+                        temperature,
+                        normalize,
+                        summation,
+                        denominator,
+                        is_double,
+                        is_bfloat16,
+                        symmetric,
+                        isa,
+                        threads};
+          }),
+          py::kw_only(), py::arg("rows"), py::arg("cols"), py::arg("row_labels"),
+          py::arg("col_labels"), py::arg("row_soft"), py::arg("col_soft"), py::arg("mask"),
+          py::arg("square"), py::arg("num_rows"), py::arg("num_cols"), py::arg("dim"),
+          py::arg("ignore_label"), py::arg("self_offset"), py::arg("temperature"),
+          py::arg("normalize"), py::arg("summation"), py::arg("denominator"), py::arg("is_double"),
+          py::arg("is_bfloat16"), py::arg("symmetric"), py::arg("isa"), py::arg("threads"))
       .def(
           "forward",
           [](const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
              uintptr_t statistics) {
             const auto run = call.is_double ? forward<double> : forward<float>;
             run(call, loss, total, counts, statistics);
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "forward_both_ways",
+          [](const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
+             uintptr_t statistics, uintptr_t col_loss, uintptr_t col_total, uintptr_t col_counts,
+             uintptr_t col_statistics) {
+            const auto run = call.is_double ? forward_both_ways<double> : forward_both_ways<float>;
+            run(call, loss, total, counts, statistics, col_loss, col_total, col_counts,
+                col_statistics);
           },
           py::call_guard<py::gil_scoped_release>())
       .def(

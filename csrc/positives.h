@@ -182,6 +182,11 @@ void attract_classes(const Sides<Real>& sides, const std::vector<double>& pull,
     attract(rows, many.rows, pulled, grad_rows,
             [](int64_t, int64_t) { return Pull<Real>{1.0, 0.0, nullptr}; });
   }
+  if (col_pull != nullptr && grad_cols != nullptr) {
+    const ClassSums<Real> row_sums(sides, rows, many.rows, nullptr);
+    attract(cols, many.cols, row_sums, grad_cols,
+            [&](int64_t, int64_t j) { return Pull<Real>{(*col_pull)[j], 0.0, nullptr}; });
+  }
 }
 
 }  // namespace supcon

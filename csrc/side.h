@@ -173,22 +173,14 @@ constexpr int64_t kFewPositives = 8;
 // Both sides of a problem, and what their tiles have in common.
 template <typename Real>
 struct Sides {
+  typedef std::shared_ptr<const Side<Real>> Shared;
+
   Sides(const Problem<Real>& problem, const Isa& isa, const Team& team)
-      : problem(problem),
-        functions(functions_for(problem, isa)),
-        doubles(isa.f64),
-        team(team),
-        square(problem.square),
-        rows(problem.rows, problem.row_labels, problem.num_rows, problem, functions, team),
-        other(square ? nullptr
-                     : new Side<Real>(problem.cols, problem.col_labels, problem.num_cols, problem,
-                                      functions, team)),
-        cols(square ? rows : *other),
-        schedule(rows.num_tiles, cols.num_tiles, square),
-        shifted(!sums_are_safe()),
-        finite(rows.finite && cols.finite) {
-    find_own();
-    number_classes();
+      : Sides(problem, functions_for(problem, isa), isa.f64, team, nullptr, nullptr) {}
+
+  // The other way of a symmetric problem, with the same embeddings.
+  Sides mirrored() const {
+    return Sides(supcon::mirrored(problem), functions, doubles, team, col_side, row_side);
   }
 
   // The pair of tiles I and J, without what a pass writes.
@@ -202,7 +194,7 @@ struct Sides {
     t.b = cols.row(cols.tile_begin(j));
     if (!multiplies_bfloat16()) t.b_packed = cols.packed_tile(j);
     t.triangle = square && i == j;
-    t.square = square;
+    t.square = both_anchor;
     t.shifted = shifted;
     if (multiplies_bfloat16()) t.bfloat16 = words(rows.tile_begin(i), cols.tile_begin(j));
     return t;
@@ -212,10 +204,15 @@ struct Sides {
   // then rounded once: all positives are looked at one by one.
   bool multiplies_bfloat16() const { return functions.pack_bfloat16 != nullptr; }
 
-  // Numbers of the pair's rows and columns in arrays over each side.
-  PerLine<Real> lines(const std::vector<Real>& of_rows, int64_t i, int64_t j) const {
-    return {of_rows.data() + rows.tile_begin(i),
-            square ? of_rows.data() + cols.tile_begin(j) : nullptr};
+  // The anchors: the rows and, behind them, columns that are anchors and no rows. Padded.
+  int64_t num_anchors() const { return rows.padded + (problem.symmetric ? cols.padded : 0); }
+  // Of the first column among the anchors, where columns are.
+  int64_t first_col() const { return square ? 0 : rows.padded; }
+
+  // Numbers of the pair's rows and columns in an array over the anchors.
+  PerLine<Real> lines(const std::vector<Real>& of_anchors, int64_t i, int64_t j) const {
+    return {of_anchors.data() + rows.tile_begin(i),
+            both_anchor ? of_anchors.data() + first_col() + cols.tile_begin(j) : nullptr};
   }
 
   // Classes of the pair's rows and columns; null where they share none.
@@ -241,17 +238,16 @@ struct Sides {
 
   // The segment of columns with the label of a segment of rows, empty where there is none.
   Segment cols_of(const Segment& of_rows) const {
-    if (square) return of_rows;
-    const auto before = [](const Segment& s, int64_t label) { return s.label < label; };
-    const auto found =
-        std::lower_bound(cols.segments.begin(), cols.segments.end(), of_rows.label, before);
-    if (found == cols.segments.end() || found->label != of_rows.label) return {0, 0, 0};
-    return *found;
+    return square ? of_rows : segment_of(cols, of_rows.label);
   }
 
-  // Whether the columns of a class are few, given its segment of rows or of columns.
+  // Whether the columns of a class are few, or its rows where they are contrasts, too, given its
+  // segment of rows or of columns.
   bool few_positives(const Segment& segment, bool of_cols = false) const {
-    return (of_cols ? segment : cols_of(segment)).size() <= kFewPositives;
+    const Segment columns = of_cols ? segment : cols_of(segment);
+    if (columns.size() <= kFewPositives || !problem.symmetric)
+      return columns.size() <= kFewPositives;
+    return segment_of(rows, segment.label).size() <= kFewPositives;
   }
 
   // Column own_offset() + i is row i itself, in the order of the input; -1: no such column.
@@ -267,14 +263,14 @@ struct Sides {
     return problem.self_offset < 0 || i < 0 || i >= problem.num_rows ? -1 : rows.position[i];
   }
 
-  const Problem<Real>& problem;
+  const Problem<Real> problem;
   const Functions<Real>& functions;
   const Functions<double>& doubles;
   const Team& team;
   const bool square;
-  const Side<Real> rows;
-  const std::unique_ptr<const Side<Real>> other;
-  const Side<Real>& cols;
+  const bool both_anchor;  // columns are anchors, as rows or of their own
+  const Shared row_side, col_side;
+  const Side<Real>&rows, &cols;
   const Schedule schedule;
   const bool shifted;  // sums of 2^x need a shift for each row and column
   const bool finite;
@@ -283,6 +279,39 @@ struct Sides {
   std::vector<int64_t> own_col;  // sorted row -> sorted column that it is itself, in rectangles
 
  private:
+  Sides(const Problem<Real>& problem, const Functions<Real>& functions,
+        const Functions<double>& doubles, const Team& team, Shared of_rows, Shared of_cols)
+      : problem(problem),
+        functions(functions),
+        doubles(doubles),
+        team(team),
+        square(problem.square),
+        both_anchor(square || problem.symmetric),
+        row_side(of_rows
+                     ? of_rows
+                     : std::make_shared<Side<Real>>(problem.rows, problem.row_labels,
+                                                    problem.num_rows, problem, functions, team)),
+        col_side(of_cols ? of_cols
+                 : square
+                     ? row_side
+                     : std::make_shared<Side<Real>>(problem.cols, problem.col_labels,
+                                                    problem.num_cols, problem, functions, team)),
+        rows(*row_side),
+        cols(*col_side),
+        schedule(rows.num_tiles, cols.num_tiles, square),
+        shifted(!sums_are_safe()),
+        finite(rows.finite && cols.finite) {
+    find_own();
+    number_classes();
+  }
+
+  static Segment segment_of(const Side<Real>& side, int64_t label) {
+    const auto before = [](const Segment& s, int64_t label) { return s.label < label; };
+    const auto found = std::lower_bound(side.segments.begin(), side.segments.end(), label, before);
+    if (found == side.segments.end() || found->label != label) return {0, 0, 0};
+    return *found;
+  }
+
   // Exponents of unit rows reach from -log2(e) / tau to log2(e) / tau: half of the range of Real
   // for them leaves the other half for the weights that divide by their sums.
   bool sums_are_safe() const {

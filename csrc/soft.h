@@ -243,6 +243,11 @@ void attract_soft(const Weights<Real>& weights, const std::vector<double>& pull,
     attract(rows, of_rows, weights.norms_of_rows(), pulled, grad_rows,
             [](int64_t) { return Pull<Real>{1.0, 0.0, nullptr}; });
   }
+  if (col_pull != nullptr && grad_cols != nullptr) {
+    const SoftSums<Real> row_sums(sides, rows, of_rows, weights.norms_of_rows(), nullptr);
+    attract(cols, of_cols, weights.norms_of_cols(), row_sums, grad_cols,
+            [&](int64_t j) { return Pull<Real>{(*col_pull)[j], 0.0, nullptr}; });
+  }
 }
 
 }  // namespace supcon

@@ -16,7 +16,7 @@
 
 namespace supcon {
 
-// What a forward pass is made with besides the pairs: numbers for each sorted row.
+// What a forward pass is made with besides the pairs: numbers for each of the anchors.
 template <typename Real>
 struct Inputs {
   const std::vector<Real>* lse = nullptr;
@@ -24,7 +24,7 @@ struct Inputs {
 };
 
 // A thread's part of a forward pass: the term of every pair, folded into rows, and into columns
-// that are rows, by fold(sorted row, of one tile's columns).
+// that are anchors, by fold(anchor, of one tile's columns).
 template <typename Real, typename Fold>
 class Reducer {
  public:
@@ -59,7 +59,7 @@ class Reducer {
     sides_.functions.forward(t_);
   }
   void add_to_rows(int64_t) { add(row_out_, t_.num_rows, row_begin_); }
-  void add_to_cols(int64_t) { add(col_out_, t_.num_cols, col_begin_); }
+  void add_to_cols(int64_t) { add(col_out_, t_.num_cols, sides_.first_col() + col_begin_); }
 
  private:
   void add(const Real* out, int count, int64_t begin) {
@@ -85,16 +85,16 @@ void reduce_pairs(const Weights<Real>& weights, Pairs pairs, Term term, const In
                   Fold fold) {
   const Sides<Real>& sides = weights.sides();
   PairMemories<Real> memory(weights);
-  sides.schedule.run(sides.team, false, sides.square, [&] {
+  sides.schedule.run(sides.team, false, sides.both_anchor, [&] {
     return Reducer<Real, Fold>(weights, pairs, term, inputs, fold, memory.claim());
   });
 }
 
-// The largest exponent of every sorted row, or log2(q); -infinity where it has no such pair.
+// The largest exponent of every anchor, or log2(q); -infinity where it has no such pair.
 template <typename Real>
 std::vector<Real> maxima(const Weights<Real>& weights, Pairs pairs, Term term = Term::kMaximum,
                          const Inputs<Real>& inputs = {}) {
-  std::vector<Real> largest(weights.sides().rows.padded, -std::numeric_limits<Real>::infinity());
+  std::vector<Real> largest(weights.sides().num_anchors(), -std::numeric_limits<Real>::infinity());
   reduce_pairs(weights, pairs, term, inputs,
                [&](int64_t k, Real x) { largest[k] = std::max(largest[k], x); });
   return largest;
@@ -103,7 +103,7 @@ std::vector<Real> maxima(const Weights<Real>& weights, Pairs pairs, Term term = 
 template <typename Real>
 std::vector<double> sums(const Weights<Real>& weights, Pairs pairs, Term term,
                          const Inputs<Real>& inputs) {
-  std::vector<double> sum(weights.sides().rows.padded, 0.0);
+  std::vector<double> sum(weights.sides().num_anchors(), 0.0);
   reduce_pairs(weights, pairs, term, inputs,
                [&](int64_t k, Real x) { sum[k] += static_cast<double>(x); });
   return sum;
@@ -120,12 +120,12 @@ std::vector<double> logarithms(const Team& team, std::vector<double> sum,
   return sum;
 }
 
-// Base-2 log-sum-exp of every sorted row over such pairs; -infinity where there is none.
+// Base-2 log-sum-exp of every anchor over such pairs; -infinity where there is none.
 template <typename Real>
 std::vector<double> log_sum_exp(const Weights<Real>& weights, Pairs pairs) {
   const Sides<Real>& sides = weights.sides();
   const std::vector<Real> shift =
-      sides.shifted ? maxima(weights, pairs) : std::vector<Real>(sides.rows.padded, Real(0));
+      sides.shifted ? maxima(weights, pairs) : std::vector<Real>(sides.num_anchors(), Real(0));
   return logarithms(sides.team, sums(weights, pairs, Term::kExp, {nullptr, &shift}), shift);
 }
 
@@ -135,13 +135,15 @@ std::vector<Real> rounded(const std::vector<double>& x) {
   return std::vector<Real>(x.begin(), x.end());
 }
 
-// What the forward knows of every sorted row, base 2 where it is a logarithm.
+// What the forward knows of every anchor, base 2 where it is a logarithm.
 template <typename Real>
 struct Statistics {
-  explicit Statistics(const Weights<Real>& weights)
-      : total_weight(weights.given() ? weights.rows().total : count_positives(weights.sides())),
-        softmax_weight(weights.sides().rows.padded, 1.0) {
-    total_weight.resize(weights.sides().rows.padded, 0.0);
+  // `mirrored` is of the other way where the problem is symmetric, else null.
+  Statistics(const Weights<Real>& weights, const Weights<Real>* mirrored)
+      : softmax_weight(weights.sides().num_anchors(), 1.0), mirrored_(mirrored) {
+    total_weight = of_anchors(weights, [](const Weights<Real>& way) {
+      return way.given() ? way.rows().total : count_positives(way.sides());
+    });
     const Problem<Real>& problem = weights.sides().problem;
     const bool all = problem.denominator == Denominator::kAll;
     lse = log_sum_exp(weights, all ? Pairs::kAll : Pairs::kNegatives);
@@ -162,15 +164,34 @@ struct Statistics {
   std::vector<double> softmax_weight;
 
  private:
+  // What of(weights) has of each sorted row, and then of each sorted column that is an anchor of
+  // its own; 0 in the padding.
+  template <typename Of>
+  std::vector<double> of_anchors(const Weights<Real>& weights, Of of) const {
+    std::vector<double> all = of(weights);
+    all.resize(weights.sides().rows.padded, 0.0);
+    if (mirrored_ == nullptr) return all;
+    const std::vector<double> of_cols = of(*mirrored_);
+    all.insert(all.end(), of_cols.begin(), of_cols.end());
+    all.resize(weights.sides().num_anchors(), 0.0);
+    return all;
+  }
+
   std::vector<double> mean_exponents(const Weights<Real>& weights) const {
-    const Sides<Real>& sides = weights.sides();
-    if (!weights.given()) return supcon::mean_exponents(sides, total_weight);
-    std::vector<double> mean(sides.rows.padded, 0.0);
+    if (!weights.given())
+      return of_anchors(weights, [](const Weights<Real>& way) {
+        return supcon::mean_exponents(way.sides(), count_positives(way.sides()));
+      });
+    std::vector<double> mean(weights.sides().num_anchors(), 0.0);
     if (weights.any()) mean = sums(weights, Pairs::kPositives, Term::kMean, {});
-    if (!sums_soft_classes(sides.problem)) return mean;
-    const std::vector<double> by_sums = mean_soft_exponents(weights);
-    for (int64_t k = 0; k < sides.rows.size; ++k)
-      if (!weights.rows().by_pair[k]) mean[k] = by_sums[k];
+    if (!sums_soft_classes(weights.sides().problem)) return mean;
+    const std::vector<double> by_sums = of_anchors(weights, mean_soft_exponents<Real>);
+    const auto take = [&](const std::vector<bool>& by_pair, int64_t first) {
+      for (size_t k = 0; k < by_pair.size(); ++k)
+        if (!by_pair[k]) mean[first + k] = by_sums[first + k];
+    };
+    take(weights.rows().by_pair, 0);
+    if (mirrored_ != nullptr) take(weights.cols().by_pair, weights.sides().first_col());
     return mean;
   }
 
@@ -204,6 +225,8 @@ struct Statistics {
     }
     return shift;
   }
+
+  const Weights<Real>* const mirrored_;
 };
 
 template <typename Real>
@@ -213,12 +236,11 @@ bool contributes(const Problem<Real>& problem, const Statistics<Real>& of, int64
   return of.total_weight[k] > 0 && some_below;
 }
 
-// Writes what the caller gets of sorted row k, which contributes, and returns its loss.
+// Writes what the caller gets of anchor k, which contributes, as of row i of the input, and returns
+// its loss.
 template <typename Real>
-double write_results(const Sides<Real>& sides, const Statistics<Real>& of, int64_t k,
+double write_results(const Problem<Real>& problem, const Statistics<Real>& of, int64_t k, int64_t i,
                      const Results<Real>& out) {
-  const Problem<Real>& problem = sides.problem;
-  const int64_t i = sides.rows.order[k];
   const bool mean_of_logs = problem.summation == Summation::kOut;
   const bool lse_is_below = problem.denominator != Denominator::kOnePositive;
   double loss = lse_is_below ? of.lse[k] : 0.0;

@@ -21,36 +21,35 @@
 namespace supcon {
 namespace {
 
+// The results of a side whose anchors do not contribute, or are not finite.
 template <typename Real>
-void forward(const Sides<Real>& sides, const Results<Real>& out) {
-  const Problem<Real>& problem = sides.problem;
-  const Team& team = sides.team;
-  const int64_t n = problem.num_rows;
-  const double infinity = std::numeric_limits<double>::infinity();
+void clear_results(const Side<Real>& side, bool finite, const Results<Real>& out) {
+  const int64_t n = side.position.size();
   std::fill(out.loss, out.loss + n, Real(0));
   const RowStatistics& s = out.statistics;
   for (double* of_row : {s.lse, s.normalizer, s.softmax_weight})
-    std::fill(of_row, of_row + n, infinity);
+    std::fill(of_row, of_row + n, std::numeric_limits<double>::infinity());
   *out.total = 0;
-  out.counts[0] = static_cast<Real>(std::max<int64_t>(sides.rows.size, 1));
+  out.counts[0] = static_cast<Real>(std::max<int64_t>(side.size, 1));
   out.counts[1] = 1;
-  if (!sides.finite) {
-    for (int64_t i : sides.rows.order)
-      *out.total = out.loss[i] = std::numeric_limits<Real>::quiet_NaN();
-    return;
-  }
-  const Weights<Real> weights(sides, false);
-  const Statistics<Real> statistics(weights);
+  if (finite) return;
+  for (int64_t i : side.order) *out.total = out.loss[i] = std::numeric_limits<Real>::quiet_NaN();
+}
+
+// The results of a side, of which sorted row k is anchor first + k.
+template <typename Real>
+void write_side(const Sides<Real>& sides, const Side<Real>& side,
+                const Statistics<Real>& statistics, int64_t first, const Results<Real>& out) {
   struct Part {
     double total;
     int64_t count;
   };
-  std::vector<Part> parts((sides.rows.size + kRange - 1) / kRange);
-  parallel_ranges(team, sides.rows.size, kRange, [&](int64_t begin, int64_t end) {
+  std::vector<Part> parts((side.size + kRange - 1) / kRange);
+  parallel_ranges(sides.team, side.size, kRange, [&](int64_t begin, int64_t end) {
     Part part = {0, 0};
     for (int64_t k = begin; k < end; ++k) {
-      if (!contributes(problem, statistics, k)) continue;
-      part.total += write_results(sides, statistics, k, out);
+      if (!contributes(sides.problem, statistics, first + k)) continue;
+      part.total += write_results(sides.problem, statistics, first + k, side.order[k], out);
       ++part.count;
     }
     parts[begin / kRange] = part;
@@ -59,6 +58,23 @@ void forward(const Sides<Real>& sides, const Results<Real>& out) {
   for (const Part& part : parts) all = {all.total + part.total, all.count + part.count};
   *out.total = static_cast<Real>(all.total);
   out.counts[1] = static_cast<Real>(std::max<int64_t>(all.count, 1));
+}
+
+template <typename Real>
+void forward(const Sides<Real>& sides, const Results<Real>& out, const Results<Real>* of_cols) {
+  clear_results(sides.rows, sides.finite, out);
+  if (of_cols != nullptr) clear_results(sides.cols, sides.finite, *of_cols);
+  if (!sides.finite) return;
+  const Weights<Real> weights(sides, of_cols != nullptr);
+  if (of_cols == nullptr) {
+    const Statistics<Real> statistics(weights, nullptr);
+    return write_side(sides, sides.rows, statistics, 0, out);
+  }
+  const Sides<Real> other_way = sides.mirrored();
+  const Weights<Real> other_weights = weights.mirrored(other_way);
+  const Statistics<Real> statistics(weights, &other_weights);
+  write_side(sides, sides.rows, statistics, 0, out);
+  write_side(sides, sides.cols, statistics, sides.first_col(), *of_cols);
 }
 
 template <typename Real>
@@ -96,9 +112,11 @@ void backward(const Sides<Real>& sides, const Gradients<Real>& out) {
     }
   }
   const double product = finish_side(rows, sides, grad_rows, unit, problem.num_rows, out.rows);
-  // Where both sides are anchors, every pair is in the gradient of both its rows.
+  // Where the rows' gradient is of both sides' losses, and so is every other rank's or row's, every
+  // pair is in the gradient of both its rows.
+  const bool twice = of_cols != nullptr && !problem.symmetric;
   if (out.temperature != nullptr)
-    *out.temperature = -product / problem.temperature / (of_cols != nullptr ? 2 : 1);
+    *out.temperature = -product / problem.temperature / (twice ? 2 : 1);
   if (wants_cols) finish_side(cols, sides, grad_cols, unit, problem.num_cols, out.cols);
 }
 
@@ -106,8 +124,8 @@ void backward(const Sides<Real>& sides, const Gradients<Real>& out) {
 
 template <typename Real>
 void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
-             const Results<Real>& out) {
-  forward(Sides<Real>(problem, isa, team), out);
+             const Results<Real>& out, const Results<Real>* of_cols) {
+  forward(Sides<Real>(problem, isa, team), out, of_cols);
 }
 
 template <typename Real>
@@ -121,7 +139,7 @@ void forward_and_backward(const Problem<Real>& problem, const Isa& isa, const Te
                           const Results<Real>& results, const Real* count,
                           Gradients<Real> gradients) {
   const Sides<Real> sides(problem, isa, team);
-  forward(sides, results);
+  forward<Real>(sides, results, nullptr);
   const std::vector<Real> weight(problem.num_rows, count == nullptr ? Real(1) : 1 / *count);
   gradients.loss = weight.data();
   gradients.statistics = results.statistics;
@@ -160,7 +178,8 @@ std::vector<std::vector<ScheduledPair>> scheduled_jobs(int64_t num_rows, int64_t
 
 #define SUPCON_INSTANTIATE(Real)                                                                 \
   template double peak_flops(const Functions<Real>&, const Team&, int64_t);                      \
-  template void forward(const Problem<Real>&, const Isa&, const Team&, const Results<Real>&);    \
+  template void forward(const Problem<Real>&, const Isa&, const Team&, const Results<Real>&,     \
+                        const Results<Real>*);                                                   \
   template void backward(const Problem<Real>&, const Isa&, const Team&, const Gradients<Real>&); \
   template void forward_and_backward(const Problem<Real>&, const Isa&, const Team&,              \
                                      const Results<Real>&, const Real*, Gradients<Real>);

@@ -7,12 +7,13 @@
 #include <stdint.h>
 
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace supcon {
 
 // Changes whenever the Python module's functions take or return something else.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 enum class Summation { kOut, kIn };
 enum class Denominator { kAll, kOnePositive, kOnlyNegatives };
@@ -54,7 +55,21 @@ struct Problem {
   Summation summation;
   Denominator denominator;
   bool bfloat16 = false;  // rows and cols are bfloat16, and Real is float
+  // The columns are anchors, too, whose contrasts are the rows; a mask then is (N, M).
+  bool symmetric = false;
 };
+
+// The other way of a symmetric problem: its columns against its rows.
+template <typename Real>
+Problem<Real> mirrored(Problem<Real> problem) {
+  std::swap(problem.rows, problem.cols);
+  std::swap(problem.row_labels, problem.col_labels);
+  std::swap(problem.row_soft, problem.col_soft);
+  std::swap(problem.num_rows, problem.num_cols);
+  std::swap(problem.mask.num_rows, problem.mask.num_cols);
+  std::swap(problem.mask.row_stride, problem.mask.col_stride);
+  return problem;
+}
 
 // Runs body(context) once on each of at most `threads` threads, in parallel. The core does
 // not assume that it gets as many as it asks for.
@@ -89,17 +104,19 @@ struct Gradients {
   Real* rows;                // (N, D)
   Real* cols;                // (M, D)
   double* temperature;       // one number
-  // Of columns that are anchors, too, and no rows; else null. The rows' gradient is then of their
-  // losses as well, and the temperature's is half of the sum of both.
+  // Of columns that are anchors, too, and no rows; else null. Both sides' gradients are then of
+  // their losses as well, and the temperature's is half of the sum of both, unless the problem is
+  // symmetric.
   const Real* col_loss = nullptr;     // (M,) gradient of each column's loss
   RowStatistics col_statistics = {};  // from a forward with them as rows
 };
 
 struct Isa;
 
+// `of_cols` is (M,) of the columns as anchors, where the problem is symmetric.
 template <typename Real>
 void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
-             const Results<Real>& out);
+             const Results<Real>& out, const Results<Real>* of_cols = nullptr);
 
 template <typename Real>
 void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,

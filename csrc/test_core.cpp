@@ -392,50 +392,96 @@ void test_bfloat16(const Isa& isa, const Shape& shape, Variant variant) {
   compare(isa, data, 2e-6, isa.bfloat16 == nullptr ? 2e-6 : 2e-3);
 }
 
-// The gradients of rows against columns that are anchors, too, are the sums of two calls'.
+// The results of both ways of a problem, and the gradients of the sum of both sides' losses.
 template <typename Real>
-void test_both_anchors(const Isa& isa, const Shape& shape, Variant variant, double tolerance) {
-  const Data<Real> data(shape, variant);
-  const int64_t n = shape.rows, m = data.m;
-  const supcon::Problem<Real> problem = data.problem();
-  supcon::Problem<Real> turned = problem;
-  std::swap(turned.rows, turned.cols);
-  std::swap(turned.row_labels, turned.col_labels);
-  std::swap(turned.row_soft, turned.col_soft);
-  std::swap(turned.num_rows, turned.num_cols);
-  const int64_t longer = std::max(n, m);
-  std::vector<Real> loss(longer), total(1), counts(2), weight(longer);
-  for (int64_t i = 0; i < longer; ++i) weight[i] = static_cast<Real>(upstream(i));
-  std::vector<double> numbers(3 * (n + m));
-  const auto statistics = [&](int64_t first, int64_t count) {
-    double* const at = numbers.data() + first;
-    return supcon::RowStatistics{at, at + count, at + 2 * count};
+struct BothWays {
+  BothWays(int64_t n, int64_t m, int64_t dim)
+      : loss(n), col_loss(m), rows(n * dim), cols(m * dim), numbers(3 * n), col_numbers(3 * m) {}
+
+  supcon::Results<Real> results() { return {loss.data(), &sums[0], &sums[1], statistics()}; }
+  supcon::Results<Real> col_results() {
+    return {col_loss.data(), &sums[3], &sums[4], col_statistics()};
+  }
+  supcon::RowStatistics statistics() { return of(&numbers); }
+  supcon::RowStatistics col_statistics() { return of(&col_numbers); }
+  bool operator==(const BothWays& other) const {
+    return loss == other.loss && col_loss == other.col_loss && rows == other.rows &&
+           cols == other.cols && temperature == other.temperature;
+  }
+
+  std::vector<Real> loss, col_loss, rows, cols;
+  double temperature = 0;
+
+ private:
+  static supcon::RowStatistics of(std::vector<double>* numbers) {
+    const size_t count = numbers->size() / 3;
+    return {numbers->data(), numbers->data() + count, numbers->data() + 2 * count};
+  }
+
+  Real sums[6];
+  std::vector<double> numbers, col_numbers;
+};
+
+// A problem whose columns are anchors, too, is two problems of one way each.
+template <typename Real>
+void test_both_ways(const Isa& isa, const Data<Real>& data, double tolerance, double of_gradients) {
+  const Shape& shape = data.shape;
+  const int64_t n = shape.rows, m = data.m, dim = shape.dim;
+  supcon::Problem<Real> problem = data.problem();
+  problem.self_offset = -1;
+  const supcon::Problem<Real> turned = supcon::mirrored(problem);
+  std::vector<Real> weight(std::max(n, m));
+  for (size_t i = 0; i < weight.size(); ++i) weight[i] = static_cast<Real>(upstream(i));
+  const Real* const w = weight.data();
+
+  const supcon::Team alone = {1, run_threads};
+  BothWays<Real> expected(n, m, dim), other(n, m, dim);
+  supcon::forward<Real>(problem, isa, alone, expected.results());
+  supcon::forward<Real>(turned, isa, alone, expected.col_results());
+  supcon::backward<Real>(problem, isa, alone,
+                         {w, expected.statistics(), expected.rows.data(), expected.cols.data(),
+                          &expected.temperature});
+  supcon::backward<Real>(
+      turned, isa, alone,
+      {w, expected.col_statistics(), other.cols.data(), other.rows.data(), &other.temperature});
+  expected.temperature += other.temperature;
+  for (size_t k = 0; k < other.rows.size(); ++k) expected.rows[k] += other.rows[k];
+  for (size_t k = 0; k < other.cols.size(); ++k) expected.cols[k] += other.cols[k];
+
+  const double reach = std::max(1.0, 1 / shape.temperature), bound = of_gradients * reach;
+  const auto is_near = [&](const char* what, const std::vector<Real>& got,
+                           const std::vector<Real>& want, double bound) {
+    expect(near({got.begin(), got.end()}, {want.begin(), want.end()}, bound), what, isa, shape);
   };
-  const supcon::RowStatistics of_rows = statistics(0, n), of_cols = statistics(3 * n, m);
-  const auto gradients = [&](int threads, bool both, const supcon::Problem<Real>& of, Real* rows,
-                             Real* cols, double* temperature) {
-    supcon::backward<Real>(of, isa, {threads, run_threads},
-                           {weight.data(), of.rows == problem.rows ? of_rows : of_cols, rows, cols,
-                            temperature, both ? weight.data() : nullptr, of_cols});
+  if (!shape.masked) {  // columns of another rank
+    supcon::backward<Real>(problem, isa, alone,
+                           {w, expected.statistics(), other.rows.data(), nullptr,
+                            &other.temperature, w, expected.col_statistics()});
+    is_near("gradient of both sides' losses", other.rows, expected.rows, bound);
+    expect(near({other.temperature}, {expected.temperature / 2}, bound), "half the temperature",
+           isa, shape);
+  }
+
+  problem.symmetric = true;
+  const auto in_one_call = [&](int threads) {
+    const supcon::Team team = {threads, run_threads};
+    BothWays<Real> found(n, m, dim);
+    const supcon::Results<Real> of_cols = found.col_results();
+    supcon::forward<Real>(problem, isa, team, found.results(), &of_cols);
+    supcon::backward<Real>(problem, isa, team,
+                           {w, found.statistics(), found.rows.data(), found.cols.data(),
+                            &found.temperature, w, found.col_statistics()});
+    return found;
   };
-  const supcon::Team team = {1, run_threads};
-  supcon::forward<Real>(problem, isa, team, {loss.data(), total.data(), counts.data(), of_rows});
-  supcon::forward<Real>(turned, isa, team, {loss.data(), total.data(), counts.data(), of_cols});
-  std::vector<Real> rows(n * shape.dim), more(n * shape.dim), together(n * shape.dim);
-  double temperature[3];
-  gradients(1, false, problem, rows.data(), nullptr, &temperature[0]);
-  gradients(1, false, turned, nullptr, more.data(), &temperature[1]);
-  gradients(1, true, problem, together.data(), nullptr, &temperature[2]);
-  std::vector<double> expected(n * shape.dim);
-  for (size_t k = 0; k < expected.size(); ++k) expected[k] = double(rows[k]) + double(more[k]);
-  const double bound = tolerance * std::max(1.0, 1 / shape.temperature);
-  expect(near({together.begin(), together.end()}, expected, bound), "both sides' losses", isa,
-         shape);
-  expect(near({temperature[2]}, {(temperature[0] + temperature[1]) / 2}, bound),
-         "temperature of both", isa, shape);
-  gradients(3, true, problem, more.data(), nullptr, &temperature[0]);
-  expect(more == together && temperature[0] == temperature[2], "bits of several threads", isa,
-         shape);
+  const BothWays<Real> together = in_one_call(1);
+  is_near("losses of rows", together.loss, expected.loss, tolerance * reach);
+  is_near("losses of columns", together.col_loss, expected.col_loss, tolerance * reach);
+  is_near("gradient of rows, both ways", together.rows, expected.rows, bound);
+  is_near("gradient of columns, both ways", together.cols, expected.cols, bound);
+  // A sum over the anchors of both sides, whose terms cancel.
+  expect(near({together.temperature}, {expected.temperature}, 2 * bound), "temperature, both ways",
+         isa, shape);
+  expect(together == in_one_call(3), "bits of several threads, both ways", isa, shape);
 }
 
 // In float32 as in float64, and the same bits from several threads.
@@ -554,9 +600,13 @@ int main() {
         test<float>(*isa, shape, variant, 2e-6);
         test<double>(*isa, shape, variant, 1e-14);
         if (!shape.masked) test_bfloat16(*isa, shape, variant);
-        if (shape.cols == 0 || shape.self_offset >= 0 || shape.masked) continue;
-        test_both_anchors<float>(*isa, shape, variant, 4e-6);
-        test_both_anchors<double>(*isa, shape, variant, 2e-14);
+        if (shape.cols == 0) continue;
+        Data<float> data(shape, variant);
+        test_both_ways(*isa, data, 2e-6, 4e-6);
+        test_both_ways(*isa, Data<double>(shape, variant), 1e-14, 2e-14);
+        if (shape.masked) continue;
+        data.to_bfloat16();
+        test_both_ways(*isa, data, 2e-6, isa->bfloat16 == nullptr ? 4e-6 : 4e-3);
       }
     }
     for (const Shape& shape : kLargeShapes)

@@ -61,8 +61,12 @@ class Weights {
   Weights(const Sides<Real>& sides, bool cols_are_anchors)
       : sides_(sides), problem_(sides.problem) {
     if (problem_.mask.data != nullptr) {
-      rows_.total = mask_totals();
+      rows_.total = mask_totals(problem_.mask, sides.rows, sides.cols);
       rows_.by_pair.assign(sides.rows.size, true);
+      if (cols_are_anchors) {
+        cols_.total = mask_totals(mask_of_cols(), sides.cols, sides.rows);
+        cols_.by_pair.assign(sides.cols.size, true);
+      }
     } else if (problem_.row_soft.data != nullptr) {
       if (sums_soft_classes(problem_) && !sides.square) {
         norms_of_rows_ = label_norms(sides, problem_.row_soft);
@@ -76,6 +80,16 @@ class Weights {
     }
     mark_tiles(sides.rows, &rows_);
     if (cols_are_anchors) mark_tiles(sides.cols, &cols_);
+  }
+
+  // Those of the other way, of which `sides` are.
+  Weights mirrored(const Sides<Real>& sides) const {
+    Weights other(sides);
+    other.rows_ = cols_;
+    other.cols_ = rows_;
+    other.norms_of_rows_ = norms_of_cols_;
+    other.norms_of_cols_ = norms_of_rows_;
+    return other;
   }
 
   const Sides<Real>& sides() const { return sides_; }
@@ -122,20 +136,29 @@ class Weights {
   }
 
  private:
+  explicit Weights(const Sides<Real>& sides) : sides_(sides), problem_(sides.problem) {}
+
   static constexpr double kSmallestTotal = 0x1p-60;  // of a product of two labels, by their norms
 
   bool logarithms() const { return problem_.summation == Summation::kIn; }
 
-  std::vector<double> mask_totals() const {
-    const Matrix& mask = problem_.mask;
-    const int64_t n = sides_.rows.size, m = sides_.cols.size;
+  // The mask as columns that are anchors see it.
+  Matrix mask_of_cols() const {
+    return problem_.symmetric ? supcon::mirrored(problem_).mask : problem_.mask;
+  }
+
+  // What the positives of each line of a side weigh in all, whose points are the other side.
+  std::vector<double> mask_totals(const Matrix& mask, const Side<Real>& lines,
+                                  const Side<Real>& points) const {
+    const int64_t n = lines.size, m = points.size;
     std::vector<double> totals(n, 0.0);
     if (m == 0) return totals;
     const double repeats = static_cast<double>(m / mask.num_cols);
     parallel_ranges(sides_.team, n, 16, [&](int64_t begin, int64_t end) {
       double buffer[kMaxTile];
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t own = sides_.own(i) < 0 ? -1 : sides_.own(i) % mask.num_cols;
+        const int64_t own =
+            problem_.symmetric || sides_.own(i) < 0 ? -1 : sides_.own(i) % mask.num_cols;
         double own_weight = 0;
         for (int64_t c = 0; c < mask.num_cols; c += kMaxTile) {
           const int64_t count = std::min<int64_t>(kMaxTile, mask.num_cols - c);
@@ -208,19 +231,18 @@ class Weights {
                    Real* of_cols) const {
     const int64_t row = sides_.rows.tile_begin(i), col = sides_.cols.tile_begin(j);
     for (int r = 0; r < t.num_rows; ++r) {
-      read_mask(row + r, col, t.num_cols, buffer);
+      read_mask(problem_.mask, row + r, col, t.num_cols, buffer);
       sides_.functions.encode({buffer, &rows_.total[row + r], 0, t.num_cols, 1}, logarithms(),
                               of_rows + r * kScratchStride);
     }
     for (int c = 0; of_cols != nullptr && c < t.num_cols; ++c) {
-      read_mask(col + c, row, t.num_rows, buffer);
+      read_mask(mask_of_cols(), col + c, row, t.num_rows, buffer);
       sides_.functions.encode({buffer, &cols().total[col + c], 0, t.num_rows, kScratchStride},
                               logarithms(), of_cols + c);
     }
   }
 
-  void read_mask(int64_t row, int64_t col, int64_t count, double* out) const {
-    const Matrix& mask = problem_.mask;
+  void read_mask(const Matrix& mask, int64_t row, int64_t col, int64_t count, double* out) const {
     for (int64_t k = 0; k < count;) {
       const int64_t begin = (col + k) % mask.num_cols;
       const int64_t run = std::min(count - k, mask.num_cols - begin);

@@ -158,34 +158,16 @@ def _backward_both_ways(
     needs: tuple[bool, bool, bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``_backward`` of a symmetric problem, whose rows' and columns' losses have ``weights`` (2,).
-
-    On ``triton`` each side's gradient is that of rows whose columns are anchors, too.
-    """
+    """As ``_backward`` of a symmetric problem, whose rows' and columns' losses have ``weights`` (2,)."""
     n, m = problem.num_rows, problem.num_cols
-    of_rows = weights[0].expand(n), stats[:, :n]
-    of_cols = weights[1].expand(m), stats[:, n:]
-    if backend != "triton":
-        grads = BACKENDS[backend].backward(problem, *of_rows, *needs, *of_cols)
-        return _poisoned(problem, grads)
-    one_way, other_way = problem.ways()
-    needs_rows, needs_cols, needs_temperature = needs
-    one = weights.new_ones(())
-    grad_rows, grad_cols, grad_tau = triton.backward(
-        one_way,
-        of_rows[0],
-        one,
-        of_rows[1],
-        prepared,
-        needs_rows,
-        False,
-        needs_temperature,
-        *of_cols,
-    )
-    if needs_cols:
-        call = (other_way, of_cols[0], one, of_cols[1], None, True, False, False)
-        grad_cols, _, _ = triton.backward(*call, *of_rows)
-    return grad_rows, grad_cols, grad_tau * 2  # it is half of the sum of both
+    of_rows, of_cols = weights.unbind()
+    row_stats, col_stats = stats.split((n, m), dim=1)
+    if backend == "triton":
+        saved = (weights.new_ones(()), row_stats, prepared)
+        return triton.backward(problem, of_rows, *saved, *needs, of_cols, col_stats)
+    of_backend = BACKENDS[backend].backward
+    call = (of_rows.expand(n), row_stats, *needs, of_cols.expand(m), col_stats)
+    return _poisoned(problem, of_backend(problem, *call))
 
 
 def _as_given(gradient: Tensor, features: Tensor | None) -> Tensor:

@@ -292,7 +292,7 @@ class Plan:
     def backward(
         self, running: bool, *, of_columns: bool = False, both_anchor: bool = False
     ) -> Launch:
-        """The gradient of the rows, of rows that are columns too, or of the columns."""
+        """The gradient of the rows or of the columns; ``both_anchor``: each side has anchors."""
         tile = self.backward_tile(running)
         return self._launch(
             "_backward_kernel",
@@ -300,7 +300,7 @@ class Plan:
             "padded_cols num_blocks num_tiles group share own_offset host_temperature",
             {
                 **self._pairs(running, tile),
-                "ROWS_ANCHOR": not of_columns,
+                "ROWS_ANCHOR": not of_columns or both_anchor,
                 "COLS_ANCHOR": of_columns or self.square or both_anchor,
             },
             self.backward_shares(running, of_columns=of_columns).num_programs,

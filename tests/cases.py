@@ -427,6 +427,11 @@ def symmetric_cold_towers(g):
     return {**by_id("symmetric_towers").build(g), "temperature": 0.01}
 
 
+@case("both directions of wide rows")
+def symmetric_wide(g):
+    return both(*randn(g, 2, 20, 260))
+
+
 @case("both directions with labels, sides of different lengths, ignored garbage on both")
 def symmetric_memory(g):
     return {**by_id("half_empty_memory").build(g), "symmetric": True}

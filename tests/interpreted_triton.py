@@ -250,7 +250,7 @@ def test_own_rows_among_all(variant):
     torch.testing.assert_close(total, want[0][own], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ragged", "self_in_memory", "two_views"])
+@pytest.mark.parametrize("name", ["ragged", "self_in_memory", "two_views", "symmetric_memory"])
 def test_the_operator_is_registered_as_it_works(name):
     arguments = as_float32(by_id(name).arguments())
     built = []
@@ -309,6 +309,7 @@ def launch_cases():
     rectangle = {"contrast_features": memory, "contrast_labels": of_memory}
     rectangle |= {"features": rows, "labels": labels}
     yield pytest.param(rectangle, 12, id="rectangle")
+    yield pytest.param({**rectangle, "symmetric": True}, 32, id="both directions")
     yield pytest.param({**labelled, "many": True}, 20, id="many rows")
     yield pytest.param({**rectangle, "many": True}, 20, id="many rows and columns")
 
@@ -438,8 +439,8 @@ def test_what_it_leaves_to_others():
         triton_loss(features, soft)
     with pytest.raises(ValueError, match="float32, float16 and bfloat16"):
         triton_loss(features.double(), torch.arange(4))
-    with pytest.raises(ValueError, match="up to 2048 features"):
-        triton_loss(torch.randn(4, 2049), torch.arange(4))
+    with pytest.raises(ValueError, match="up to 8192 features"):
+        triton_loss(torch.randn(4, 8193), torch.arange(4))
     with pytest.raises(ValueError, match="up to 2\\^40 pairs"):
         many = torch.zeros(1, 1).expand(2**20 + 1, 1)
         triton_loss(many, torch.zeros(1, dtype=torch.int64).expand(2**20 + 1))

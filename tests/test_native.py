@@ -262,9 +262,15 @@ def threads():
 
 @pytest.mark.parametrize("variant", [("out", "all"), ("in", "one_positive")], ids="/".join)
 @pytest.mark.parametrize("targets", ["labels", "soft labels", "mask"])
-@pytest.mark.parametrize("num_cols", [None, 800])
+@pytest.mark.parametrize(
+    "num_cols, symmetric",
+    [(None, False), (800, False), (800, True)],
+    ids=["square", "cols", "both"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_same_bits_from_any_number_of_threads(dtype, num_cols, targets, variant, threads):
+def test_the_same_bits_from_any_number_of_threads(
+    dtype, num_cols, symmetric, targets, variant, threads
+):
     # So many products that the core does take a second thread.
     g = torch.Generator().manual_seed(0)
     arguments = {
@@ -286,7 +292,8 @@ def test_the_same_bits_from_any_number_of_threads(dtype, num_cols, targets, vari
             names = torch.rand(num_cols, 300, generator=g)
         names[100:700] = arguments["labels"]
         arguments["contrast_features"] = torch.randn(num_cols, 32, generator=g).to(dtype)
-        arguments |= {"contrast_labels": names, "self_offset": 100}
+        arguments |= {"contrast_labels": names, "self_offset": None if symmetric else 100}
+    arguments["symmetric"] = symmetric
     results = []
     for count in (1, 2, 3, 1):
         threads(count)
@@ -460,6 +467,14 @@ def test_any_call_is_right_or_refused(arguments):
     assert_right_or_refused(arguments)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given((calls() | weighted_calls()).filter(lambda arguments: "contrast_features" in arguments))
+def test_any_call_of_both_ways_is_right_or_refused(arguments):
+    reduction = {"none": "sum"}.get(arguments["reduction"], arguments["reduction"])
+    both = {"self_offset": None, "symmetric": True, "reduction": reduction}
+    assert_right_or_refused(arguments | both)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(weighted_calls())
 def test_any_weights_are_right_or_refused(arguments):
@@ -511,3 +526,14 @@ def test_gradients_are_narrowed_after_they_are_scaled():
     narrow, wide = gradients
     assert wide.abs().max() < 2.0**-8  # without the factor float16 holds nothing of it
     assert torch.equal(narrow, wide.half())
+
+
+def test_both_directions_are_of_one_set_of_similarities(monkeypatch):
+    entered, call_of = [], native._call
+    monkeypatch.setattr(
+        native, "_call", lambda problem: entered.append(problem) or call_of(problem)
+    )
+    arguments = by_id("symmetric_tiles").arguments()
+    features = arguments.pop("features").requires_grad_()
+    native_loss(features, **arguments).backward()
+    assert len(entered) == 2  # one forward and one backward

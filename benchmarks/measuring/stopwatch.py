@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -78,6 +78,21 @@ def time_interleaved(
     finally:
         gc.enable()
     return samples
+
+
+def time_in_turn(
+    steps: Mapping[str, Callable[[], object]], rounds: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """The milliseconds of each step in each round on the CPU, by the clock and of the processor."""
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
+    for of_round in range(rounds + 1):
+        for name, step in steps.items():
+            start_s, processor_s = time.perf_counter(), time.process_time()
+            step()
+            if of_round > 0:  # the first finds its memory
+                found[name][0].append((time.perf_counter() - start_s) * 1e3)
+                found[name][1].append((time.process_time() - processor_s) * 1e3)
+    return found
 
 
 def _burst_length(provider: Provider, problem: Problem) -> int:

@@ -16,6 +16,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+import bench_both_ways
 import bench_loss
 import bench_targets
 from measuring import admission
@@ -211,3 +212,10 @@ def test_every_kind_of_targets_is_measured(tmp_path: Path) -> None:
     assert bench_targets.main([*small, "--output-dir", str(tmp_path)]) == 0
     rows = (tmp_path / bench_targets.RESULTS).read_text().splitlines()
     assert len(rows) == 1 + len(bench_targets.targets(96, [3]))
+
+
+def test_both_directions_are_measured_in_every_way(tmp_path: Path) -> None:
+    small = ["--num-rows", "96", "--dim", "8", "--rounds", "1", "--output-dir", str(tmp_path)]
+    assert bench_both_ways.main(small) == 0
+    rows = (tmp_path / bench_both_ways.RESULTS).read_text().splitlines()
+    assert len(rows) == 1 + len(bench_both_ways.WAYS)

@@ -18,7 +18,7 @@ from supcon_kernels._version import __version__
 from supcon_kernels.problem import Problem
 
 # That of csrc/supcon.h: a core that was compiled before it changed takes other arguments.
-INTERFACE = 4
+INTERFACE = 5
 # Up to so many pairs a preparation saved is worth keeping a gradient for.
 MAX_PAIRS_AT_ONCE = 2**22
 
@@ -82,8 +82,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def forward_both_ways(problem: Problem) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """What ``forward`` returns of each way of a symmetric problem."""
-    return [forward(way) for way in problem.ways()]
+    """What ``forward`` returns of each way of a symmetric problem, of one set of similarities."""
+    of_ways = [_empty_results(way) for way in problem.ways()]
+    _call(problem).forward_both_ways(*[x.data_ptr() for results in of_ways for x in results])
+    return [_poisoned(problem, results) for results in of_ways]
 
 
 def makes_gradients(problem: Problem, reduction: str) -> bool:
@@ -154,13 +156,6 @@ def backward(
 
     The columns are anchors, too, where ``col_grad_loss`` (M,) and ``col_stats`` (3, M) are given.
     """
-    if problem.symmetric:
-        assert col_grad_loss is not None and col_stats is not None
-        one_way, other_way = problem.ways()
-        of_one = backward(one_way, grad_loss, stats, needs_rows, needs_cols, needs_temperature)
-        needs = (needs_cols, needs_rows, needs_temperature)
-        of_other = backward(other_way, col_grad_loss, col_stats, *needs)
-        return of_one[0] + of_other[1], of_one[1] + of_other[0], of_one[2] + of_other[2]
     grad_loss, stats = grad_loss.to(problem.dtype).contiguous(), stats.contiguous()
     of_cols: list[Tensor] = []
     if col_grad_loss is not None and col_stats is not None:
@@ -223,6 +218,7 @@ def _call(problem: Problem) -> Any:
         denominator=problem.denominator,
         is_double=problem.dtype == torch.float64,
         is_bfloat16=is_bfloat16,
+        symmetric=problem.symmetric,
         isa=isa,
         threads=num_threads(),
     )

@@ -198,6 +198,8 @@ def backward(
             upstreams.append(col_grad_loss)
         if grad_loss.ndim:
             peak = _peak(upstreams, [stats, col_stats])
+        elif upstreams[-1] is not grad_loss:
+            peak = torch.stack(upstreams).abs().amax()
         weights, factor = call.weights(grad_loss, peak, count, stats)
         of_cols = weights if plan.square else None
         if col_stats is not None:
@@ -216,7 +218,7 @@ def backward(
                 temperature_ptr=call.temperature,
                 temperature_gradient_ptr=grad_tau,
                 padded_rows=rows.padded,
-                part=1.0 if of_cols is None else 0.5,
+                part=1.0 if of_cols is None or problem.symmetric else 0.5,
                 host_temperature=call.host_temperature,
             )
     return grad_rows, grad_cols, grad_tau
@@ -429,9 +431,9 @@ class _Call:
             yield from self.wide_products(of_rows, of_cols, uses_rows, uses_cols)
             return
         if uses_rows:
-            yield self.pieces(of_rows, of_cols)
+            yield self.pieces(of_rows, of_cols, of_columns=False)
         if uses_cols:
-            yield self.pieces(None, of_rows)
+            yield self.pieces(of_rows, of_cols, of_columns=True)
 
     def wide_products(
         self, of_rows: Tensor, of_cols: Tensor | None, uses_rows: bool, uses_cols: bool
@@ -471,23 +473,25 @@ class _Call:
             if sums:
                 yield torch.cat(tuple(sums.values())) if len(sums) > 1 else sums[0], WHOLE
 
-    def pieces(self, of_rows: Tensor | None, of_cols: Tensor | None) -> tuple[Tensor, Shares]:
-        """H times the columns, or Hᵀ times the rows where the rows do not weigh: H stays in registers."""
-        plan, of_columns = self.plan, of_rows is None
-        owner, streamed = (self.cols, self.rows) if of_columns else (self.rows, self.cols)
-        own_offset = self.own_row if of_columns else self.own_col
-        weights = of_cols if of_rows is None else of_rows
+    def pieces(
+        self, of_rows: Tensor, of_cols: Tensor | None, *, of_columns: bool
+    ) -> tuple[Tensor, Shares]:
+        """H times the columns, or Hᵀ times the rows: H stays in registers."""
+        plan, weights = self.plan, [of_rows, of_rows if of_cols is None else of_cols]
+        owner, streamed, own_offset = self.rows, self.cols, self.own_col
+        if of_columns:
+            owner, streamed, own_offset = self.cols, self.rows, self.own_row
+            weights.reverse()
         shares = plan.backward_shares(plan.running[0], of_columns=of_columns)
         width = triton_tiles.padded_dim(plan.dim)
         slices = self.new((shares.max_pieces, owner.padded, width))
-        both_anchor = of_rows is not None and of_cols is not None
         for running in plan.running:
             here = plan.backward_shares(running, of_columns=of_columns)
             self.run(
-                plan.backward(running, of_columns=of_columns, both_anchor=both_anchor),
+                plan.backward(running, of_columns=of_columns, both_anchor=of_cols is not None),
                 **self.pairs(owner, streamed, here, own_offset),
-                row_weights_ptr=weights,
-                col_weights_ptr=weights if of_cols is None else of_cols,
+                row_weights_ptr=weights[0],
+                col_weights_ptr=weights[1],
                 slices_ptr=slices,
             )
         return slices, shares
