@@ -101,6 +101,7 @@ FORWARD = (
     Row(SHORT, 128, _ALL, Tile(64, 64, 128, 4, 2, 2), "two programs, of two exponentials too"),
     Row(SHORT, MAX_DIM, _ALL, Tile(64, 64, 64, 4, 3, 2), "as above"),
     Row(TF32X3, MAX_DIM, _ALL, Tile(64, 64, 16, 4, 2), "TF32's parts are in registers"),
+    Row(TF32, MAX_DIM, (100,), Tile(64, 64, 32, 4, 3, 2), "two stages spill"),
     Row(TF32, MAX_DIM, _ALL, Tile(64, 64, 32, 4, 2, 2), "two programs"),
 )
 BACKWARD = (
@@ -116,11 +117,13 @@ BACKWARD = (
     Row(TF32, 128, _ALL, Tile(64, 32, 32, 4, 2, 2), "gradient: half a thread"),
 )
 DERIVATIVES = (
-    Row(
-        SHORT, MAX_DIM, (80, 90, 100), Tile(128, 128, 64, 8, 3), "few reads of a feature", lean=True
-    ),
+    Row(SHORT, MAX_DIM, (80, 90), Tile(128, 128, 64, 8, 3), "few reads of a feature", lean=True),
+    Row(SHORT, MAX_DIM, (100,), Tile(128, 64, 64, 8, 3), "128 columns spill", lean=True),
+    Row(SHORT, MAX_DIM, (100,), Tile(64, 32, 64, 4, 3, 2), "64 columns of some losses spill"),
     Row(SHORT, MAX_DIM, _ALL, Tile(128, 64, 64, 8, 3), "99 KiB; 128 columns of others spill"),
+    Row(TF32X3, MAX_DIM, (100,), Tile(64, 32, 16, 4, 2), "64 columns of some losses spill"),
     Row(TF32X3, MAX_DIM, _ALL, Tile(64, 64, 16, 4, 2), "TF32's parts are in registers"),
+    Row(TF32, MAX_DIM, (100,), Tile(64, 32, 32, 4, 3, 2), "64 columns of some losses spill"),
     Row(TF32, MAX_DIM, _ALL, Tile(64, 64, 32, 4, 2, 2), "two programs"),
 )
 
