@@ -44,29 +44,34 @@ CLAIM_COLUMNS = (
 HEAD = """\
 # The paper's claims
 
-`python train/paper.py` trains what the tables of [the paper](https://arxiv.org/abs/2004.11362) compare, at a
-scale that the machine can do, and gives a verdict on each claim. The numbers of a small scale say nothing of the
-paper's scale. They say whether the claim holds there, too.
+`python train/paper.py` tests the claims of [the paper](https://arxiv.org/abs/2004.11362) at the scale of your
+machine. It trains the methods that a table of the paper compares. Then it gives a verdict on each claim. A small
+scale does not reproduce the paper's numbers. It shows whether a claim also holds at that scale.
 
 ```bash
 python train/paper.py --table 2 --scale digits
 python train/paper.py --table 2 1 --scale fmnist10k --data_root DIR --budget 8h
 ```
 
-Runs are kept in `runs/paper/`. The command can be stopped at any time and given again: what is done is skipped,
-and the run that was stopped goes on. `--scale cifar10` and `imagenet` train the published recipes. A run is one
-process on one device: several GPUs are not used yet.
+| `--scale` | images | made for |
+|---|---|---|
+| `digits` | scikit-learn's digits | a CPU, minutes |
+| `fmnist10k` | 10,000 of Fashion-MNIST, 16 pixels | a CPU, hours |
+| `fmnist` | all of Fashion-MNIST | a GPU |
+| `cifar10`, `imagenet` | those of the published recipes | a GPU |
 
-Table 2 needs `pip install -e ".[metric]"` for max-margin, N-pairs and triplet; table 7 needs
-`pip install -e ".[evaluate]"`.
+- Runs are kept in `runs/paper/`. To resume after a stop, give the same command again.
+- A run uses one process and one device. Several GPUs are not used yet.
+- Tables 2 and 7 need `pip install -e ".[evaluate]"`: for max-margin, N-pairs and triplet, and for the
+  corruptions.
 
-## What is fair about it
+## How the comparison is fair
 
-- Every method's learning rate is tuned by the same number of trials, with one seed, on validation images that are
-  held out of the training images. Then it is fixed. The test images choose nothing.
-- Contrastive methods see two views of an image in a step. Cross-entropy is trained with equal epochs, and with
-  twice as many: equal compute.
-- Raw pixels and the untrained encoder, each with a linear classifier, stand beside every table.
+- **Tuning.** Each method has the same number of trials for its learning rate, with one seed. Validation images
+  choose the rate. They are held out of the training images. Test images choose nothing.
+- **Compute.** Contrastive methods see two views of an image in a step, cross-entropy sees one. So cross-entropy
+  is trained twice: with equal epochs, and with twice as many (equal compute).
+- **Baselines.** Each table also has raw pixels and the untrained encoder, with a linear classifier.
 
 """
 

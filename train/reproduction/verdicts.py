@@ -15,15 +15,16 @@ RESAMPLES = 2000
 LEAST_SEEDS = 3
 SHOWN, OPEN, CONTRADICTED, NOT_RUN = "shown", "not resolved", "contradicted", "not run"
 RULE = f"""\
-Both methods are compared on the same seeds and the same test images. Seeds and images are drawn with
-replacement {RESAMPLES:,} times (paired bootstrap). The middle 95% of the differences are the interval. A claim is
+Both methods are compared on the same seeds and the same test images. A paired bootstrap draws seeds and images
+with replacement, {RESAMPLES:,} times. The interval holds the middle 95% of the differences. A claim is
 
 - **{SHOWN}** if the whole interval is on the claimed side of 0,
 - **{CONTRADICTED}** if it is on the other side,
 - **{OPEN}** otherwise, and with fewer than {LEAST_SEEDS} seeds.
 
-*Would resolve it* has the test images and seeds that a difference of the size found needs: the interval narrows
-with the root of their number. mCE is one number for each seed, so only seeds are drawn.
+For a claim that is not resolved, the column *would resolve it* estimates how many test images and seeds are needed.
+It takes the difference that was found, and assumes that the interval narrows with the square root of their
+number. mCE is one number for each seed, so only seeds are drawn.
 """
 # As evaluate.py has it.
 BINS = 15
