@@ -1,8 +1,10 @@
 """Hooks of mkdocs: what the scripts print, and pictures that lie beside the rows they show."""
 
+import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _help_of(match: re.Match[str]) -> str:
+    scripts = match[1].split()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        printed = pool.map(_printed_help, scripts)
     return "\n\n".join(
-        f"## {script}\n\n```text\n{_printed_help(script)}\n```" for script in match[1].split()
+        f"## {script}\n\n```text\n{text}\n```" for script, text in zip(scripts, printed)
     )
 
 
