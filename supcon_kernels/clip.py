@@ -26,9 +26,9 @@ class ClipLoss(nn.Module):
     without the matrix of logits.
 
     Args:
-        normalize: L2-normalise both features. open_clip's models return unit rows, which it leaves
-            as they are.
-        group: as in ``supcon_loss``; in place of open_clip's ``rank``, ``world_size``,
+        normalize: L2-normalise both features. Unit rows, which open_clip's models return, do not
+            change.
+        group: as in ``supcon_loss``. It replaces open_clip's ``rank``, ``world_size``,
             ``local_loss=True`` and ``gather_with_grad=True``.
         backend: as in ``supcon_loss``.
 
@@ -67,7 +67,7 @@ class ClipLoss(nn.Module):
             image_features: (N, D).
             text_features: (N, D).
             logit_scale: 1/τ > 0, a number or a tensor of one element, which may require grad.
-            logit_bias: None: a bias changes nothing in a softmax.
+            logit_bias: must be None, because a bias does not change a softmax.
             output_dict: return ``{"contrastive_loss": loss}``.
 
         Raises:

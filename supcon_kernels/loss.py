@@ -38,7 +38,7 @@ def supcon_loss(
     group: ProcessGroup | str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Supervised contrastive loss, computed without a matrix of all pairs.
+    r"""Supervised contrastive loss, computed without the N×N matrix.
 
     With unit rows z and P(i) the other rows of anchor i's class, the default is
 
@@ -55,69 +55,70 @@ def supcon_loss(
     Args:
         features: (N, D), or (B, V, D) for V views of each of B samples, which become N = V·B
             rows ordered view by view. float16, bfloat16, float32 or float64.
-        labels: (N,) or (B,) integers, also as a column (N, 1); or (N, C) or (B, C) floats >= 0
-            or booleans, soft or multi-hot, the dot product of two rows being the weight of the
-            pair; or None: the views of a sample are each other's positives (SimCLR's NT-Xent).
-        mask: (B, B), (N, N), or (N, M) with ``contrast_features``, any real dtype: > 0 positive
-            with that weight, 0 negative, < 0 ignored. Instead of labels.
-        contrast_features: (M, D), on the device of ``features`` and converted to their dtype:
-            contrast the anchors with these rows instead of with each other. Only first views are
-            anchors then. Without labels row i is the positive of anchor i.
+        labels: (N,) or (B,) integers, also as a column (N, 1). Or (N, C) or (B, C) soft or
+            multi-hot labels, floats >= 0 or booleans: the dot product of two rows is the weight of
+            the pair. Or None: the views of a sample are each other's positives (SimCLR's NT-Xent).
+        mask: instead of labels. (B, B), (N, N), or (N, M) with ``contrast_features``, any real
+            dtype: > 0 is a positive with that weight, 0 a negative, < 0 is ignored.
+        contrast_features: (M, D), on the device of ``features`` and converted to their dtype.
+            Anchors are compared with these rows instead of with each other. Only first views are
+            anchors then. Without labels, row i is the positive of anchor i.
         contrast_labels: (M,) or (M, C), as ``labels``.
         self_offset: with ``contrast_features``: its row ``self_offset + i`` is anchor i itself
             and is left out of every sum.
-        symmetric: with ``contrast_features``: the mean of two losses, the one of ``features`` against
-            ``contrast_features`` and the one of ``contrast_features`` against ``features``, as in
-            CLIP. Costs less than two calls. A mask (N, M) serves both.
-        temperature: τ > 0, a number or a 0-dim tensor, which may require grad. Where it changes
-            from step to step under ``torch.compile``, a tensor avoids compiling for each value.
+        symmetric: with ``contrast_features``: the mean of the losses in both directions, as in
+            CLIP. The second one has ``contrast_features`` as anchors. Costs less than two calls. A
+            mask (N, M) is used for both.
+        temperature: τ > 0, a number or a 0-dim tensor, which may require grad. If it changes from
+            step to step under ``torch.compile``, a tensor avoids compiling for each value.
         base_temperature: multiply the loss by temperature / base_temperature; None: do not.
-        contrast_mode: "all" views are anchors, or only the first: "one".
-        summation: "out" averages log-probabilities over the positives (equation 2), "in"
+        contrast_mode: "all": all views are anchors. "one": only the first.
+        summation: "out" averages log-probabilities over the positives (equation 2). "in"
             takes the logarithm of the averaged probability (equation 3).
-        denominator: what stands under a positive beside it: "all" other rows (the paper),
-            "one_positive": itself and the negatives (SINCERE), "only_negatives" (DCL).
+        denominator: "all": all other rows (the paper). "one_positive": the positive itself and the
+            negatives (SINCERE). "only_negatives": the negatives (DCL).
         normalize: L2-normalise ``features`` and ``contrast_features``; a zero row stays zero.
         reduction: "mean" over all anchors, "positive_mean" over those with a positive (and,
             under "only_negatives", a negative), "sum", or "none".
-        ignore_index: a sample with this integer label is neither anchor nor contrast, and what
-            its row holds never touches a result.
-        group: "world" or a ``torch.distributed`` process group, of which every rank makes this call
-            with rows of its own, any number of them: the loss is that of all ranks' rows together,
-            to the same bits on every rank. See below. "world" is every process there is at the
-            call, this one alone where torch.distributed is not initialised. "local": this rank's
-            rows alone; None: the same, with a warning where there are other ranks (but under
-            ``torch.compile``).
-        backend: None: the best that takes the call; or one of ``available_backends()``.
+        ignore_index: a sample with this integer label is neither anchor nor contrast. Its row
+            never affects a result, whatever it contains.
+        group: "world" (all processes; only this one if torch.distributed is not initialised) or a
+            process group: the loss over the rows of all its ranks, see below. "local": only the
+            rows of this rank. None: as "local", with a warning if there are other ranks (no warning
+            under ``torch.compile``).
+        backend: one of ``available_backends()``; None: the best one that supports the call.
 
     Returns:
-        0-dim loss, or with ``reduction="none"`` one per anchor: (N,), (V·B,) in the order of the
-        rows, (B,) for ``contrast_mode="one"``. float32, float64 for float64 features. An anchor
-        without positives has loss 0; a non-finite element in a row that takes part makes it NaN.
-        So do negative or non-finite soft labels and a non-finite mask where they are not on the
-        CPU: there they are no ValueError, for which the host would wait for the device.
+        0-dim loss. With ``reduction="none"`` one loss per anchor: (N,), (V·B,) in the order of the
+        rows, (B,) for ``contrast_mode="one"``. float32, or float64 for float64 features. An anchor
+        without positives has loss 0. If a row that is not ignored has a non-finite element, the
+        loss is NaN. Off the CPU, negative or non-finite soft labels and a non-finite mask make it
+        NaN, too: to raise an error, the host would have to wait for the device.
 
     Under ``torch.func`` and in forward mode the default backend is "reference", the only one that
-    these can differentiate. To differentiate twice by ``backward``, name it.
+    they can differentiate. To call ``backward`` twice, pass ``backend="reference"``.
 
-    With ``group`` of W ranks the gradients of a rank's features are W times those that one process
-    with all rows would give them, and the mean of the ranks' gradients of the temperature is the
-    one of that process: DistributedDataParallel's averages are then the gradients of one process,
-    where every rank has the same temperature and calls ``backward`` on the same function of the
-    loss. ``contrast_features`` are each rank's part of those of all ranks; ``self_offset`` counts
-    within the part, and without labels its row i is the positive of the rank's anchor i. What all
-    ranks have whole, such as a ``LabelQueue`` that is equal on all, needs no group, or is shared
-    out. ``mask``, ``reduction="none"`` and ``backend="reference"`` are for one process alone.
+    With a ``group`` of W ranks:
 
-    A rank with invalid arguments raises its own error, and the others one that names it; where
-    ranks disagree on an option, a dtype or a width, all raise. A rank that does not make the call
-    keeps the others waiting for the timeout of the group, ``init_process_group(timeout=)``. The
-    host waits for the ranks' numbers of rows, so that such a call is no part of a CUDA graph, and
-    ``torch.compile`` breaks its graph there.
+    - Every rank makes the call with its own rows, any number of them. The loss is bitwise equal on
+      all ranks.
+    - The gradients of a rank's features are W times those of one process with all rows. The mean
+      over ranks of the temperature's gradient is that of one process. So after
+      DistributedDataParallel has averaged, all gradients are those of one process. This needs the
+      same temperature on all ranks, and ``backward`` on the same function of the loss.
+    - ``contrast_features`` are the rank's part. ``self_offset`` counts within it. Without labels,
+      its row i is the positive of the rank's anchor i. Contrasts that are equal on all ranks, such
+      as a ``LabelQueue``, need no group, or are split among the ranks.
+    - ``mask``, ``reduction="none"`` and ``backend="reference"`` are refused.
+    - A rank with invalid arguments raises its own error. The others raise one that names the rank.
+      If ranks disagree on an option, a dtype or a width, all raise.
+    - If a rank does not make the call, the others wait for ``init_process_group(timeout=)``.
+    - The host waits for the numbers of rows. So the call cannot be in a CUDA graph, and
+      ``torch.compile`` breaks its graph there.
 
     Raises:
-        TypeError: features that are no floating-point tensor, a group that is no process group.
-        ValueError: any other argument that is not as described, named in the message.
+        TypeError: features are not a floating-point tensor, or group is not a process group.
+        ValueError: any other argument is not as described; the message names it.
 
     Example:
         >>> features = encoder(images)                       # (N, D), not normalised
