@@ -20,24 +20,29 @@ def grad_cache_backward(
 ) -> Tensor:
     """``loss_function(torch.cat([encode(chunk) for chunk in chunks])).backward()`` in a chunk's memory.
 
-    A contrastive loss needs all embeddings at once, but not the activations behind them. So the
-    chunks are encoded without a graph. The loss of all embeddings and its gradient by each of them
-    are computed. Then each chunk is encoded again, with its graph, and passes its part of that
-    gradient on. The network runs forward twice; its activations are those of one chunk.
+    A contrastive loss needs all embeddings at once, but not their activations. So
 
-    The second pass draws the same random numbers (of the CPU, the current CUDA device and MPS) and
-    begins with the same buffers; in the end the random state is the one after the loss. So the
-    gradients are bitwise those of the line above, but for the order in which chunks add to a
-    parameter's gradient. They are those of the whole batch encoded at once, to rounding, where rows
-    do not see each other in the network. With batch norm they do: each chunk is a statistics group
-    of its own, and updates the running statistics once.
+    1. the chunks are encoded without a graph;
+    2. the loss of all embeddings and its gradient by each of them are computed;
+    3. each chunk is encoded again, with a graph, and its part of that gradient is backpropagated.
 
-    Under DistributedDataParallel the network's gradients are averaged once, in the last chunk's
-    backward. Those of the loss's own parameters, such as a temperature, are not: average them by
-    hand, and keep them out of the network. The running statistics are those of rank 0, as DDP has
-    it. Every rank needs at least one chunk, and as many as the others where the network itself
-    communicates, as SyncBatchNorm does. With ``supcon_loss(..., group="world")`` the rows are those
-    of all ranks.
+    The network runs forward twice. Only the activations of one chunk are in memory.
+
+    The second pass starts from the same buffers and draws the same random numbers (CPU, the current
+    CUDA device, MPS). At the end, the random state is that after the loss. So the gradients are
+    bitwise those of the line above, except for the order in which chunks are added. To rounding, they
+    are those of the whole batch, if rows do not affect each other in the network. With batch norm
+    they do: each chunk has its own statistics, and updates the running statistics once.
+
+    Under DistributedDataParallel:
+
+    - The network's gradients are averaged once, in the backward of the last chunk.
+    - Gradients of the loss's own parameters, such as a temperature, are not averaged. Average them
+      by hand, and keep these parameters out of the network.
+    - The running statistics are those of rank 0, as always under DDP.
+    - Every rank needs at least one chunk. If the network itself communicates, as SyncBatchNorm does,
+      all ranks need the same number of chunks.
+    - With ``supcon_loss(..., group="world")`` the loss has the rows of all ranks.
 
     Args:
         encode: a chunk to its embeddings (n, D): a module or any function. ``torch.autocast`` belongs

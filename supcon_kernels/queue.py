@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class LabelQueue(nn.Module):
     """The last ``size`` embeddings and labels, oldest first, as buffers of the state_dict.
 
-    Empty slots hold zeros and carry ``ignore_index``, so that a queue that is not yet full is
-    contrasted with as it is. Enqueueing replaces the buffers instead of writing into them:
-    a loss computed before still differentiates afterwards.
+    Empty slots have zeros and the label ``ignore_index``, so a queue that is not full can be used.
+    ``enqueue`` replaces the buffers instead of writing into them. So a loss that was computed before
+    can still be differentiated.
 
     Args:
         size: number of slots, >= 1.
@@ -65,19 +65,19 @@ class LabelQueue(nn.Module):
     def enqueue(
         self, features: Tensor, labels: Tensor, *, group: ProcessGroup | str | None = None
     ) -> None:
-        """Append a batch and drop the oldest entries; of a batch beyond ``size`` the last are kept.
+        """Append a batch and drop the oldest entries. Of more than ``size`` rows the last are kept.
 
         Args:
             features: (N, D), cast to the queue's dtype and detached.
             labels: (N,) integers.
-            group: a ``torch.distributed`` process group, or "world", of which every rank makes this
-                call: the rows of all ranks are appended in the order of the ranks, any number from
-                each, so that queues that were equal stay so. None or "local": these rows alone.
+            group: a ``torch.distributed`` process group, or "world". Every rank makes the call, with
+                any number of rows. The rows of all ranks are appended in the order of the ranks, so
+                equal queues stay equal. None or "local": only the rows of this rank.
 
         Raises:
-            ValueError: shapes, dtypes or values of labels that do not fit; with ``group``, on any of
-                its ranks, and where the ranks' queues are of different sizes.
-            TypeError: ``group`` is no process group.
+            ValueError: wrong shapes or dtypes; with ``group``, on any of its ranks, or queues of
+                different sizes.
+            TypeError: ``group`` is not a process group.
         """
         size = len(self.labels)
         group = distributed.resolved(group)
