@@ -4,9 +4,9 @@ python train/evaluate.py --checkpoint runs/NAME
 python train/evaluate.py --checkpoint runs/A runs/B --baseline runs/A --transfer cifar10
 torchrun --nproc-per-node 8 train/evaluate.py ...
 
-Writes evaluation.json and evaluation.png into the folder of each run, and of several runs the table
-comparison.md and comparison.csv. Nothing is changed in a checkpoint, and nothing is drawn but what
-corrupts an image, which is the same for every run.
+Writes evaluation.json and evaluation.png to the folder of each run. For several runs it also writes the table
+comparison.md and comparison.csv. Checkpoints are not changed. Only the corruptions are random, and they are
+the same for every run.
 """
 
 import run.quiet_interrupt  # noqa: F401  before all that takes long to import

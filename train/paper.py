@@ -3,8 +3,8 @@
 python train/paper.py --table 2 --scale digits
 python train/paper.py --table 2 1 6 --scale fmnist10k --data_root DIR --budget 8h
 
-Runs are kept in runs/paper, each in a folder that its options name. Stop it at any time; the same command
-goes on. It ends with a report, which `--budget 0min` writes without any run.
+Runs are kept in runs/paper. Each has a folder named by its options. To resume after a stop, give the same
+command again. At the end a report is written; `--budget 0min` writes it without any run.
 """
 
 import run.quiet_interrupt  # noqa: F401  before all that takes long to import
@@ -48,20 +48,21 @@ class PaperOptions:
     """The claims of the paper.
 
     Args:
-        table: 2 1 6 7 of the paper; memory, noise, tail and few go beyond it. Default: all.
-        methods: Of the tables, only these methods. Default: all.
+        table: 2 1 6 7 are the paper's tables; memory, noise, tail and few go beyond it. Default: all.
+        methods: Only these methods of the tables. Default: all.
         scale: digits: minutes on a CPU. fmnist10k: 10,000 images of Fashion-MNIST at 16 pixels, hours on
             a CPU. fmnist: all of it, for a GPU. cifar10, imagenet: the published recipes.
         seeds: Runs of each method. A verdict needs 3.
-        trials: Learning rates tried for each method, the recipe's in the middle, each three times as
-            large as the one before. 1: that of the recipe.
-        epochs: Instead of the scale's, for a quick look.
-        budget: Start no run that would end later, such as 90s, 150min or 8h. Default: no limit.
-        data_root: As of pretrain.py.
-        output_dir: Where the runs and the report are.
-        workers: As of pretrain.py.
-        device: As of pretrain.py.
-        update_docs: Copy all results of the scale to benchmarks/results and write docs/paper.md of all results there.
+        trials: Learning rates to try for each method. The recipe's is in the middle; each is three
+            times the one before. 1: only that of the recipe.
+        epochs: Another number than that of the scale, for a quick look.
+        budget: Do not start a run that would end later, such as 90s, 150min or 8h. Default: no limit.
+        data_root: As in pretrain.py.
+        output_dir: Folder for the runs and the report.
+        workers: As in pretrain.py.
+        device: As in pretrain.py.
+        update_docs: Copy the results of this scale to benchmarks/results, and write docs/paper.md from
+            all results there.
     """
 
     table: list[str] = field(default_factory=lambda: list(TABLES))

@@ -16,23 +16,23 @@ class EvaluateOptions:
     """Evaluating runs.
 
     Args:
-        checkpoint: last.pt or best.pt of runs of pretrain.py, or their folders (their last.pt); of
-            several runs a table is written, too.
-        baseline: A run whose errors under corruptions mCE is relative to; it is evaluated, too.
+        checkpoint: Runs of pretrain.py: last.pt, best.pt or the folder (its last.pt). For several
+            runs a table is written, too.
+        baseline: The run whose errors under corruptions are the denominator of mCE. It is evaluated,
+            too.
         transfer: Another data set to measure the embedding on, as --dataset of pretrain.py.
-        transfer_val_fraction: imagefolder without val/, webdataset: the share of every class of it to
-            test on.
-        data_root: Where the data sets are looked for. Default: where each run found its own;
-            --transfer: data.
-        corruptions: Test on the 15 corruptions of ImageNet-C at 5 severities, which takes as long as
-            75 tests and longer. What was tested before is not tested again.
-        corruption_images: Corrupt so many test images, evenly drawn; 0: all.
-        corruption_side: Side in pixels that smaller images are enlarged to, corrupted at, and reduced
-            from. The corruptions are made for 224; at 32 most images cannot be recognised.
-        output: Folder for the table of several runs. Default: the one that holds the first run.
+        transfer_val_fraction: For --transfer with imagefolder without val/, or webdataset: the share
+            of every class to test on.
+        data_root: Folder of the data sets. Default: that of each run; for --transfer: data.
+        corruptions: Test on the 15 corruptions of ImageNet-C at 5 severities. This takes longer than
+            75 tests. Results that are already there are kept.
+        corruption_images: Number of test images to corrupt, evenly drawn; 0: all.
+        corruption_side: Smaller images are enlarged to this side in pixels, corrupted, and reduced
+            again. The corruptions are made for 224. At 32 most images cannot be recognised.
+        output: Folder for the table of several runs. Default: the parent folder of the first run.
         workers: Processes that load and corrupt images, for each process of torchrun.
-        device: auto takes cuda, then mps, then cpu. Of several processes each takes a GPU to itself.
-        timeout_minutes: How long one of several processes waits for another.
+        device: auto: cuda, then mps, then cpu. With several processes each has its own GPU.
+        timeout_minutes: How long a process waits for the others.
     """
 
     checkpoint: list[str]
