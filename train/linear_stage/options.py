@@ -24,12 +24,13 @@ class StageOptions:
 
     Args:
         checkpoint: last.pt or best.pt of a run of pretrain.py, or the run's folder (its last.pt).
-        protocol: convex: a classifier of embeddings of plain images, fitted by L-BFGS; the quick one.
-            paper: a classifier trained on random views, by the options of an optimiser and a schedule;
-            train/recipes/linear has those of published runs.
-        weight_decay: L2 penalty of the linear layer. With --protocol paper of all that is trained, and of
-            several, such as [0,1e-6], the validation images choose. Default: 1e-4; paper: 0.
-        device: auto takes cuda, then mps, then cpu.
+        protocol: convex: fit a classifier to the embeddings of plain images by L-BFGS; quick. paper:
+            train a classifier on random views, with an optimizer and a schedule. The options of
+            published runs are in train/recipes/linear.
+        weight_decay: L2 penalty of the linear layer; with --protocol paper, of all that is trained.
+            paper also takes several, such as [0,1e-6]: the validation images choose. Default: 1e-4;
+            paper: 0.
+        device: auto: cuda, then mps, then cpu.
     """
 
     checkpoint: str
@@ -64,13 +65,13 @@ class ImageOptions:
     """The images.
 
     Args:
-        dataset: Fit on and measure by this data set, which has the run's classes; as of pretrain.py.
-            Default: that of the run, of which nothing is fetched.
-        data_root: Default: the one that the run was trained with; with --dataset as of pretrain.py.
-        val_fraction: With --dataset, as of pretrain.py.
-        val_shards: With --dataset, as of pretrain.py.
-        validation_fraction: The share of every class of the training images to hold out and choose by;
-            as of pretrain.py. Default: that of the run.
+        dataset: The data set to fit and test on, as in pretrain.py. It needs the run's classes.
+            Default: that of the run, which is not downloaded.
+        data_root: Default: that of the run; with --dataset as in pretrain.py.
+        val_fraction: With --dataset, as in pretrain.py.
+        val_shards: With --dataset, as in pretrain.py.
+        validation_fraction: The share of every class of the training images to hold out for choosing,
+            as in pretrain.py. Default: that of the run.
     """
 
     dataset: str | None = None

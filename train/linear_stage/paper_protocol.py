@@ -35,16 +35,16 @@ class PaperOptions:
     """The classifier that is trained on random views (--protocol paper).
 
     Args:
-        optimizer: As of pretrain.py.
-        learning_rate: At its peak; not scaled by the batch size. Of several, such as [1,5,25], the
-            validation images choose.
-        rmsprop_eps: As of pretrain.py; 0.001 as the SupCon authors' linear stage.
+        optimizer: As in pretrain.py.
+        learning_rate: The peak; not scaled by the batch size. Of several, such as [1,5,25], the
+            validation images choose one.
+        rmsprop_eps: As in pretrain.py; 0.001 is that of the SupCon authors' linear stage.
         label_smoothing: The share of each label that is spread over all classes.
         unit_length: Scale embeddings to length 1 before the classifier.
-        augment: As of pretrain.py; but auto: digits for the data set digits, otherwise crop_flip.
-        min_crop_area: As of pretrain.py.
+        augment: As in pretrain.py, except auto: digits for the data set digits, otherwise crop_flip.
+        min_crop_area: As in pretrain.py.
         finetune: Train the encoder, too.
-        encoder_learning_rate: That of the encoder, with --finetune. Default: 0.01.
+        encoder_learning_rate: Learning rate of the encoder, with --finetune. Default: 0.01.
     """
 
     optimizer: OptimizerName = "momentum"
