@@ -57,11 +57,12 @@ class DataOptions:
         val_fraction: Share of every class to hold out as test images, for imagefolder without val/
             and webdataset without val_shards.
         val_shards: URL of the test shards, for webdataset.
-        validation_fraction: The share of every class to hold out of the training images, as the seed
-            draws it. k-NN during the run is then measured on these, and chooses best.pt; the test
-            images are looked at once, at the end. Of a class with one image none is held out.
-            Default: none; k-NN is measured on the test images, and nothing is chosen by it.
-        train_images: Train on a stratified part of so many images, drawn by the seed. Default: all.
+        validation_fraction: Share of every class to hold out of the training images, drawn by the
+            seed. k-NN during the run is then measured on these, and chooses best.pt. The test images
+            are used once, at the end. A class with one image is not split. Default: none; k-NN is
+            measured on the test images, and chooses nothing.
+        train_images: Number of images of a stratified part to train on, drawn by the seed. Default:
+            all.
         label_noise: Share of the training images that get the label of another class, drawn by the
             seed. Labels of test and validation images are not changed. Default: none.
         imbalance: Make the training classes a long tail: the first class is so many times as large as

@@ -39,20 +39,20 @@ class MethodOptions:
             n_pairs: N-pair loss. triplet: triplet loss with semi-hard negatives. max_margin:
             large-margin softmax. cmc: two encoders see two kinds of view of an image. n_pairs,
             triplet and max_margin need pytorch-metric-learning.
-        temperature: Of the contrastive loss.
+        temperature: Temperature of the contrastive loss.
         base_temperature: Multiply the loss by temperature / base_temperature, so that the size of a step
-            does not follow the temperature. 1: as the SupCon authors' code; 0.07: as SupContrast's.
-            Default: do not.
+            does not depend on the temperature. The SupCon authors' code uses 1, SupContrast 0.07.
+            Default: do not multiply.
         learn_temperature: Train the temperature, starting from the one given. It stays above 0.01, and
             its last value is in results.json.
         summation: out: average the log-probabilities of the positives (equation 2 of the SupCon
             paper). in: take the logarithm of the average probability (equation 3).
-        denominator: What stands under a positive. all: every other view (the SupCon paper).
-            one_positive: itself and the negatives (SINCERE). only_negatives: DCL.
-        queue_size: Contrast the first view of each image with a queue of so many keys, such as 8192:
-            the other views of this step's and of earlier images, embedded without gradient by an
-            average of the weights. Default: moco 4096; supcon no queue.
-        queue_momentum: Share of that average that a step keeps.
+        denominator: Terms in the denominator of a positive. all: every other view (the SupCon
+            paper). one_positive: the positive and the negatives (SINCERE). only_negatives: DCL.
+        queue_size: Number of keys in a queue, such as 8192. The first view of each image is compared
+            with them. Keys are the other views of the images of this and earlier steps. A momentum
+            encoder embeds them without gradient. Default: moco 4096; supcon no queue.
+        queue_momentum: Share of the momentum encoder's weights that a step keeps.
         label_smoothing: Label smoothing of the cross-entropy.
         contrast_weight: joint: weight of the supcon loss, which is added to the cross-entropy.
         margin: triplet: by how much a negative must be farther than a positive. Default: 0.2.

@@ -30,12 +30,12 @@ class OptimizerOptions:
         optimizer: momentum: SGD with momentum 0.9; nesterov: the same with Nesterov's; lars: with
             momentum 0.9 and trust coefficient 0.001; rmsprop: TensorFlow's, with momentum 0.9;
             adamw.
-        learning_rate: At its peak; not scaled by the batch size.
-        weight_decay: Applied to all parameters, as the SupCon authors do; but see the next one.
-        decay_norm_and_bias: Whether biases and norm layers decay, too, and with lars are adapted.
-            bias: biases alone, as the SupCon authors. Default: true; with lars false.
-        rmsprop_eps: Of rmsprop, added to the mean square under its root: 1 as the SupCon authors
-            pretrain, 0.001 as they train the linear stage.
+        learning_rate: The peak; not scaled by the batch size.
+        weight_decay: Weight decay of all parameters; see decay_norm_and_bias.
+        decay_norm_and_bias: Apply weight decay to biases and norm layers, and with lars adapt them.
+            bias: only biases, as the SupCon authors do. Default: true; with lars false.
+        rmsprop_eps: rmsprop only: added to the mean square under the root. The SupCon authors use 1
+            to pretrain and 0.001 for the linear stage.
     """
 
     optimizer: OptimizerName = "momentum"

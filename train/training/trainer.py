@@ -39,8 +39,8 @@ class StepOptions:
             row is one view of one image; each process counts its own. The batch is encoded twice,
             and the gradient is that of the whole batch. Batch norm uses the statistics of each
             chunk. Default: no chunks.
-        sync_batchnorm: Have batch norm take the statistics of all processes' rows (CUDA only); else
-            they are each process's own, and the first one's are evaluated and saved.
+        sync_batchnorm: Share the statistics of batch norm among all processes (CUDA only). Without
+            it each process has its own; those of rank 0 are evaluated and saved.
     """
 
     clip_grad: float | None = None
