@@ -167,23 +167,29 @@ def rank(number: int, port: int, run: Path) -> None:
         return corrupt(self, images, places)
 
     Corrupted._corrupt = count
+    small_batches()
     evaluate("--checkpoint", run, *SHORT)
     # Two batches of two images each, of three batches.
     assert len(corrupted) == len(FEW) * len(SEVERITIES) * 4
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def small_batches() -> None:
+    """Of images and of queries such that they do not come out even; few corruptions, no picture."""
+    corruptions.CORRUPTIONS, corruptions.BATCH_SIZE = FEW, 2
+    runs.retrieve = partial(retrieve, queries=100)
+    runs.draw_page = lambda *of: None
+
+
 def test_two_processes_write_what_one_does(copy, monkeypatch):
-    # Batches that do not come out even, of images and of queries.
-    monkeypatch.setattr(corruptions, "BATCH_SIZE", 2)
-    monkeypatch.setattr(runs, "retrieve", partial(retrieve, queries=100))
+    for module, name in ((corruptions, "BATCH_SIZE"), (runs, "retrieve"), (runs, "draw_page")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end
     run = copy("ce", "run")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Of this process, which has everything imported.
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=rank, args=(number, port, run)) for number in range(2)]
+    # Not forked: after a parallel region a child of this process would wait for its threads.
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=rank, args=(number, port, run)) for number in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -191,6 +197,7 @@ def test_two_processes_write_what_one_does(copy, monkeypatch):
     assert [process.exitcode for process in processes] == [0, 0]
     together = (run / "evaluation.json").read_bytes()
     (run / "evaluation.json").unlink()
+    small_batches()
     evaluate("--checkpoint", run, *SHORT)
     assert (run / "evaluation.json").read_bytes() == together
 
