@@ -1,10 +1,10 @@
 """What the Triton kernels compile to, without a GPU: registers, spills, shared memory, instructions.
 
 What the backend may launch is compiled ahead of time for each architecture, and its disassembly is
-read (codegen/sass.py says what a main loop is): the kernels of the default loss, and of all
-others so many that any three options meet in one (codegen/covering.py); --every for all. Exits 1 where a kernel spills
-registers, needs more shared memory than the architecture has, multiplies 16-bit numbers without
-tensor cores, or holds an atomic on global memory: python benchmarks/gpu_codegen.py --help
+read (codegen/sass.py says what a main loop is). These are the kernels of the default loss, and of all
+others so many that any three options meet in one (codegen/covering.py); with --every all of them.
+Exits 1 where a kernel spills registers, needs more shared memory than the architecture has, multiplies
+16-bit numbers without tensor cores, or holds an atomic on global memory.
 """
 
 from __future__ import annotations

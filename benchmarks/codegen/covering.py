@@ -13,7 +13,6 @@ _DERIVED = [
     "ROWS",
     "COLS",
     "CHUNK",
-    "SLICE",
     "PRECISION",
     "TF32",
     "PADDED_DIM",
@@ -34,9 +33,8 @@ def covering(sources: Sequence[Source], strength: int = 3) -> list[Source]:
     """Sources in their order, so that any ``strength`` options of a kernel meet as they do in all.
 
     An option is a constant of the launch, the dtype, the width or the architecture. Wherever a
-    source has some value of each of three options, so has one that is returned: what a compiler
-    makes of a kernel rarely depends on more of them at once. Found by taking, again and again, a source
-    with most combinations that no other has yet, the first of several.
+    source has some value of each of three options, so has one that is returned. Found by taking, again
+    and again, a source with most combinations that no other has yet, the first of several.
     """
     missing: set[Hashable] = set()
     of: list[list[Hashable]] = []

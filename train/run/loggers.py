@@ -27,6 +27,7 @@ class LogOptions:
         log: One or more of csv, tensorboard and wandb, separated by commas. csv: metrics.csv,
             timings.csv and, at the end, curves.png. tensorboard: event files in tensorboard/.
             wandb: Weights & Biases, after pip install wandb; WANDB_PROJECT names the project.
+            torchrun has options that begin with --log, too: write -- before the script there.
     """
 
     log: str = "csv,tensorboard"
