@@ -75,9 +75,8 @@ class Side:
         padded = triton_tiles.padded_rows(num_rows)
         return Side(features, labels.contiguous(), num_rows, padded, *[features] * 2)
 
-    def matrix(self, dim: int) -> Tensor:
+    def matrix(self, width: int) -> Tensor:
         """The prepared rows (padded, padded D)."""
-        width = triton_tiles.padded_dim(dim)
         return self.rows[: self.padded * width].view(self.padded, width)
 
     @property
@@ -106,8 +105,11 @@ class Call:
         self.device = problem.rows.device
         tau = _temperature(problem)
         # What is not given is not read.
-        self.temperature = tau if isinstance(tau, Tensor) else problem.rows
-        self.host_temperature = 1.0 if isinstance(tau, Tensor) else tau
+        self.temperature = {
+            "temperature_ptr": tau if isinstance(tau, Tensor) else problem.rows,
+            "host_temperature": 1.0 if isinstance(tau, Tensor) else tau,
+            "on_device": isinstance(tau, Tensor),
+        }
         self.rows = self.cols = Side.of(problem.rows, problem.row_labels)
         if problem.cols is not None:
             self.cols = Side.of(problem.cols, problem.col_labels)
@@ -123,6 +125,7 @@ class Call:
             problem.normalize,
             problem.tf32 and problem.rows.dtype == torch.float32,
         )
+        self.padded_dim = triton_tiles.padded_dim(self.plan.dim)
         offset = problem.self_offset
         self.own_col = triton_launch.NOT_AMONG if offset is None else offset  # of row 0
         self.own_row = triton_launch.NOT_AMONG if offset is None else -offset  # of column 0
@@ -162,14 +165,14 @@ class Call:
                 end = torch.searchsorted(contrasts, side.labels, out_int32=True, right=True)
             side.valid = self.new(side.padded)
             self.run(
-                plan.prepare(side.num_rows, anchors=anchors and side is rows, sort=by_order),
+                plan.prepare(side.num_rows),
                 **side.arguments(),
+                **self.temperature,
                 labels_ptr=side.labels,
                 anchor_labels_ptr=rows.labels,
                 contrast_labels_ptr=cols.labels,
                 sorted_begin_ptr=begin,
                 sorted_end_ptr=end,
-                temperature_ptr=self.temperature,
                 rows_ptr=side.rows,
                 valid_ptr=side.valid,
                 num_positives_ptr=self.num_positives,
@@ -179,15 +182,19 @@ class Call:
                 num_contrast_views=cols.num_rows // cols.num_samples,
                 own_offset=self.own_col,
                 ignore_index=self.problem.ignore_index,
-                host_temperature=self.host_temperature,
+                has_anchors=anchors and side is rows,
+                is_square=plan.square,
+                is_sorted=by_order,
+                padded_dim=self.padded_dim,
             )
 
     def pairs(self, owner: Side, streamed: Side, shares: Shares, own_offset: int) -> dict[str, Any]:
         """What the pair kernels take of rows ``owner`` and columns ``streamed``."""
         return {
+            **self.temperature,
+            "either": len(self.plan.running) == 2,
             "rows_ptr": owner.rows,
             "cols_ptr": streamed.rows,
-            "temperature_ptr": self.temperature,
             "padded_rows": owner.padded,
             "padded_cols": streamed.padded,
             "num_blocks": shares.num_blocks,
@@ -195,7 +202,7 @@ class Call:
             "group": shares.group,
             "share": shares.share,
             "own_offset": own_offset,
-            "host_temperature": self.host_temperature,
+            "padded_dim": self.padded_dim,
         }
 
     def weights(self, anchors: Anchors, peak: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,14 +217,13 @@ class Call:
             peak_ptr=peak,
             count_ptr=divisor,
             stats_ptr=stats,
-            temperature_ptr=self.temperature,
+            **self.temperature,
             weights_ptr=weights,
             factor_ptr=factor,
             num_rows=num_rows,
             padded_rows=padded,
             upstream_stride=upstream.stride(0) if upstream.ndim else 0,
             headroom=HEADROOM,
-            host_temperature=self.host_temperature,
         )
         return weights, factor
 
@@ -256,7 +262,8 @@ class Call:
                         cols_ptr=cols.rows,
                         row_weights_ptr=of_rows,
                         col_weights_ptr=of_rows if of_cols is None else of_cols,
-                        temperature_ptr=self.temperature,
+                        **self.temperature,
+                        either=len(plan.running) == 2,
                         derivatives_ptr=block,
                         padded_rows=rows.padded,
                         padded_cols=cols.padded,
@@ -264,13 +271,15 @@ class Call:
                         first_col=j,
                         padded_width=w,
                         own_offset=self.own_col,
-                        host_temperature=self.host_temperature,
+                        padded_dim=self.padded_dim,
                     )
                 derivatives = block[: h * w].view(h, w)
                 if uses_rows:
-                    _add(by_rows, i, _product(derivatives, cols.matrix(plan.dim)[j : j + w]))
+                    _add(by_rows, i, _product(derivatives, cols.matrix(self.padded_dim)[j : j + w]))
                 if uses_cols:
-                    _add(by_cols, j, _product(derivatives.T, rows.matrix(plan.dim)[i : i + h]))
+                    _add(
+                        by_cols, j, _product(derivatives.T, rows.matrix(self.padded_dim)[i : i + h])
+                    )
         for sums in (by_rows, by_cols):
             if sums:
                 yield torch.cat(tuple(sums.values())) if len(sums) > 1 else sums[0], WHOLE
@@ -285,8 +294,7 @@ class Call:
             owner, streamed, own_offset = self.cols, self.rows, self.own_row
             weights.reverse()
         shares = plan.backward_shares(plan.running[0], of_columns=of_columns)
-        width = triton_tiles.padded_dim(plan.dim)
-        slices = self.new((shares.max_pieces, owner.padded, width))
+        slices = self.new((shares.max_pieces, owner.padded, self.padded_dim))
         for running in plan.running:
             here = plan.backward_shares(running, of_columns=of_columns)
             self.run(
@@ -326,6 +334,7 @@ class Call:
             num_tiles=shares.num_tiles,
             group=shares.group,
             share=shares.share,
+            padded_dim=self.padded_dim,
         )
         return gradient, dots
 

@@ -113,13 +113,13 @@ def _forward(problem: Problem, reduction: str) -> Results:
         sums = call.new((shares.max_pieces, 4, rows.padded))
         second_sums = torch.empty_like(sums) if plan.looks_twice else sums
         for running in plan.running:
-            for second in (False, True) if plan.looks_twice else (False,):
+            for first_look in (True, False) if plan.looks_twice else (False,):
                 call.run(
-                    plan.forward(running, second=second),
+                    plan.forward(running, first_look=first_look),
                     **call.pairs(rows, cols, plan.forward_shares(running), call.own_col),
                     col_valid_ptr=cols.valid,
                     first_sums_ptr=sums,
-                    sums_ptr=second_sums if second else sums,
+                    sums_ptr=sums if first_look else second_sums,
                     max_pieces=shares.max_pieces,
                 )
         call.run(
@@ -173,11 +173,10 @@ def backward(
             call.run(
                 plan.temperature_gradient(),
                 dots_ptr=dots,
-                temperature_ptr=call.temperature,
+                **call.temperature,
                 temperature_gradient_ptr=grad_tau,
                 padded_rows=rows.padded,
                 part=1.0 if of_cols is None or problem.symmetric else 0.5,
-                host_temperature=call.host_temperature,
             )
     return Gradients(grad_rows, grad_cols, grad_tau)
 
