@@ -185,10 +185,8 @@ class _Differentiable(torch.autograd.Function):
         if membership.size > 1:  # its own anchors are the first of all contrasts, as of its own
             whole = dataclasses.replace(problem, cols=gathered.cols, col_labels=gathered.col_labels)
         found = op.results_of(whole, backend, "none")
-        sent = [
-            (sums := sums_of(problem, found), [len(sums)] * membership.size),
-            (found.stats.T, gathered.num_rows),
-        ]
+        sums = sums_of(problem, found)
+        sent = [(sums, [len(sums)] * membership.size), (found.stats.T, gathered.num_rows)]
         sums_by_rank, stats_by_rank = membership.gather(sent)
         # In the order of the ranks, so that all have the same bits.
         total, *counts = functools.reduce(torch.add, sums_by_rank)

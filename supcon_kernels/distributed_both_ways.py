@@ -77,7 +77,7 @@ class BothWays(torch.autograd.Function):
                 if wanted.temperature:
                     grad_tau = grad_tau + grads.temperature
             else:
-                by_side.append(grad)
+                by_side.append(grad)  # in the place of one that is not wanted
         return op.by_operand(ctx, (*by_side, grad_tau), inputs)
 
 

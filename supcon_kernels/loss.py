@@ -160,15 +160,15 @@ def _prepared(call: Call, backend: str | None) -> tuple[Problem, str]:
     if contrasts is not None:
         col_labels = _as_numbers(contrast_labels)
 
-    learned = isinstance(call.temperature, Tensor)
+    is_tensor = isinstance(call.temperature, Tensor)
     problem = Problem(
         rows=rows,
         cols=cols,
         row_labels=row_labels,
         col_labels=None if cols is None else col_labels,
         weights=call.mask,
-        temperature_tensor=call.temperature if learned else None,
-        temperature=math.nan if learned else float(call.temperature),
+        temperature_tensor=call.temperature if is_tensor else None,
+        temperature=math.nan if is_tensor else float(call.temperature),
         # Without other rows the anchors are the contrasts, or the first of them.
         self_offset=0 if contrasts is None else call.self_offset,
         summation=call.summation,
