@@ -102,7 +102,7 @@ supcon::Matrix matrix_at(const MatrixAt& at) {
 // A supcon::Problem whose pointers are addresses, of either element type.
 struct Call {
   uintptr_t rows, cols, row_labels, col_labels;
-  supcon::Matrix row_soft, col_soft, mask;
+  MatrixAt row_soft, col_soft, mask;
   bool square;
   int64_t num_rows, num_cols, dim, ignore_label, self_offset;
   double temperature;
@@ -124,9 +124,9 @@ struct Call {
             pointer<const void>(cols),
             pointer<const int64_t>(row_labels),
             pointer<const int64_t>(col_labels),
-            row_soft,
-            col_soft,
-            mask,
+            matrix_at(row_soft),
+            matrix_at(col_soft),
+            matrix_at(mask),
             square,
             num_rows,
             num_cols,
@@ -254,42 +254,15 @@ void define(py::module_ module) {
       py::call_guard<py::gil_scoped_release>());
   // Attributes may be set on it: the caller hangs the tensors there whose memory it points into.
   py::class_<Call>(module, "Call", py::dynamic_attr())
-      .def(
-          py::init([](uintptr_t rows, uintptr_t cols, uintptr_t row_labels, uintptr_t col_labels,
-                      const MatrixAt& row_soft, const MatrixAt& col_soft, const MatrixAt& mask,
-                      bool square, int64_t num_rows, int64_t num_cols, int64_t dim,
-                      int64_t ignore_label, int64_t self_offset, double temperature, bool normalize,
-                      const std::string& summation, const std::string& denominator, bool is_double,
-                      bool is_bfloat16, bool symmetric, const std::string& isa, int threads) {
-            return Call{rows,
-                        cols,
-                        row_labels,
-                        col_labels,
-                        matrix_at(row_soft),
-                        matrix_at(col_soft),
-                        matrix_at(mask),
-                        square,
-                        num_rows,
-                        num_cols,
-                        dim,
-                        ignore_label,
-                        self_offset,
-                        temperature,
-                        normalize,
-                        summation,
-                        denominator,
-                        is_double,
-                        is_bfloat16,
-                        symmetric,
-                        isa,
-                        threads};
-          }),
-          py::kw_only(), py::arg("rows"), py::arg("cols"), py::arg("row_labels"),
-          py::arg("col_labels"), py::arg("row_soft"), py::arg("col_soft"), py::arg("mask"),
-          py::arg("square"), py::arg("num_rows"), py::arg("num_cols"), py::arg("dim"),
-          py::arg("ignore_label"), py::arg("self_offset"), py::arg("temperature"),
-          py::arg("normalize"), py::arg("summation"), py::arg("denominator"), py::arg("is_double"),
-          py::arg("is_bfloat16"), py::arg("symmetric"), py::arg("isa"), py::arg("threads"))
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, MatrixAt, MatrixAt, MatrixAt, bool,
+                    int64_t, int64_t, int64_t, int64_t, int64_t, double, bool, std::string,
+                    std::string, bool, bool, bool, std::string, int>(),
+           py::kw_only(), py::arg("rows"), py::arg("cols"), py::arg("row_labels"),
+           py::arg("col_labels"), py::arg("row_soft"), py::arg("col_soft"), py::arg("mask"),
+           py::arg("square"), py::arg("num_rows"), py::arg("num_cols"), py::arg("dim"),
+           py::arg("ignore_label"), py::arg("self_offset"), py::arg("temperature"),
+           py::arg("normalize"), py::arg("summation"), py::arg("denominator"), py::arg("is_double"),
+           py::arg("is_bfloat16"), py::arg("symmetric"), py::arg("isa"), py::arg("threads"))
       .def(
           "forward",
           [](const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
