@@ -177,7 +177,11 @@ struct Weigh {
         g -= mask.keep(Pairs::kPositives, i, j, attraction(i, j, x), V{});
     store(t.scratch + i * kScratchStride + j, g);
   }
-  SUPCON_INLINE void end(int) {}
+  SUPCON_INLINE void end(int j) {
+    for (int i = last_row(t, j, kVectors * kLanes); i < t.num_rows; ++i)
+      for (int v = 0; v < kVectors; ++v)
+        store(t.scratch + i * kScratchStride + j + v * kLanes, V{});
+  }
 
   SUPCON_INLINE V softmax(int i, int j, V x) const {
     V weight = splat<V>(t.weight.row[i]);
@@ -263,9 +267,6 @@ SUPCON_APART void weigh(const TilePair<typename P::Real>& t) {
 
 template <typename P>
 void tile_weigh(const TilePair<typename P::Real>& t) {
-  if (t.triangle)
-    for (int i = 0; i < t.num_rows; ++i)
-      for (int j = 0; j < t.num_cols; ++j) t.scratch[i * kScratchStride + j] = 0;
   if (is_dense(t))
     t.shifted ? weigh<P, true, true>(t) : weigh<P, true, false>(t);
   else

@@ -99,9 +99,16 @@ struct Products {
   }
 };
 
+// Behind the last row that the panel from column j on has pairs with.
+template <typename Real>
+SUPCON_INLINE int last_row(const TilePair<Real>& t, int j, int panel) {
+  return t.triangle && j + panel < t.num_rows ? j + panel : t.num_rows;
+}
+
 // Similarities of the pair, handed to pass.finish(i, panel, vector, value) between
 // pass.begin(panel) and pass.end(panel): where the tile is dense straight from the registers,
 // elsewhere by way of the scratch tile, so that the register kernel is not compiled for every mask.
+// Those that an earlier pass has kept are there already.
 template <typename P, bool kDense, typename Pass>
 SUPCON_INLINE void for_each_similarity(const TilePair<typename P::Real>& t, Pass& pass) {
   typedef typename P::Real Real;
@@ -109,17 +116,17 @@ SUPCON_INLINE void for_each_similarity(const TilePair<typename P::Real>& t, Pass
   constexpr int kLanes = Simd<Real>::kLanes;
   constexpr int kPanel = kVectors * kLanes;
   for (int j = 0; j < t.num_cols; j += kPanel) {
-    const int end = t.triangle && j + kPanel < t.num_rows ? j + kPanel : t.num_rows;
-    if constexpr (kDense) pass.begin(j);
-    for_each_block(end, [&](auto rows, int i) {
-      P::template similarities<decltype(rows)::value>(t, i, j, [&](int r, int v, V x) {
-        if constexpr (kDense)
-          pass.finish(i + r, j, v, x);
-        else
-          store(t.scratch + (i + r) * kScratchStride + j + v * kLanes, x);
+    const int end = last_row(t, j, kPanel);
+    const bool direct = kDense && !t.kept;
+    if (direct) pass.begin(j);
+    if (!t.kept)
+      for_each_block(end, [&](auto rows, int i) {
+        P::template similarities<decltype(rows)::value>(t, i, j, [&](int r, int v, V x) {
+          if (!kDense || t.keeps) store(t.scratch + (i + r) * kScratchStride + j + v * kLanes, x);
+          if constexpr (kDense) pass.finish(i + r, j, v, x);
+        });
       });
-    });
-    if constexpr (!kDense) {
+    if (!direct) {
       pass.begin(j);
       for (int i = 0; i < end; ++i)
         for (int v = 0; v < kVectors; ++v)

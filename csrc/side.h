@@ -170,6 +170,24 @@ struct Side {
 // rounded alike and taken before anything else is added.
 constexpr int64_t kFewPositives = 8;
 
+// Similarities of all pairs of tiles, which the first pass leaves to those that follow.
+template <typename Real>
+class KeptTiles {
+ public:
+  KeptTiles(int64_t row_tiles, int64_t col_tiles, int64_t tile)
+      : col_tiles_(col_tiles),
+        size_(tile * kScratchStride),
+        memory_(row_tiles * col_tiles * size_) {}
+
+  Real* of(int64_t i, int64_t j) { return memory_.get() + (i * col_tiles_ + j) * size_; }
+
+  bool filled = false;
+
+ private:
+  const int64_t col_tiles_, size_;
+  Array<Real> memory_;
+};
+
 // Both sides of a problem, and what their tiles have in common.
 template <typename Real>
 struct Sides {
@@ -198,6 +216,23 @@ struct Sides {
     t.shifted = shifted;
     if (multiplies_bfloat16()) t.bfloat16 = words(rows.tile_begin(i), cols.tile_begin(j));
     return t;
+  }
+
+  // Similarities are computed once and not in every pass, of so few pairs that caches hold them.
+  void keep_similarities() {
+    constexpr int64_t kMaxPairs = 1 << 18;
+    if (rows.size * cols.size > kMaxPairs || multiplies_bfloat16()) return;
+    if (problem.mask.data != nullptr || problem.row_soft.data != nullptr) return;
+    kept_ = std::make_unique<KeptTiles<Real>>(rows.num_tiles, cols.num_tiles, rows.tile);
+  }
+  void set_scratch(int64_t i, int64_t j, Real* of_thread, TilePair<Real>* t) const {
+    t->scratch = kept_ ? kept_->of(i, j) : of_thread;
+    t->kept = kept_ && kept_->filled;
+    t->keeps = kept_ && !kept_->filled;
+  }
+  // To be called after a pass over all pairs.
+  void have_kept() const {
+    if (kept_) kept_->filled = true;
   }
 
   // Whether tiles are multiplied in bfloat16. What H holds of a positive, less what it attracts, is
@@ -279,6 +314,8 @@ struct Sides {
   std::vector<int64_t> own_col;  // sorted row -> sorted column that it is itself, in rectangles
 
  private:
+  std::unique_ptr<KeptTiles<Real>> kept_;
+
   Sides(const Problem<Real>& problem, const Functions<Real>& functions,
         const Functions<double>& doubles, const Team& team, Shared of_rows, Shared of_cols)
       : problem(problem),

@@ -51,7 +51,7 @@ class Reducer {
     t_.pairs = pairs_;
     t_.term = term_;
     t_.shifted = sides_.shifted || (term_ != Term::kMaximum && term_ != Term::kExp);
-    t_.scratch = memory_.tile;
+    sides_.set_scratch(i, j, memory_.tile, &t_);
     if (inputs_.lse != nullptr) t_.lse = sides_.lines(*inputs_.lse, i, j);
     if (inputs_.shifts != nullptr) t_.shifts = sides_.lines(*inputs_.shifts, i, j);
     t_.row_out = row_out_;
@@ -88,6 +88,7 @@ void reduce_pairs(const Weights<Real>& weights, Pairs pairs, Term term, const In
   sides.schedule.run(sides.team, false, sides.both_anchor, [&] {
     return Reducer<Real, Fold>(weights, pairs, term, inputs, fold, memory.claim());
   });
+  if (pairs != Pairs::kPositives) sides.have_kept();
 }
 
 // The largest exponent of every anchor, or log2(q); -infinity where it has no such pair.

@@ -138,7 +138,8 @@ template <typename Real>
 void forward_and_backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
                           const Results<Real>& results, const Real* count,
                           Gradients<Real> gradients) {
-  const Sides<Real> sides(problem, isa, team);
+  Sides<Real> sides(problem, isa, team);
+  sides.keep_similarities();
   forward<Real>(sides, results, nullptr);
   const std::vector<Real> weight(problem.num_rows, count == nullptr ? Real(1) : 1 / *count);
   gradients.loss = weight.data();

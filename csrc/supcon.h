@@ -206,6 +206,8 @@ struct TilePair {
   Pairs pairs;
   bool shifted;   // exponents are so large that sums of 2^x need a shift for each row and column
   Real* scratch;  // (kMaxTile, kScratchStride); of bfloat16 as much again for H in words
+  bool keeps;     // leave the similarities in the scratch tile
+  bool kept;      // they are there
   // Forward: a row's result is written, a column's where `square`. Backward: columns are anchors
   // where `square`.
   Term term;
