@@ -83,7 +83,8 @@ def interpreted_plan() -> list[tuple[Any, ...]]:
     """The same for the Triton kernels, under their interpreter."""
     two = [(2, name, ("out", "all")) for name in ("two_views", "self_in_memory", "three_features")]
     two += [(2, "singleton", variant) for variant in VARIANTS]
-    two += [(2, "symmetric_memory", ("out", "all"))]
+    others = ("symmetric_memory", "multi_hot", "soft_self_in_memory", "symmetric_soft")
+    two += [(2, name, ("out", "all")) for name in others]
     return [
         (*call, reduction, "triton", (torch.float32, torch.bfloat16)[k % 2])
         for k, (call, reduction) in enumerate(zip(two, itertools.cycle(REDUCTIONS)))

@@ -1,4 +1,4 @@
-"""Triton kernels on CUDA tensors: float32, float16 and bfloat16, any variant, integer labels or none.
+"""Triton kernels on CUDA tensors: float32, float16 and bfloat16, any variant, no mask.
 
 This file hands the kernels what ``triton_launch`` plans. The host reads nothing off the device and
 every shape follows from the inputs' shapes, so that a call can be captured in a CUDA graph.
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from supcon_kernels import triton_launch, triton_run, triton_tiles
+from supcon_kernels import triton_launch, triton_run, triton_soft, triton_tiles
 from supcon_kernels.problem import Problem
+from supcon_kernels.soft_positives import SoftPositives
 from supcon_kernels.triton_launch import Launch
 from supcon_kernels.triton_shares import Shares
 from supcon_kernels.triton_tiles import Target
@@ -88,8 +89,9 @@ def why_not(problem: Problem) -> str | None:
         return f"it takes float32, float16 and bfloat16 features, not {problem.rows.dtype}."
     if problem.weights is not None:
         return "it takes labels or none, not a mask."
-    if not problem.has_integer_labels:
-        return "it takes integer labels or none, not soft ones."
+    is_default = problem.summation == "out" and problem.denominator == "all"
+    if not problem.has_integer_labels and not is_default:
+        return "it takes soft labels with summation='out' and denominator='all' only."
     if problem.rows.shape[-1] > triton_tiles.MAX_DIM:
         return f"it takes up to {triton_tiles.MAX_DIM} features, not {problem.rows.shape[-1]}."
     if problem.num_rows * problem.num_cols > triton_launch.MAX_PAIRS:
@@ -119,7 +121,7 @@ def forward(problem: Problem, reduction: str) -> tuple[Tensor, Tensor, Tensor, T
     stats, prepared = empty_saved(problem)
     with call.on_device():
         call.place(prepared)
-        call.prepare(anchors=True)
+        call.prepare(anchors=call.soft is None)
         shares = plan.forward_shares(plan.running[0])
         sums = call.new((shares.max_pieces, 4, rows.padded))
         second_sums = torch.empty_like(sums) if plan.looks_twice else sums
@@ -133,6 +135,8 @@ def forward(problem: Problem, reduction: str) -> tuple[Tensor, Tensor, Tensor, T
                     sums_ptr=second_sums if second else sums,
                     max_pieces=shares.max_pieces,
                 )
+        if call.soft is not None:
+            total = call.put_soft_means(call.soft, sums)
         call.run(
             plan.loss(reduction),
             sums_ptr=sums,
@@ -151,6 +155,8 @@ def forward(problem: Problem, reduction: str) -> tuple[Tensor, Tensor, Tensor, T
             share=shares.share,
             max_pieces=shares.max_pieces,
         )
+        if call.soft is not None:
+            triton_soft.keep_totals(stats, total)
     return loss, count, stats, prepared
 
 
@@ -204,6 +210,7 @@ def backward(
         of_cols = weights if plan.square else None
         if col_stats is not None:
             of_cols, _ = call.weights(upstreams[-1], peak, count, col_stats)
+        call.take_soft_pull(weights, stats, of_cols, col_stats)
         uses_rows = needs_rows or needs_temperature
         products = call.products(weights, of_cols, uses_rows, needs_cols)
         if uses_rows:
@@ -247,7 +254,7 @@ class _Side:
 
     Attributes:
         features: (N, D) or (B, V, D).
-        labels: (N,) or (B,).
+        labels: (N,) or (B,); zeros where the problem's are soft.
         num_rows: N.
         padded: rows with the zeros behind them.
         rows: (padded, padded D) prepared, and behind them (padded,) int32, equal for equal labels.
@@ -264,6 +271,8 @@ class _Side:
     @staticmethod
     def of(features: Tensor, labels: Tensor | None) -> _Side:
         assert labels is not None
+        if labels.ndim == 2:
+            labels = labels.new_zeros(len(labels), dtype=torch.int64)
         if features.stride(-1) != 1:
             features = features.contiguous()
         num_rows = features.shape[:-1].numel()
@@ -274,6 +283,10 @@ class _Side:
         """The prepared rows (padded, padded D)."""
         width = triton_tiles.padded_dim(dim)
         return self.rows[: self.padded * width].view(self.padded, width)
+
+    def used(self, dim: int) -> Tensor:
+        """The prepared rows without padding (N, padded D)."""
+        return self.matrix(dim)[: self.num_rows]
 
     @property
     def num_samples(self) -> int:
@@ -321,6 +334,8 @@ class _Call:
         offset = problem.self_offset
         self.own_col = triton_launch.NOT_AMONG if offset is None else offset  # of row 0
         self.own_row = triton_launch.NOT_AMONG if offset is None else -offset  # of column 0
+        self.soft = None if problem.has_integer_labels else SoftPositives.of(problem)
+        self.soft_pulls: tuple[Tensor | None, Tensor | None] = None, None
 
     def new(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor on the device, not filled."""
@@ -345,8 +360,12 @@ class _Call:
     def prepare(self, *, anchors: bool) -> None:
         """Fill the sides' rows and classes, and count the positives of anchors."""
         rows, cols, plan = self.rows, self.cols, self.plan
-        by_order = (
-            rows.num_samples * max(cols.num_samples, rows.num_samples) > triton_launch.SORTED_PAIRS
+        most = max(cols.num_samples, rows.num_samples)
+        by_order = self.soft is None and rows.num_samples * most > triton_launch.SORTED_PAIRS
+        num_anchors, num_contrasts, ignore_index = (
+            (rows.labels.shape[0], cols.labels.shape[0], self.problem.ignore_index)
+            if self.soft is None
+            else (0, 0, -1)  # no label is compared, and no row ignored
         )
         contrasts = cols.labels.sort().values if by_order else cols.labels
         self.num_positives = self.new(rows.padded, torch.int32)
@@ -369,11 +388,11 @@ class _Call:
                 valid_ptr=side.valid,
                 num_positives_ptr=self.num_positives,
                 padded_rows=side.padded,
-                num_anchors=rows.labels.shape[0],
-                num_contrasts=cols.labels.shape[0],
+                num_anchors=num_anchors,
+                num_contrasts=num_contrasts,
                 num_contrast_views=cols.num_rows // cols.num_samples,
                 own_offset=self.own_col,
-                ignore_index=self.problem.ignore_index,
+                ignore_index=ignore_index,
                 host_temperature=self.host_temperature,
             )
 
@@ -508,6 +527,7 @@ class _Call:
             wants_dots: whether the dot products are wanted.
         """
         plan = self.plan
+        self.add_soft_attraction(owner, pieces)
         gradient = owner.features.new_empty(owner.features.shape)
         dots = self.new(owner.padded if wants_dots else 0, torch.float64)
         self.run(
@@ -526,6 +546,42 @@ class _Call:
             share=shares.share,
         )
         return gradient, dots
+
+    # --- soft labels, which the kernels do not see
+
+    def put_soft_means(self, soft: SoftPositives, sums: Tensor) -> Tensor:
+        """Put the positives' mean exponents among the sums of the forward kernel; their weights (N,)."""
+        tau = self.temperature if self.plan.fits is None else self.host_temperature
+        rows, cols = (side.used(self.plan.dim) for side in (self.rows, self.cols))
+        products, total = soft.means(rows, cols)
+        poison = self.problem.target_poison()
+        mean = products * triton_soft.exponent_scale(self.plan, tau) + poison
+        total = total + poison
+        triton_soft.put_means(sums, self.num_positives, mean, total)
+        return total
+
+    def take_soft_pull(
+        self, weights: Tensor, stats: Tensor, of_cols: Tensor | None, col_stats: Tensor | None
+    ) -> None:
+        """Take the positives' pull out of the anchors' weights among the rows and the columns."""
+        if self.soft is None:
+            return
+        pull = triton_soft.taken_pull(weights, stats)
+        if of_cols is not None and col_stats is not None:
+            self.soft_pulls = pull, triton_soft.taken_pull(of_cols, col_stats)
+        else:
+            self.soft_pulls = pull, pull if self.plan.square else None
+
+    def add_soft_attraction(self, owner: _Side, pieces: Tensor) -> None:
+        """Add what positives do to the gradient of a side, the first of whose pieces this changes."""
+        if self.soft is None:
+            return
+        soft, pulls, streamed = self.soft, self.soft_pulls, self.cols
+        if owner is not self.rows:
+            soft, pulls, streamed = soft.mirrored(), pulls[::-1], self.rows
+        attraction = soft.attraction(*pulls, streamed.used(self.plan.dim))
+        first = pieces.view(-1, owner.padded, attraction.shape[1])[0]
+        first[: owner.num_rows] -= attraction
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
