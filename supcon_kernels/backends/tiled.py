@@ -22,6 +22,7 @@ from supcon_kernels.problem import (
     normalize_backward,
     statistics_dtype,
 )
+from supcon_kernels.products import add_product, product, product_in_parts, short_dtype
 
 # Similarities in flight at a time: 4 MiB of float32 stay in a CPU's cache; elsewhere 128 MiB, so
 # that a chunk is work enough for the device.
@@ -46,7 +47,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     positives (their total weight, or the log-sum-exp over them), and the weight of the softmax
     part of its gradient.
     """
-    rows, cols = problem.embeddings()
+    rows, cols = _embeddings(problem)
     with torch.autocast(rows.device.type, enabled=False):
         if _positives_by_class(problem):
             lse, _ = _log_sum_exps(problem, rows, cols)
@@ -64,7 +65,7 @@ def forward_both_ways(problem: Problem) -> list[tuple[Tensor, Tensor, Tensor, Te
     ways = problem.ways()
     if not _positives_by_class(problem):
         return [forward(way) for way in ways]
-    rows, cols = problem.embeddings()
+    rows, cols = _embeddings(problem)
     with torch.autocast(rows.device.type, enabled=False):
         of_rows, of_cols = _log_sum_exps(problem, rows, cols)
         found = (
@@ -102,7 +103,7 @@ def backward(
         col_grad_loss, col_stats: (M,) and (3, M) where the columns are anchors, too. Unless the
             problem is symmetric, the temperature's gradient is half of the sum of both.
     """
-    rows, cols = problem.embeddings()
+    rows, cols = _embeddings(problem)
     wants_cols = needs_cols or (needs_rows and problem.square)
     gradient = _class_gradient if _positives_by_class(problem) else _pair_gradient
     anchors = _Anchors.of(grad_loss, stats)
@@ -158,6 +159,15 @@ def _to_input(problem: Problem, x: Tensor, grad: Tensor) -> Tensor:
     return grad.masked_fill(ignored[:, None], 0.0).to(x.dtype)
 
 
+def _embeddings(problem: Problem) -> tuple[Tensor, Tensor]:
+    """``problem.embeddings()``, rounded to 16 bits where they are multiplied in these."""
+    rows, cols = problem.embeddings()
+    if (dtype := short_dtype(problem.rows)) is None:
+        return rows, cols
+    rounded = rows.to(dtype).to(rows.dtype)
+    return rounded, rounded if problem.square else cols.to(dtype).to(cols.dtype)
+
+
 def _chunks(problem: Problem) -> Iterator[tuple[int, int]]:
     n = problem.rows.shape[0]
     pairs = CPU_CHUNK_PAIRS if problem.rows.device.type == "cpu" else DEVICE_CHUNK_PAIRS
@@ -173,9 +183,10 @@ def _pair_statistics(problem: Problem, rows: Tensor, cols: Tensor) -> tuple[Tens
     loss = rows.new_empty(rows.shape[0])
     contributes = torch.empty(rows.shape[0], dtype=torch.bool, device=rows.device)
     stats = rows.new_empty(3, rows.shape[0], dtype=statistics_dtype(rows))
+    dtype = short_dtype(problem.rows)
     for start, stop in _chunks(problem):
         chunk = slice(start, stop)
-        s = rows[chunk] @ cols.T / problem.tau
+        s = product(rows[chunk], cols.T, dtype) / problem.tau
         w = problem.pair_weights(start, stop)
         loss[chunk], contributes[chunk], stats[:, chunk] = _chunk_statistics(problem, s, w)
     return loss, contributes, stats
@@ -247,16 +258,17 @@ def _pair_gradient(
 ) -> tuple[Tensor, Tensor]:
     grad_rows = torch.empty_like(rows)
     grad_cols = torch.zeros_like(cols) if wants_cols else rows.new_zeros(0)
+    dtype = short_dtype(problem.rows)
     for start, stop in _chunks(problem):
         chunk = slice(start, stop)
-        s = rows[chunk] @ cols.T / problem.tau
+        s = product(rows[chunk], cols.T, dtype) / problem.tau
         w = problem.pair_weights(start, stop)
         g = _derivative(problem, s, w, anchors.chunk(start, stop))
         if col_anchors is not None:
             g = g + _derivative(problem, s.T, w.T, col_anchors).T
-        grad_rows[chunk] = g @ cols
+        grad_rows[chunk] = product_in_parts(g, cols, dtype)
         if wants_cols:
-            grad_cols.addmm_(g.T, rows[chunk])
+            add_product(grad_cols, g.T, rows[chunk], dtype)
     return grad_rows, grad_cols
 
 
@@ -330,9 +342,13 @@ def _own(problem: Problem, classes: _Classes) -> tuple[slice, Tensor] | None:
 def _softmax_chunks(problem: Problem, rows: Tensor, cols: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Similarities (n, M) of each chunk of rows; minus infinity where the column takes no part."""
     bias = cols.new_zeros(cols.shape[0]).masked_fill_(problem.col_ignored(), float("-inf"))
+    dtype = short_dtype(problem.rows)
     scaled = rows / problem.tau
     for start, stop in _chunks(problem):
-        s = torch.addmm(bias, scaled[start:stop], cols.T)
+        if dtype is None:
+            s = torch.addmm(bias, scaled[start:stop], cols.T)
+        else:
+            s = product(rows[start:stop], cols.T, dtype).div_(problem.tau).add_(bias)
         if problem.self_offset is not None:
             s.diagonal(problem.self_offset + start).fill_(float("-inf"))
         yield slice(start, stop), s
@@ -405,19 +421,23 @@ def _class_gradient(
         grad_cols = grad_exact.to(rows.dtype)
 
     weighted = grad_loss[:, None] * rows
+    dtype = short_dtype(problem.rows)
     for chunk, s in _softmax_chunks(problem, rows, cols):
         if col_anchors is not None:
             of_cols = (s - col_anchors.stats[0].to(s.dtype)).exp_().mul_(col_anchors.grad_loss)
         p = s.sub_(lse[chunk, None]).exp_()
-        if col_anchors is not None:
-            g = of_cols.addcmul_(grad_loss[chunk, None], p)
-            grad_rows[chunk] += g @ cols
+        if col_anchors is None and dtype is None:
+            grad_rows[chunk] += grad_loss[chunk, None] * (p @ cols)
             if wants_cols:
-                grad_cols.addmm_(g.T, rows[chunk])
+                grad_cols.addmm_(p.T, weighted[chunk])
             continue
-        grad_rows[chunk] += grad_loss[chunk, None] * (p @ cols)
+        if col_anchors is None:
+            g = p.mul_(grad_loss[chunk, None])
+        else:
+            g = of_cols.addcmul_(grad_loss[chunk, None], p)
+        grad_rows[chunk] += product_in_parts(g, cols, dtype)
         if wants_cols:
-            grad_cols.addmm_(p.T, weighted[chunk])
+            add_product(grad_cols, g.T, rows[chunk], dtype)
     grad_rows /= problem.tau
     if wants_cols:
         grad_cols /= problem.tau

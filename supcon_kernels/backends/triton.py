@@ -20,6 +20,7 @@ from torch import Tensor
 
 from supcon_kernels import triton_launch, triton_run, triton_soft, triton_tiles
 from supcon_kernels.problem import Problem
+from supcon_kernels.products import accumulated
 from supcon_kernels.soft_positives import SoftPositives
 from supcon_kernels.triton_launch import Launch
 from supcon_kernels.triton_shares import Shares
@@ -589,7 +590,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.float32 or not a.is_cuda:
             return a.float() @ b.float()
-        return torch.mm(a, b, out_dtype=torch.float32)
+        return accumulated(a, b)
 
 
 def _add(sums: dict[int, Tensor], at: int, product: Tensor) -> None:
