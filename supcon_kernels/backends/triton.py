@@ -127,13 +127,13 @@ def forward(problem: Problem, reduction: str) -> tuple[Tensor, Tensor, Tensor, T
         sums = call.new((shares.max_pieces, 4, rows.padded))
         second_sums = torch.empty_like(sums) if plan.looks_twice else sums
         for running in plan.running:
-            for second in (False, True) if plan.looks_twice else (False,):
+            for first_look in (True, False) if plan.looks_twice else (False,):
                 call.run(
-                    plan.forward(running, second=second),
+                    plan.forward(running, first_look=first_look),
                     **call.pairs(rows, cols, plan.forward_shares(running), call.own_col),
                     col_valid_ptr=cols.valid,
                     first_sums_ptr=sums,
-                    sums_ptr=second_sums if second else sums,
+                    sums_ptr=sums if first_look else second_sums,
                     max_pieces=shares.max_pieces,
                 )
         if call.soft is not None:
@@ -223,11 +223,10 @@ def backward(
             call.run(
                 plan.temperature_gradient(),
                 dots_ptr=dots,
-                temperature_ptr=call.temperature,
+                **call.temperature,
                 temperature_gradient_ptr=grad_tau,
                 padded_rows=rows.padded,
                 part=1.0 if of_cols is None or problem.symmetric else 0.5,
-                host_temperature=call.host_temperature,
             )
     return grad_rows, grad_cols, grad_tau
 
@@ -280,14 +279,13 @@ class _Side:
         padded = triton_tiles.padded_rows(num_rows)
         return _Side(features, labels.contiguous(), num_rows, padded, *[features] * 2)
 
-    def matrix(self, dim: int) -> Tensor:
+    def matrix(self, width: int) -> Tensor:
         """The prepared rows (padded, padded D)."""
-        width = triton_tiles.padded_dim(dim)
         return self.rows[: self.padded * width].view(self.padded, width)
 
-    def used(self, dim: int) -> Tensor:
+    def used(self, width: int) -> Tensor:
         """The prepared rows without padding (N, padded D)."""
-        return self.matrix(dim)[: self.num_rows]
+        return self.matrix(width)[: self.num_rows]
 
     @property
     def num_samples(self) -> int:
@@ -315,8 +313,11 @@ class _Call:
         self.device = problem.rows.device
         tau = _temperature(problem)
         # What is not given is not read.
-        self.temperature = tau if isinstance(tau, Tensor) else problem.rows
-        self.host_temperature = 1.0 if isinstance(tau, Tensor) else tau
+        self.temperature: dict[str, Any] = {
+            "temperature_ptr": tau if isinstance(tau, Tensor) else problem.rows,
+            "host_temperature": 1.0 if isinstance(tau, Tensor) else tau,
+            "on_device": isinstance(tau, Tensor),
+        }
         self.rows = self.cols = _Side.of(problem.rows, problem.row_labels)
         if problem.cols is not None:
             self.cols = _Side.of(problem.cols, problem.col_labels)
@@ -332,6 +333,7 @@ class _Call:
             problem.normalize,
             problem.tf32 and problem.rows.dtype == torch.float32,
         )
+        self.padded_dim = triton_tiles.padded_dim(self.plan.dim)
         offset = problem.self_offset
         self.own_col = triton_launch.NOT_AMONG if offset is None else offset  # of row 0
         self.own_row = triton_launch.NOT_AMONG if offset is None else -offset  # of column 0
@@ -377,14 +379,14 @@ class _Call:
                 end = torch.searchsorted(contrasts, side.labels, out_int32=True, right=True)
             side.valid = self.new(side.padded)
             self.run(
-                plan.prepare(side.num_rows, anchors=anchors and side is rows, sort=by_order),
+                plan.prepare(side.num_rows),
                 **side.arguments(),
+                **self.temperature,
                 labels_ptr=side.labels,
                 anchor_labels_ptr=rows.labels,
                 contrast_labels_ptr=cols.labels,
                 sorted_begin_ptr=begin,
                 sorted_end_ptr=end,
-                temperature_ptr=self.temperature,
                 rows_ptr=side.rows,
                 valid_ptr=side.valid,
                 num_positives_ptr=self.num_positives,
@@ -394,7 +396,10 @@ class _Call:
                 num_contrast_views=cols.num_rows // cols.num_samples,
                 own_offset=self.own_col,
                 ignore_index=ignore_index,
-                host_temperature=self.host_temperature,
+                has_anchors=anchors and side is rows,
+                is_square=plan.square,
+                is_sorted=by_order,
+                padded_dim=self.padded_dim,
             )
 
     def pairs(
@@ -402,9 +407,10 @@ class _Call:
     ) -> dict[str, Any]:
         """What the pair kernels take of rows ``owner`` and columns ``streamed``."""
         return {
+            **self.temperature,
+            "either": len(self.plan.running) == 2,
             "rows_ptr": owner.rows,
             "cols_ptr": streamed.rows,
-            "temperature_ptr": self.temperature,
             "padded_rows": owner.padded,
             "padded_cols": streamed.padded,
             "num_blocks": shares.num_blocks,
@@ -412,7 +418,7 @@ class _Call:
             "group": shares.group,
             "share": shares.share,
             "own_offset": own_offset,
-            "host_temperature": self.host_temperature,
+            "padded_dim": self.padded_dim,
         }
 
     def weights(
@@ -428,14 +434,13 @@ class _Call:
             peak_ptr=peak,
             count_ptr=count,
             stats_ptr=stats,
-            temperature_ptr=self.temperature,
+            **self.temperature,
             weights_ptr=weights,
             factor_ptr=factor,
             num_rows=num_rows,
             padded_rows=padded,
             upstream_stride=upstream.stride(0) if upstream.ndim else 0,
             headroom=HEADROOM,
-            host_temperature=self.host_temperature,
         )
         return weights, factor
 
@@ -474,7 +479,8 @@ class _Call:
                         cols_ptr=cols.rows,
                         row_weights_ptr=of_rows,
                         col_weights_ptr=of_rows if of_cols is None else of_cols,
-                        temperature_ptr=self.temperature,
+                        **self.temperature,
+                        either=len(plan.running) == 2,
                         derivatives_ptr=block,
                         padded_rows=rows.padded,
                         padded_cols=cols.padded,
@@ -482,13 +488,15 @@ class _Call:
                         first_col=j,
                         padded_width=w,
                         own_offset=self.own_col,
-                        host_temperature=self.host_temperature,
+                        padded_dim=self.padded_dim,
                     )
                 derivatives = block[: h * w].view(h, w)
                 if uses_rows:
-                    _add(by_rows, i, _product(derivatives, cols.matrix(plan.dim)[j : j + w]))
+                    _add(by_rows, i, _product(derivatives, cols.matrix(self.padded_dim)[j : j + w]))
                 if uses_cols:
-                    _add(by_cols, j, _product(derivatives.T, rows.matrix(plan.dim)[i : i + h]))
+                    _add(
+                        by_cols, j, _product(derivatives.T, rows.matrix(self.padded_dim)[i : i + h])
+                    )
         for sums in (by_rows, by_cols):
             if sums:
                 yield torch.cat(tuple(sums.values())) if len(sums) > 1 else sums[0], WHOLE
@@ -503,8 +511,7 @@ class _Call:
             owner, streamed, own_offset = self.cols, self.rows, self.own_row
             weights.reverse()
         shares = plan.backward_shares(plan.running[0], of_columns=of_columns)
-        width = triton_tiles.padded_dim(plan.dim)
-        slices = self.new((shares.max_pieces, owner.padded, width))
+        slices = self.new((shares.max_pieces, owner.padded, self.padded_dim))
         for running in plan.running:
             here = plan.backward_shares(running, of_columns=of_columns)
             self.run(
@@ -545,6 +552,7 @@ class _Call:
             num_tiles=shares.num_tiles,
             group=shares.group,
             share=shares.share,
+            padded_dim=self.padded_dim,
         )
         return gradient, dots
 
@@ -552,8 +560,9 @@ class _Call:
 
     def put_soft_means(self, soft: SoftPositives, sums: Tensor) -> Tensor:
         """Put the positives' mean exponents among the sums of the forward kernel; their weights (N,)."""
-        tau = self.temperature if self.plan.fits is None else self.host_temperature
-        rows, cols = (side.used(self.plan.dim) for side in (self.rows, self.cols))
+        on_device = self.plan.fits is None
+        tau = self.temperature["temperature_ptr" if on_device else "host_temperature"]
+        rows, cols = (side.used(self.padded_dim) for side in (self.rows, self.cols))
         products, total = soft.means(rows, cols)
         poison = self.problem.target_poison()
         mean = products * triton_soft.exponent_scale(self.plan, tau) + poison
@@ -580,7 +589,7 @@ class _Call:
         soft, pulls, streamed = self.soft, self.soft_pulls, self.cols
         if owner is not self.rows:
             soft, pulls, streamed = soft.mirrored(), pulls[::-1], self.rows
-        attraction = soft.attraction(*pulls, streamed.used(self.plan.dim))
+        attraction = soft.attraction(*pulls, streamed.used(self.padded_dim))
         first = pieces.view(-1, owner.padded, attraction.shape[1])[0]
         first[: owner.num_rows] -= attraction
 
