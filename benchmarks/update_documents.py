@@ -115,16 +115,17 @@ def scaling() -> str:
 
 
 def variants() -> str:
-    """Forward and backward of every other kind of call, beside the dense formula."""
+    """Forward and backward of every other kind of call, and of other widths, beside the dense formula."""
     cells = [["call", "N", "dense", "native", "times as fast"]]
     for path in sorted(RESULTS.glob("*_cpu_float*.csv")):
         kind = path.stem.split("_cpu_")[0]
-        if not (kind.startswith(("variant", "rectangle", "running")) or "float64" in path.stem):
+        if not (kind.startswith(("variant", "rectangle", "running", "dim")) or "float64" in path.stem):
             continue
         report = read_report(path)
         first = report.results[0]
         call = f"{first.summation}/{first.denominator}, τ = {first.temperature:g}, {first.dtype}"
         call += f", M = {first.num_cols}" if first.num_cols else ""
+        call += f", D = {first.dim}" if first.dim != 128 else ""
         for size in report.sizes:
             dense, native = (report.find(size, name, "both") for name in ("dense", NATIVE))
             if dense and native and dense.time_ms and native.time_ms:
