@@ -104,12 +104,11 @@ class Call:
         self.problem = problem
         self.device = problem.rows.device
         tau = _temperature(problem)
-        on_device = isinstance(tau, Tensor)
-        self.temperature: dict[str, Any] = {
-            # What is not given is not read.
-            "temperature_ptr": tau if on_device else problem.rows,
-            "host_temperature": 1.0 if on_device else tau,
-            "on_device": on_device,
+        # What is not given is not read.
+        self.temperature = {
+            "temperature_ptr": tau if isinstance(tau, Tensor) else problem.rows,
+            "host_temperature": 1.0 if isinstance(tau, Tensor) else tau,
+            "on_device": isinstance(tau, Tensor),
         }
         self.rows = self.cols = Side.of(problem.rows, problem.row_labels)
         if problem.cols is not None:
