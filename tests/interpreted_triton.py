@@ -333,7 +333,7 @@ def launch_cases():
     yield pytest.param(rectangle, 12, id="rectangle")
     yield pytest.param({**rectangle, "symmetric": True}, 32, id="both directions")
     soft = F.one_hot(labels).float()
-    yield pytest.param({"features": rows, "labels": soft}, 80, id="soft labels")
+    yield pytest.param({"features": rows, "labels": soft}, 100, id="soft labels")
     yield pytest.param({**labelled, "many": True}, 20, id="many rows")
     yield pytest.param({**rectangle, "many": True}, 20, id="many rows and columns")
 
