@@ -1,0 +1,122 @@
+"""The pictures of a study, of its rows alone: every claim with its interval, and the paper's Figures 3 and 4."""
+
+from collections.abc import Sequence
+from statistics import mean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from reproduction.claims import METRICS, SEVERITIES, TABLES
+from reproduction.methods import (
+    METHODS,
+    RAW_PIXELS,
+    REFERENCE,
+    SETTINGS,
+    SUPCON,
+    TEMPERATURES,
+    UNTRAINED,
+)
+from reproduction.verdicts import CONTRADICTED, NOT_RUN, OPEN, SHOWN
+
+OVERVIEW = "paper.png"
+# By table: the file, of each scale.
+FIGURES = {"figure 3": "paper_figure3_{}.png", "figure 4": "paper_figure4_{}.png"}
+COLOURS = {SHOWN: "tab:green", OPEN: "0.5", CONTRADICTED: "tab:red"}
+# A row as it is read from a file: what is not there is empty.
+Row = dict[str, str]
+TITLES = {RAW_PIXELS: "Raw pixels, linear classifier", UNTRAINED: "Untrained encoder"}
+TITLES |= {name: method.title for name, method in METHODS.items()}
+
+
+def of_method(runs: list[Row], method: str, metric: str) -> list[float]:
+    """A metric of the runs of a method, in percent."""
+    return [100 * float(row[metric]) for row in runs if row["method"] == method and row.get(metric)]
+
+
+def pictures(runs: list[Row], claims: list[Row]) -> dict[str, Figure]:
+    """By file name; without those that have nothing to show."""
+    drawn = {OVERVIEW: _overview([row for row in claims if row["verdict"] != NOT_RUN])}
+    for scale in dict.fromkeys(row["scale"] for row in runs):
+        of_scale = [row for row in runs if row["scale"] == scale]
+        drawn[FIGURES["figure 3"].format(scale)] = _by_severity(of_scale)
+        drawn[FIGURES["figure 4"].format(scale)] = _by_setting(of_scale)
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def _overview(rows: list[Row]) -> Figure | None:
+    """The difference of each claim that was run, its interval and its verdict's colour."""
+    if not rows:
+        return None
+    figure, axes = _axes(height=1.2 + 0.3 * len(rows))
+    for height, row in enumerate(reversed(rows)):
+        low, found, high = (100 * float(row[name]) for name in ("low", "difference", "high"))
+        colour = COLOURS[row["verdict"]]
+        axes.plot([low, high], [height, height], color=colour)
+        axes.plot(found, height, "o", color=colour)
+    names = [
+        f"{TITLES[row['better']]} over {TITLES[row['worse']]}, {METRICS[row['metric']][0]}, "
+        f"{row['scale']}: {row['verdict']}"
+        for row in reversed(rows)
+    ]
+    axes.set_yticks(range(len(rows)), names)
+    axes.axvline(0, color="0.2", linewidth=1)
+    axes.set_xlabel("points better, with the 95% interval")
+    return figure
+
+
+def _by_severity(runs: list[Row]) -> Figure | None:
+    """Figure 3: accuracy under corruptions, the mean over them and over seeds."""
+    lines = {
+        method: [of_method(runs, method, metric) for metric in SEVERITIES]
+        for method in TABLES["figure 3"].methods
+    }
+    if not any(all(line) for line in lines.values()):
+        return None
+    figure, axes = _axes(height=4)
+    for method, line in lines.items():
+        if all(line):
+            axes.plot(
+                range(1, len(line) + 1), [mean(found) for found in line], "o-", label=TITLES[method]
+            )
+    axes.set_xticks(range(1, len(SEVERITIES) + 1))
+    axes.set_xlabel("severity of the corruption")
+    axes.set_ylabel("top-1, %")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _by_setting(runs: list[Row]) -> Figure | None:
+    """Figure 4: the accuracy of each setting, SupCon's beside that of cross-entropy."""
+    settings = SETTINGS | TEMPERATURES
+    losses = {SUPCON: "tab:blue", REFERENCE: "tab:orange"}
+    found = {
+        (loss, height): of_method(runs, f"{loss}_{setting}", "top1")
+        for loss in losses
+        for height, setting in enumerate(reversed(settings))
+    }
+    if not any(found.values()):
+        return None
+    figure, axes = _axes(height=1.2 + 0.3 * len(settings))
+    for loss, colour in losses.items():
+        points = [
+            (number, height)
+            for (of, height), numbers in found.items()
+            if of == loss
+            for number in numbers
+        ]
+        axes.plot(*_columns(points), "o", color=colour, alpha=0.6, label=TITLES[loss])
+    axes.set_yticks(range(len(settings)), [title for title, *_ in reversed(settings.values())])
+    axes.set_xlabel("top-1, %, of each seed")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _columns(points: Sequence[tuple[float, int]]) -> tuple[list[float], list[int]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _axes(*, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
