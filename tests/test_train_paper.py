@@ -275,12 +275,16 @@ def test_figures_are_drawn_of_the_rows(tmp_path):
         for method in ("supcon", "cross_entropy")
     ]
     runs += [
-        {"scale": "digits", "method": f"supcon_{setting}", "top1": "0.8"} for setting in SETTINGS
+        {"scale": "digits", "method": f"{loss}_{setting}", "top1": "0.8"}
+        for loss in ("supcon", "cross_entropy")
+        for setting in SETTINGS
     ]
+    common = {"scale": "digits", "better": "supcon", "worse": "cross_entropy"}
+    common |= {"verdict": "not resolved", "needed_images": "5", "needed_seeds": "3"}
+    common |= {"difference": "0.1", "low": "-0.1", "high": "0.2"}
     claims = [
-        {"scale": "digits", "table": "figure 3", "better": "supcon", "worse": "cross_entropy"}
-        | {"metric": "severity_5", "verdict": "not resolved", "needed_images": "5"}
-        | {"difference": "0.1", "low": "-0.1", "high": "0.2", "needed_seeds": "3"}
+        common | {"table": table, "metric": metric}
+        for table, metric in (("figure 3", "severity_5"), ("figure 4", "spread"))
     ]
     names = [OVERVIEW, *(name.format("digits") for name in FIGURES.values())]
     assert list(pictures(runs, claims)) == names
@@ -288,8 +292,9 @@ def test_figures_are_drawn_of_the_rows(tmp_path):
     assert all((tmp_path / name).stat().st_size > 0 for name in names)
     runs = [row | {name: "0.01" for name in ("commit", "hardware", "torch")} for row in runs]
     page = paper.page(runs, claims)
-    assert f"]({names[1]})" in page and "| SupCon | 90.00 | 70.00 |" in page
-    assert list(pictures([{"scale": "digits", "method": "supcon", "top1": "0.9"}], [])) == []
+    assert "| SupCon | 90.00 | 70.00 |" in page
+    assert all(f"]({name})" in page for name in names)
+    assert pictures(runs, []) == {}
 
 
 def test_the_page_is_that_of_the_committed_results():

@@ -1,6 +1,5 @@
 """The pictures of a study, of its rows alone: every claim with its interval, and the paper's Figures 3 and 4."""
 
-from collections.abc import Sequence
 from statistics import mean
 
 from matplotlib.axes import Axes
@@ -34,19 +33,19 @@ def of_method(runs: list[Row], method: str, metric: str) -> list[float]:
 
 
 def pictures(runs: list[Row], claims: list[Row]) -> dict[str, Figure]:
-    """By file name; without those that have nothing to show."""
-    drawn = {OVERVIEW: _overview([row for row in claims if row["verdict"] != NOT_RUN])}
-    for scale in dict.fromkeys(row["scale"] for row in runs):
-        of_scale = [row for row in runs if row["scale"] == scale]
-        drawn[FIGURES["figure 3"].format(scale)] = _by_severity(of_scale)
-        drawn[FIGURES["figure 4"].format(scale)] = _by_setting(of_scale)
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+    """By file name: of all claims that were run, and of each figure of a scale whose claim was."""
+    judged = [row for row in claims if row["verdict"] != NOT_RUN]
+    drawn = {OVERVIEW: _overview(judged)} if judged else {}
+    for row in judged:
+        if row["table"] in FIGURES:
+            of_scale = [run for run in runs if run["scale"] == row["scale"]]
+            draw = _by_severity if row["table"] == "figure 3" else _by_setting
+            drawn[FIGURES[row["table"]].format(row["scale"])] = draw(of_scale)
+    return drawn
 
 
-def _overview(rows: list[Row]) -> Figure | None:
-    """The difference of each claim that was run, its interval and its verdict's colour."""
-    if not rows:
-        return None
+def _overview(rows: list[Row]) -> Figure:
+    """The difference of each claim, its interval and its verdict's colour."""
     figure, axes = _axes(height=1.2 + 0.3 * len(rows))
     for height, row in enumerate(reversed(rows)):
         low, found, high = (100 * float(row[name]) for name in ("low", "difference", "high"))
@@ -64,14 +63,12 @@ def _overview(rows: list[Row]) -> Figure | None:
     return figure
 
 
-def _by_severity(runs: list[Row]) -> Figure | None:
+def _by_severity(runs: list[Row]) -> Figure:
     """Figure 3: accuracy under corruptions, the mean over them and over seeds."""
     lines = {
         method: [of_method(runs, method, metric) for metric in SEVERITIES]
         for method in TABLES["figure 3"].methods
     }
-    if not any(all(line) for line in lines.values()):
-        return None
     figure, axes = _axes(height=4)
     for method, line in lines.items():
         if all(line):
@@ -85,34 +82,22 @@ def _by_severity(runs: list[Row]) -> Figure | None:
     return figure
 
 
-def _by_setting(runs: list[Row]) -> Figure | None:
+def _by_setting(runs: list[Row]) -> Figure:
     """Figure 4: the accuracy of each setting, SupCon's beside that of cross-entropy."""
     settings = SETTINGS | TEMPERATURES
-    losses = {SUPCON: "tab:blue", REFERENCE: "tab:orange"}
-    found = {
-        (loss, height): of_method(runs, f"{loss}_{setting}", "top1")
-        for loss in losses
-        for height, setting in enumerate(reversed(settings))
-    }
-    if not any(found.values()):
-        return None
     figure, axes = _axes(height=1.2 + 0.3 * len(settings))
-    for loss, colour in losses.items():
+    for loss, colour in {SUPCON: "tab:blue", REFERENCE: "tab:orange"}.items():
         points = [
             (number, height)
-            for (of, height), numbers in found.items()
-            if of == loss
-            for number in numbers
+            for height, setting in enumerate(reversed(settings))
+            for number in of_method(runs, f"{loss}_{setting}", "top1")
         ]
-        axes.plot(*_columns(points), "o", color=colour, alpha=0.6, label=TITLES[loss])
+        numbers, heights = ([point[k] for point in points] for k in (0, 1))
+        axes.plot(numbers, heights, "o", color=colour, alpha=0.6, label=TITLES[loss])
     axes.set_yticks(range(len(settings)), [title for title, *_ in reversed(settings.values())])
     axes.set_xlabel("top-1, %, of each seed")
     axes.legend(frameon=False)
     return figure
-
-
-def _columns(points: Sequence[tuple[float, int]]) -> tuple[list[float], list[int]]:
-    return [x for x, _ in points], [y for _, y in points]
 
 
 def _axes(*, height: float) -> tuple[Figure, Axes]:

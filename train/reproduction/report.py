@@ -13,7 +13,7 @@ from typing import Any
 
 from reproduction.claims import METRICS, NOT_COVERED, TABLES, Claim, Table, option_of
 from reproduction.methods import BASELINES, METHODS
-from reproduction.pictures import FIGURES, OVERVIEW, TITLES, Row, of_method, pictures
+from reproduction.pictures import FIGURES, OVERVIEW, TITLES, Row, of_method
 from reproduction.runs import Job, Study
 from reproduction.scales import SCALES
 from reproduction.verdicts import NOT_RUN, RULE, judge, value
@@ -120,9 +120,8 @@ def read_rows(path: Path) -> list[Row]:
 
 def page(runs: list[Row], claims: list[Row]) -> str:
     """The page of all scales: verdicts first, then each table, then what has not been run."""
-    drawn = pictures(runs, claims)
     parts = [HEAD]
-    if OVERVIEW in drawn:
+    if any(row["verdict"] != NOT_RUN for row in claims):
         parts += [f"![The difference of each claim with its interval]({OVERVIEW})\n\n"]
     for scale in dict.fromkeys(row["scale"] for row in claims):
         of_scale = [row for row in claims if row["scale"] == scale]
@@ -134,8 +133,8 @@ def page(runs: list[Row], claims: list[Row]) -> str:
         for name in dict.fromkeys(row["table"] for row in judged):
             title = f"{TABLES[name].title} ({scale})"
             parts += [f"### {title}\n\n", _table(TABLES[name], scale, reached), "\n"]
-            if name in FIGURES and (picture := FIGURES[name].format(scale)) in drawn:
-                parts += [f"![{title}]({picture})\n\n"]
+            if name in FIGURES:
+                parts += [f"![{title}]({FIGURES[name].format(scale)})\n\n"]
         parts += [f"Made with {_made_with(reached)}.\n\n"]
     parts += ["## How a verdict is found\n\n", RULE, "\n", _claimed(), "\n", _missing(claims)]
     return "".join(parts)
