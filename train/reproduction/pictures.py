@@ -86,9 +86,9 @@ def _by_setting(runs: list[Row]) -> Figure:
     """Figure 4: the accuracy of each setting, SupCon's beside that of cross-entropy."""
     settings = SETTINGS | TEMPERATURES
     figure, axes = _axes(height=1.2 + 0.3 * len(settings))
-    for loss, colour in {SUPCON: "tab:blue", REFERENCE: "tab:orange"}.items():
+    for loss, colour, above in ((SUPCON, "tab:blue", 0.12), (REFERENCE, "tab:orange", -0.12)):
         points = [
-            (number, height)
+            (number, height + above)
             for height, setting in enumerate(reversed(settings))
             for number in of_method(runs, f"{loss}_{setting}", "top1")
         ]
@@ -96,7 +96,7 @@ def _by_setting(runs: list[Row]) -> Figure:
         axes.plot(numbers, heights, "o", color=colour, alpha=0.6, label=TITLES[loss])
     axes.set_yticks(range(len(settings)), [title for title, *_ in reversed(settings.values())])
     axes.set_xlabel("top-1, %, of each seed")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
 
 
