@@ -21,8 +21,9 @@ from measuring import stub_driver
 from measuring.machine import describe_machine
 from measuring.stopwatch import elapsed_ms, fma_peak_gflops
 from reporting.rows import add_output_options, results_path, write_table
-from supcon_kernels import op, supcon_loss
+from supcon_kernels import op, supcon_loss, triton_call
 from supcon_kernels.backends import native, triton
+from supcon_kernels.backends.protocol import Anchors, Wanted
 from supcon_kernels.problem import Problem
 from supcon_kernels.triton_tiles import Target
 
@@ -39,18 +40,17 @@ def layers(num_rows: int, dim: int) -> dict[str, Callable[[], object]]:
     labels = torch.randint(10, (num_rows,), generator=g)
     problem = Problem(features, None, labels, None, None, None, 0.1, 0, "out", "all", True, -100)
     leaf = features.clone().requires_grad_()
-    operands = (*problem.operands(), "mean", "native")
-    wanted = (True, False, False)
-    assert native.makes_gradients(problem, "mean")
-    results, grads = native.forward_and_backward(problem, "mean", wanted)
-    written = (*results, results[2], grads[0])
+    operands = (*problem.operands(), "native", "mean")
+    wanted = Wanted(rows=True)
+    losses, grads = native._empty_results(problem), native._empty_gradients(problem, wanted)
+    written = (*losses, losses[2], grads.rows)
     call = native._call(problem)
 
     def core() -> None:
         call.forward_and_backward(*[x.data_ptr() for x in written], 0, 0)
 
     def backend() -> None:
-        native.forward_and_backward(problem, "mean", wanted)
+        assert native.forward(problem, "mean", wanted).grads is not None
 
     def autograd() -> None:
         torch.autograd.grad(op.forward(leaf, *operands[1:])[0], leaf)
@@ -69,23 +69,25 @@ def layers(num_rows: int, dim: int) -> dict[str, Callable[[], object]]:
 def gpu_layers(num_rows: int, dim: int) -> dict[str, Callable[[], object]]:
     """As ``layers``, of the Triton backend for an H100 that is not there."""
     stub_driver.install()
-    triton._target = lambda device: Target(90, stub_driver.NUM_MULTIPROCESSORS)
+    triton_call._target = lambda device: Target(90, stub_driver.NUM_MULTIPROCESSORS)
     triton.why_not = lambda problem: None
     triton.unavailable = lambda: None
     features = torch.zeros(num_rows, dim, dtype=torch.bfloat16)
     labels = torch.zeros(num_rows, dtype=torch.int64)
     problem = Problem(features, None, labels, None, None, None, 0.1, 0, "out", "all", True, -100)
     leaf, one = features.clone().requires_grad_(), torch.ones(())
-    operands = (*problem.operands(), "mean", "triton")
-    wanted = (True, False, False)
+    operands = (*problem.operands(), "triton", "mean")
+    wanted = Wanted(rows=True)
 
     def backend() -> None:
-        saved = triton.forward(problem, "mean")[1:]
-        triton.backward(problem, one, *saved, *wanted)
+        found = triton.forward(problem, "mean", wanted)
+        anchors = Anchors(one, found.divisor, found.stats, found.prepared)
+        triton.backward(problem, anchors, None, wanted)
 
     def operator() -> None:
-        saved = op.forward(*operands)[1:]
-        op.backward(one, *saved, *wanted, *operands)
+        found = op.results_of(problem, "triton", "mean")
+        anchors = Anchors(one, found.divisor, found.stats, found.prepared)
+        op.gradients_of(problem, anchors, None, wanted, "triton")
 
     def autograd() -> None:
         torch.autograd.grad(op.forward(leaf, *operands[1:])[0], leaf)

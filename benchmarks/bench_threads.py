@@ -23,6 +23,7 @@ import torch
 from measuring.machine import describe_machine
 from reporting.rows import add_output_options, results_path, write_table
 from supcon_kernels.backends import native
+from supcon_kernels.backends.protocol import Anchors, Wanted
 from supcon_kernels.problem import Problem
 
 RESULTS = "threads_cpu_float32.csv"
@@ -148,12 +149,12 @@ def measure(num_rows: int, num_cols: int | None, dim: int) -> tuple[Measured, Me
     problem = Problem(
         rows, cols, labels, col_labels, None, None, 0.1, offset, "out", "all", True, -100
     )
-    _, _, _, stats = native.forward(problem)
-    upstream = torch.full((num_rows,), 1 / num_rows)
-    wanted = (True, num_cols is not None, False)
+    results = native.forward(problem, "mean", Wanted())
+    anchors = Anchors(torch.ones(()), results.divisor, results.stats)
+    wanted = Wanted(True, num_cols is not None)
     passes: list[Callable[[], object]] = [
-        lambda: native.forward(problem),
-        lambda: native.backward(problem, upstream, stats, *wanted),
+        lambda: native.forward(problem, "mean", Wanted()),
+        lambda: native.backward(problem, anchors, None, wanted),
     ]
     forward, backward = (_measure_pass(run) for run in passes)
     return forward, backward

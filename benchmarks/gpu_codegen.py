@@ -1,8 +1,8 @@
 """What the Triton kernels compile to, without a GPU: registers, spills, shared memory, instructions.
 
-What the backend may launch is compiled ahead of time for each architecture, and its disassembly is
-read (codegen/sass.py says what a main loop is). These are the kernels of the default loss, and of all
-others so many that any three options meet in one (codegen/covering.py); with --every all of them.
+Every kernel that the backend may launch is compiled ahead of time for each architecture, and its
+disassembly is read (codegen/sass.py says what a main loop is). A kernel that serves several widths or
+dtypes is compiled once; those of the default loss have a row for each width.
 Exits 1 where a kernel spills registers, needs more shared memory than the architecture has, multiplies
 16-bit numbers without tensor cores, or holds an atomic on global memory.
 """
@@ -18,8 +18,7 @@ from pathlib import Path
 
 from codegen.chips import SHARED_KIB
 from codegen.compiler import compile_all, fingerprint
-from codegen.covering import covering, distinct
-from codegen.kernels import DIMS, DTYPES, OURS_CSV, PEERS_CSV, Compiled, Source, shipped
+from codegen.kernels import DIMS, DTYPES, OURS_CSV, PEERS_CSV, Compiled, Source, distinct, shipped
 from codegen.peers import peer_sources
 from codegen.tables import codegen_block, full_table, name_of, peers_block
 from measuring.machine import describe_machine
@@ -62,13 +61,11 @@ def _compile_wanted(args: argparse.Namespace, known: Sequence[Compiled]) -> list
 
 
 def _selected(args: argparse.Namespace) -> list[Source]:
-    """The default loss in all that it can be launched as, and of other kernels a covering."""
-    every = distinct(shipped(DTYPES, DIMS, tuple(SHARED_KIB)))
-    wanted = [source for source in every if _is_wanted(source, args)]
-    if args.every or all(re.search(DEFAULT_LOSS, source.label) for source in wanted):
-        return wanted
-    covered = {source.key for source in covering(every)}
-    return [s for s in wanted if s.key in covered or re.search(DEFAULT_LOSS, s.label)]
+    """Each kernel once, but for the default loss: what a pair costs there depends on the width."""
+    every = shipped(DTYPES, DIMS, tuple(SHARED_KIB))
+    once = {source.key for source in distinct(every)}
+    kept = [s for s in every if s.key in once or re.search(DEFAULT_LOSS, s.label)]
+    return [source for source in kept if _is_wanted(source, args)]
 
 
 def _is_wanted(source: Source, args: argparse.Namespace) -> bool:
@@ -97,9 +94,6 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--labels", default="", metavar="REGEX", help="only kernels whose label has it: out/all$"
-    )
-    what.add_argument(
-        "--every", action="store_true", help="all kernels, which takes many hours, not a covering"
     )
     what.add_argument(
         "--peers",

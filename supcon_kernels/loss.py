@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from supcon_kernels import backends, distributed, op, validation
-from supcon_kernels.problem import Problem, as_asked, mean_of_ways
+from supcon_kernels import backends, distributed, op, ranks, validation
+from supcon_kernels.backends import reference
+from supcon_kernels.problem import Problem
+from supcon_kernels.validation import Call
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -83,9 +85,9 @@ def supcon_loss(
         ignore_index: a sample with this integer label is neither anchor nor contrast. Its row
             never affects a result, whatever it contains.
         group: "world" (all processes; only this one if torch.distributed is not initialised) or a
-            process group: the loss over the rows of all its ranks, see below. "local": only the
-            rows of this rank. None: as "local", with a warning if there are other ranks (no warning
-            under ``torch.compile``).
+            process group: the loss over the rows of all its ranks; docs/scaling.md has the rules.
+            "local": only the rows of this rank. None: as "local", with a warning if there are other
+            ranks (no warning under ``torch.compile``).
         backend: one of ``available_backends()``; None: the best one that supports the call.
 
     Returns:
@@ -98,24 +100,6 @@ def supcon_loss(
     Under ``torch.func`` and in forward mode the default backend is "reference", the only one that
     they can differentiate. To call ``backward`` twice, pass ``backend="reference"``.
 
-    With a ``group`` of W ranks:
-
-    - Every rank makes the call with its own rows, any number of them. The loss is bitwise equal on
-      all ranks.
-    - The gradients of a rank's features are W times those of one process with all rows. The mean
-      over ranks of the temperature's gradient is that of one process. So after
-      DistributedDataParallel has averaged, all gradients are those of one process. This needs the
-      same temperature on all ranks, and ``backward`` on the same function of the loss.
-    - ``contrast_features`` are the rank's part. ``self_offset`` counts within it. Without labels,
-      its row i is the positive of the rank's anchor i. Contrasts that are equal on all ranks, such
-      as a ``LabelQueue``, need no group, or are split among the ranks.
-    - ``mask``, ``reduction="none"`` and ``backend="reference"`` are refused.
-    - A rank with invalid arguments raises its own error. The others raise one that names the rank.
-      If ranks disagree on an option, a dtype or a width, all raise.
-    - If a rank does not make the call, the others wait for ``init_process_group(timeout=)``.
-    - The host waits for the numbers of rows. So the call cannot be in a CUDA graph, and
-      ``torch.compile`` breaks its graph there.
-
     Raises:
         TypeError: features are not a floating-point tensor, or group is not a process group.
         ValueError: any other argument is not as described; the message names it.
@@ -127,109 +111,72 @@ def supcon_loss(
     Source:
         Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, arXiv 2004.11362.
     """
-    call: dict[str, Any] = {
-        "features": features,
-        "labels": _canonical(labels),
-        "mask": mask,
-        "contrast_features": contrast_features,
-        "contrast_labels": _canonical(contrast_labels),
-        "self_offset": self_offset,
-        "symmetric": symmetric,
-        "temperature": temperature,
-        "base_temperature": base_temperature,
-        "contrast_mode": contrast_mode,
-        "summation": summation,
-        "denominator": denominator,
-        "normalize": normalize,
-        "reduction": reduction,
-        "ignore_index": ignore_index,
-    }
+    call = Call(
+        features=features,
+        labels=_canonical(labels),
+        mask=mask,
+        contrast_features=contrast_features,
+        contrast_labels=_canonical(contrast_labels),
+        self_offset=self_offset,
+        symmetric=symmetric,
+        temperature=temperature,
+        base_temperature=base_temperature,
+        contrast_mode=contrast_mode,
+        summation=summation,
+        denominator=denominator,
+        normalize=normalize,
+        reduction=reduction,
+        ignore_index=ignore_index,
+    )
     if group is None:
-        distributed.warn_if_local()
-    if (ranks := distributed.resolved(group)) is not None:
-        problem, loss = distributed.loss_of_all(lambda: _prepared(backend, **call), call, ranks)
+        ranks.warn_if_local()
+    if (members := ranks.resolved(group)) is not None:
+        problem, loss = distributed.loss_of_all(lambda: _prepared(call, backend), call, members)
     else:
-        problem, chosen = _prepared(backend, **call)
+        problem, chosen = _prepared(call, backend)
         if chosen == "reference":
-            rows_loss = backends.reference.rows_loss
-            of_ways = [as_asked(*rows_loss(w.by_rows()), reduction)[0] for w in problem.ways()]
-            loss = mean_of_ways(of_ways)
+            loss = reference.loss_of(problem, reduction)
         else:
-            loss = op.loss_of(*problem.operands(), reduction, chosen)
+            loss = op.loss_of(problem, chosen, reduction)
     if base_temperature is not None:
         loss = loss * (problem.tau / base_temperature)
     return loss
 
 
-def _prepared(
-    backend: str | None,
-    *,
-    features: Tensor,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    contrast_features: Tensor | None,
-    contrast_labels: Tensor | None,
-    self_offset: int | None,
-    symmetric: bool,
-    temperature: float | Tensor,
-    base_temperature: float | None,
-    contrast_mode: str,
-    summation: str,
-    denominator: str,
-    normalize: bool,
-    reduction: str,
-    ignore_index: int,
-) -> tuple[Problem, str]:
-    """The problem that the arguments of ``supcon_loss`` describe, once they are found right, and its backend."""
-    validation.check_options(
-        contrast_mode=contrast_mode,
-        summation=summation,
-        denominator=denominator,
-        reduction=reduction,
-        normalize=normalize,
-        symmetric=symmetric,
-        ignore_index=ignore_index,
-    )
-    validation.check_features(features, contrast_features)
-    validation.check_temperature(features, temperature, base_temperature)
-    validation.check_targets(
-        features, labels, mask, contrast_features, contrast_labels, self_offset
-    )
-    if symmetric:
-        validation.check_both_ways(
-            features, labels, mask, contrast_features, self_offset, reduction
-        )
-
-    if contrast_features is not None:
-        contrast_features = contrast_features.to(features.dtype)
-    rows, cols = _rows_and_cols(features, contrast_features, contrast_mode)
-    if contrast_features is None:
-        self_offset = 0  # the anchors are the contrasts, or the first of them
-    if labels is None and mask is None:
+def _prepared(call: Call, backend: str | None) -> tuple[Problem, str]:
+    """The problem of a call that is found right, and the backend that takes it."""
+    validation.check(call)
+    features, contrasts = call.features, call.contrast_features
+    if contrasts is not None:
+        contrasts = contrasts.to(features.dtype)
+    rows, cols = _rows_and_cols(features, contrasts, call.contrast_mode)
+    labels, contrast_labels, ignore_index = call.labels, call.contrast_labels, call.ignore_index
+    if labels is None and call.mask is None:
         ignore_index = _NOTHING_IGNORED
         labels = torch.arange(features.shape[0], device=features.device)
-        if contrast_features is not None:
-            contrast_labels = torch.arange(contrast_features.shape[0], device=features.device)
+        if contrasts is not None:
+            contrast_labels = torch.arange(contrasts.shape[0], device=features.device)
     row_labels = col_labels = _as_numbers(labels)
-    if contrast_features is not None:
+    if contrasts is not None:
         col_labels = _as_numbers(contrast_labels)
 
-    temperature_tensor = temperature if isinstance(temperature, Tensor) else None
+    learned = isinstance(call.temperature, Tensor)
     problem = Problem(
         rows=rows,
         cols=cols,
         row_labels=row_labels,
         col_labels=None if cols is None else col_labels,
-        weights=mask,
-        temperature_tensor=temperature_tensor,
-        temperature=math.nan if isinstance(temperature, Tensor) else float(temperature),
-        self_offset=self_offset,
-        summation=summation,
-        denominator=denominator,
-        normalize=normalize,
+        weights=call.mask,
+        temperature_tensor=call.temperature if learned else None,
+        temperature=math.nan if learned else float(call.temperature),
+        # Without other rows the anchors are the contrasts, or the first of them.
+        self_offset=0 if contrasts is None else call.self_offset,
+        summation=call.summation,
+        denominator=call.denominator,
+        normalize=call.normalize,
         ignore_index=ignore_index,
         tf32=features.is_cuda and _allows_tf32(),
-        symmetric=symmetric,
+        symmetric=call.symmetric,
     )
     return problem, backends.choose(problem, backend)
 

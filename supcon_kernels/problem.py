@@ -214,20 +214,28 @@ class Problem:
         return w.repeat(1, self.num_cols // m) if m else w
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(Problem))
+_TYPES = {field.name: str(field.type) for field in dataclasses.fields(Problem)}
+_FIELDS = tuple(_TYPES)
+NUM_FIELDS = len(_FIELDS)
+# The operands as torch.library declares them. Tensors come first.
+SCHEMA = ", ".join(
+    f"{type_.replace(' | None', '?').replace('int?', 'SymInt?')} {name}"
+    for name, type_ in _TYPES.items()
+)
+NUM_TENSORS = sum("Tensor" in type_ for type_ in _TYPES.values())
+# Where the operands are that may have a gradient, in the order of ``Wanted`` and ``Gradients``.
+DIFFERENTIABLE = tuple(map(_FIELDS.index, ("rows", "cols", "temperature_tensor")))
 
 
-def as_asked(
-    loss: Tensor, total: Tensor, counts: Tensor, reduction: str
-) -> tuple[Tensor, Tensor | None]:
-    """The loss that was asked for, and what the sum of the anchors' losses was divided by, if it was.
+def as_asked(loss: Tensor, total: Tensor, counts: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """The loss that was asked for, and what the sum of the anchors' losses was divided by, 0-dim.
 
     Args:
         loss, total, counts: as ``Problem.reduced`` has them.
         reduction: as in ``supcon_loss``.
     """
     if reduction in ("none", "sum"):
-        return loss if reduction == "none" else total, None
+        return loss if reduction == "none" else total, loss.new_ones(())
     count = counts[0 if reduction == "mean" else 1]
     return total / count, count
 
@@ -243,6 +251,14 @@ def _num_rows(x: Tensor) -> int:
 
 def _by_view(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.transpose(0, 1).flatten(0, 1)
+
+
+def by_sample(gradient: Tensor, x: Tensor | None) -> Tensor:
+    """The gradient (N, D) of ``by_rows`` in the shape of the features ``x``; (0,) stays."""
+    if x is None or x.ndim == 2 or gradient.ndim == 1:
+        return gradient
+    batch, views, dim = x.shape
+    return gradient.view(views, batch, dim).transpose(0, 1).contiguous()
 
 
 def _repeated(labels: Tensor, x: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from supcon_kernels import distributed
+from supcon_kernels import ranks
 from supcon_kernels.validation import FLOATS, INTEGERS
 
 if TYPE_CHECKING:
@@ -80,11 +80,11 @@ class LabelQueue(nn.Module):
             TypeError: ``group`` is not a process group.
         """
         size = len(self.labels)
-        group = distributed.resolved(group)
+        group = ranks.resolved(group)
         if group is None:
             features, labels = self._checked(features, labels)
         else:
-            features, labels = distributed.rows_of_all(
+            features, labels = ranks.rows_of_all(
                 lambda: self._checked(features, labels), self.features, group
             )
         self.features = torch.cat((self.features, features))[-size:]

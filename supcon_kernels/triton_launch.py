@@ -195,22 +195,15 @@ class Plan:
     # --- rows
 
     @_remembered
-    def prepare(self, num_rows: int, *, anchors: bool, sort: bool) -> Launch:
+    def prepare(self, num_rows: int) -> Launch:
         """Normalises, scales, rounds and pads a side, and makes its labels small numbers."""
         return self._launch(
             "_prepare_kernel",
             "features labels anchor_labels contrast_labels sorted_begin sorted_end temperature "
             "rows valid num_positives padded_rows num_rows num_samples num_anchors num_contrasts "
             "num_contrast_views own_offset dim sample_stride view_stride ignore_index "
-            "host_temperature",
-            {
-                **self._temperature,
-                "TF32": self.tf32,
-                "SQUARE": self.square,
-                "ANCHORS": anchors,
-                "SORTED": sort,
-                **self._row_block,
-            },
+            "padded_dim host_temperature on_device has_anchors is_square is_sorted",
+            {"NORMALIZE": self.normalize, "TF32": self.tf32, **self._row_block},
             padded_rows(num_rows) // self._row_block["BLOCK_ROWS"],
             num_warps=self._row_warps,
         )
@@ -222,7 +215,7 @@ class Plan:
             "_gradient_kernel",
             "slices features rows factor gradient dots num_rows num_samples dim "
             "sample_stride view_stride gradient_sample_stride gradient_view_stride padded_rows "
-            "num_tiles group share",
+            "num_tiles group share padded_dim",
             {
                 "NORMALIZE": self.normalize,
                 "DOTS": dots,
@@ -238,8 +231,8 @@ class Plan:
         """Adds up what the rows give to it."""
         return self._launch(
             "_temperature_kernel",
-            "dots temperature temperature_gradient padded_rows part host_temperature",
-            {**self._temperature, "BLOCK_ROWS": ROW_PADDING},
+            "dots temperature temperature_gradient padded_rows part host_temperature on_device",
+            {"NORMALIZE": self.normalize, "BLOCK_ROWS": ROW_PADDING},
             1,
         )
 
@@ -268,22 +261,30 @@ class Plan:
         return self._launch(
             "_weights_kernel",
             "upstream peak count stats temperature weights factor num_rows padded_rows "
-            "upstream_stride headroom host_temperature",
-            {**self._temperature, **self._variant, "BLOCK_ROWS": ROW_PADDING},
+            "upstream_stride headroom host_temperature on_device",
+            {"NORMALIZE": self.normalize, **self._variant, "BLOCK_ROWS": ROW_PADDING},
             padded_rows(num_rows) // ROW_PADDING,
         )
 
     # --- pairs
 
     @_remembered
-    def forward(self, running: bool, *, second: bool = False) -> Launch:
-        """The sums over all pairs; the second look at positives that stand alone against the negatives."""
+    def forward(self, running: bool, *, first_look: bool = False) -> Launch:
+        """The sums over all pairs; ``first_look``: of the negatives alone, before "one_positive"."""
         tile = self.forward_tile(running)
+        variant: dict[str, Constexpr] = {}
+        if first_look:
+            variant = {"OUT": True, "DENOMINATOR": "only_negatives"}
         return self._launch(
             "_forward_kernel",
             "rows cols col_valid first_sums temperature sums padded_rows padded_cols "
-            "num_blocks num_tiles group share max_pieces own_offset host_temperature",
-            {**self._pairs(running, tile), "SECOND": second},
+            "num_blocks num_tiles group share max_pieces own_offset padded_dim "
+            "host_temperature on_device either",
+            {
+                **self._pairs(running, tile),
+                **variant,
+                "ONE_CHUNK": tile.chunk == padded_dim(self.dim),
+            },
             self.forward_shares(running).num_programs,
             tile=tile,
         )
@@ -297,9 +298,11 @@ class Plan:
         return self._launch(
             "_backward_kernel",
             "rows cols row_weights col_weights temperature slices padded_rows "
-            "padded_cols num_blocks num_tiles group share own_offset host_temperature",
+            "padded_cols num_blocks num_tiles group share own_offset "
+            "host_temperature on_device either",
             {
                 **self._pairs(running, tile),
+                "PADDED_DIM": padded_dim(self.dim),
                 "ROWS_ANCHOR": not of_columns or both_anchor,
                 "COLS_ANCHOR": of_columns or self.square or both_anchor,
             },
@@ -316,7 +319,8 @@ class Plan:
         return self._launch(
             "_derivatives_kernel",
             "rows cols row_weights col_weights temperature derivatives padded_rows padded_cols "
-            "first_row first_col padded_width own_offset host_temperature",
+            "first_row first_col padded_width own_offset padded_dim "
+            "host_temperature on_device either",
             {**self._pairs(running, tile), "COLS_ANCHOR": self.square or both_anchor},
             cols // tile.cols,
             rows // tile.rows,
@@ -341,20 +345,13 @@ class Plan:
         return shares.in_tiles(first.cols // self._find(table, running).cols)
 
     @property
-    def _temperature(self) -> dict[str, Constexpr]:
-        return {"ON_DEVICE": self.fits is None, "NORMALIZE": self.normalize}
-
-    @property
     def _variant(self) -> dict[str, Constexpr]:
         return {"OUT": self.summation == "out", "DENOMINATOR": self.denominator}
 
     def _pairs(self, running: bool, tile: Tile) -> dict[str, Constexpr]:
         return {
-            "ON_DEVICE": self.fits is None,
-            "EITHER": len(self.running) == 2,
             "RUNNING": running,
             **self._variant,
-            "PADDED_DIM": padded_dim(self.dim),
             "ROWS": tile.rows,
             "COLS": tile.cols,
             "CHUNK": tile.chunk,
@@ -374,10 +371,8 @@ class Plan:
     @property
     def _row_block(self) -> dict[str, int]:
         """About a thousand features a program, in whole rows of one block of any pair kernel."""
-        padded = padded_dim(self.dim)
         width = self._row_width
         return {
-            "PADDED_DIM": padded,
             "BLOCK_ROWS": min(max(1024 // width, 1), 32),
             "BLOCK_DIM": width,
         }

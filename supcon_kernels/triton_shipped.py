@@ -24,7 +24,7 @@ def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, L
     options = itertools.product(
         ("out", "in"),
         ("all", "one_positive", "only_negatives"),
-        ((True, True), (True, False), (True, None), (False, False), (False, None)),
+        ((True, True), (True, False), (False, False)),
         (None, 16384),
     )
     for summation, denominator, (normalize, fits), num_cols in options:
@@ -50,13 +50,12 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
     loss = f"{plan.summation}/{plan.denominator}"
     shape = "" if plan.square else ", memory"
     given = "" if plan.normalize else ", as given"
-    tau = ", τ on the device" if plan.fits is None else ""
     n, found = plan.num_rows, []
     for running in plan.running:
-        call = f"{loss}{', running maximum' if running else ''}{tau}{given}{shape}"
+        call = f"{loss}{', running maximum' if running else ''}{given}{shape}"
         found.append((f"forward {call}", plan.forward(running)))
         if plan.looks_twice:
-            found.append((f"second forward {call}", plan.forward(running, second=True)))
+            found.append((f"first forward {call}", plan.forward(running, first_look=True)))
         if plan.is_wide:
             n_cols = plan.num_cols or n
             found.append((f"backward {call}", plan.derivatives(running, n, n_cols)))
@@ -72,13 +71,11 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
             ]
     for reduction in ("mean", "positive_mean", "sum", "none"):
         found.append((f"loss {loss}, {reduction}", plan.loss(reduction)))
-    for sort, anchors in itertools.product((False, True), (True, False)):
-        side = f"{shape}{'' if anchors else ', not counted'}{', sorted' if sort else ''}"
-        found.append((f"prepare{tau}{given}{side}", plan.prepare(n, anchors=anchors, sort=sort)))
     return [
         *found,
-        (f"weights {loss}{tau}{given}", plan.weights(n)),
+        (f"prepare{given}", plan.prepare(n)),
+        (f"weights {loss}{given}", plan.weights(n)),
         (f"gradient{given}", plan.gradient(n, dots=False)),
         (f"gradient{given}, dots", plan.gradient(n, dots=True)),
-        (f"temperature{tau}{given}", plan.temperature_gradient()),
+        (f"temperature{given}", plan.temperature_gradient()),
     ]

@@ -59,10 +59,8 @@ def architecture(major: int, minor: int) -> int:
 
 
 def padded_dim(dim: int) -> int:
-    """Features of a padded row: a power of two up to 256, then whole chunks."""
-    if dim <= 256:
-        return max(16, 1 << (dim - 1).bit_length()) if dim > 0 else 16
-    return cdiv(dim, 128) * 128
+    """Features of a padded row: 64, whose products exponentials hide, 128, and then whole chunks."""
+    return 64 if dim <= 64 else cdiv(dim, 128) * 128
 
 
 def padded_rows(num_rows: int) -> int:

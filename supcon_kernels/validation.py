@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,45 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_options(normalize: Any, symmetric: Any, ignore_index: Any, **options: Any) -> None:
+class Call(NamedTuple):
+    """The arguments of ``supcon_loss`` that say what is computed. Before ``check`` they may be anything."""
+
+    features: Any
+    labels: Any
+    mask: Any
+    contrast_features: Any
+    contrast_labels: Any
+    self_offset: Any
+    symmetric: Any
+    temperature: Any
+    base_temperature: Any
+    contrast_mode: Any
+    summation: Any
+    denominator: Any
+    normalize: Any
+    reduction: Any
+    ignore_index: Any
+
+
+def check(call: Call) -> None:
+    """Every argument is right.
+
+    Raises:
+        TypeError: features are no floating-point tensor.
+        ValueError: any other argument is not as ``supcon_loss`` describes it.
+    """
+    _check_options(call)
+    _check_features(call.features, call.contrast_features)
+    _check_temperature(call.features, call.temperature, call.base_temperature)
+    _check_targets(call)
+    if call.symmetric:
+        _check_both_ways(call)
+
+
+def _check_options(call: Call) -> None:
     """Each option is of its type and one of the values that it knows."""
-    for name, value in (("normalize", normalize), ("symmetric", symmetric)):
+    ignore_index = call.ignore_index
+    for name, value in (("normalize", call.normalize), ("symmetric", call.symmetric)):
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
     if (
@@ -34,18 +70,17 @@ def check_options(normalize: Any, symmetric: Any, ignore_index: Any, **options: 
         or not -(2**63) <= ignore_index < 2**63
     ):
         raise ValueError(f"ignore_index must be a 64-bit integer, got {ignore_index!r}")
-    accepted = {
-        "contrast_mode": CONTRAST_MODES,
-        "summation": SUMMATIONS,
-        "denominator": DENOMINATORS,
-        "reduction": REDUCTIONS,
-    }
-    for name, value in options.items():
-        if value not in accepted[name]:
-            raise ValueError(f"{name} must be one of {list(accepted[name])}, got {value!r}")
+    for name, value, accepted in (
+        ("contrast_mode", call.contrast_mode, CONTRAST_MODES),
+        ("summation", call.summation, SUMMATIONS),
+        ("denominator", call.denominator, DENOMINATORS),
+        ("reduction", call.reduction, REDUCTIONS),
+    ):
+        if value not in accepted:
+            raise ValueError(f"{name} must be one of {list(accepted)}, got {value!r}")
 
 
-def check_features(features: Any, contrast_features: Any) -> None:
+def _check_features(features: Any, contrast_features: Any) -> None:
     """Features (N, D) or (B, V, D), contrast features (M, D) of the same width and device."""
     for name, x in (("features", features), ("contrast_features", contrast_features)):
         if x is None and name == "contrast_features":
@@ -72,7 +107,7 @@ def check_features(features: Any, contrast_features: Any) -> None:
     _check_device("contrast_features", contrast_features, features)
 
 
-def check_temperature(features: Tensor, temperature: Any, base_temperature: Any) -> None:
+def _check_temperature(features: Tensor, temperature: Any, base_temperature: Any) -> None:
     """Positive temperatures; a learned one excludes the scale, under which it would fall to zero."""
     for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
         if value is None and name == "base_temperature":
@@ -127,24 +162,18 @@ def check_clip(logit_scale: Any, logit_bias: Any) -> None:
         raise ValueError(f"logit_scale must be > 0 and finite, got {logit_scale}")
 
 
-def check_targets(
-    features: Tensor,
-    labels: Any,
-    mask: Any,
-    contrast_features: Tensor | None,
-    contrast_labels: Any,
-    self_offset: Any,
-) -> None:
+def _check_targets(call: Call) -> None:
     """What is positive: labels, a mask or neither, with or without other rows to contrast with."""
+    features, labels, mask = call.features, call.labels, call.mask
     batch = features.shape[0]
     views = features.shape[1] if features.ndim == 3 else 1
     if labels is not None and mask is not None:
         raise ValueError("mask must be None where labels are given, got both")
     if labels is not None:
         _check_labels("labels", labels, batch, features)
-    if contrast_features is None:
-        for name, value in (("contrast_labels", contrast_labels), ("self_offset", self_offset)):
-            if value is not None:
+    if call.contrast_features is None:
+        for name in ("contrast_labels", "self_offset"):
+            if (value := getattr(call, name)) is not None:
                 raise ValueError(f"{name} must be None without contrast_features, got {value!r}")
         if labels is None and mask is None and views == 1:
             raise ValueError(
@@ -153,30 +182,25 @@ def check_targets(
             )
         shapes = [(batch, batch), (views * batch, views * batch)][: 1 if views == 1 else 2]
     else:
-        _check_contrast(features, labels, mask, contrast_features, contrast_labels, self_offset)
-        shapes = [(batch, contrast_features.shape[0])]
+        _check_contrast(call)
+        shapes = [(batch, call.contrast_features.shape[0])]
     if mask is not None:
         _check_mask(mask, shapes, features)
 
 
-def check_both_ways(
-    features: Tensor,
-    labels: Any,
-    mask: Any,
-    contrast_features: Tensor | None,
-    self_offset: Any,
-    reduction: str,
-) -> None:
+def _check_both_ways(call: Call) -> None:
     """What a symmetric call must be, given that one way is right."""
+    features, contrast_features = call.features, call.contrast_features
     if contrast_features is None:
         raise ValueError("symmetric must be False without contrast_features, got True")
-    if self_offset is not None:
-        raise ValueError(f"self_offset must be None with symmetric=True, got {self_offset!r}")
-    if reduction == "none":
+    if call.self_offset is not None:
+        raise ValueError(f"self_offset must be None with symmetric=True, got {call.self_offset!r}")
+    if call.reduction == "none":
         raise ValueError(
             "reduction must be 'mean', 'positive_mean' or 'sum' with symmetric=True, got 'none'"
         )
-    if labels is None and mask is None and contrast_features.shape[0] != features.shape[0]:
+    unlabelled = call.labels is None and call.mask is None
+    if unlabelled and contrast_features.shape[0] != features.shape[0]:
         raise ValueError(
             "contrast_features must have as many rows as there are anchors "
             f"({features.shape[0]}) with symmetric=True and no labels, row i being the positive of "
@@ -184,15 +208,11 @@ def check_both_ways(
         )
 
 
-def _check_contrast(
-    features: Tensor,
-    labels: Any,
-    mask: Any,
-    contrast_features: Tensor,
-    contrast_labels: Any,
-    self_offset: Any,
-) -> None:
-    n, m = features.shape[0], contrast_features.shape[0]
+def _check_contrast(call: Call) -> None:
+    """Other rows to contrast with, their labels, and where the anchors are among them."""
+    features, labels, mask = call.features, call.labels, call.mask
+    contrast_labels, self_offset = call.contrast_labels, call.self_offset
+    n, m = features.shape[0], call.contrast_features.shape[0]
     if mask is not None and contrast_labels is not None:
         raise ValueError("mask must be None where contrast_labels are given, got both")
     if mask is None and (labels is None) != (contrast_labels is None):

@@ -21,13 +21,14 @@ from supcon_kernels import loss as loss_module
 from supcon_kernels import (
     op,
     supcon_loss,
+    triton_call,
     triton_launch,
     triton_run,
     triton_shares,
     triton_tiles,
     validation,
 )
-from supcon_kernels.backends import triton as backend
+from supcon_kernels.backends.protocol import Anchors, Wanted
 from supcon_kernels.problem import Problem
 
 # The interpreter computes masked lanes too, of which some overflow.
@@ -85,7 +86,7 @@ def test_every_variant(name, variant):
 @pytest.mark.parametrize("name", ["ragged", "self_in_memory", "unnormalised"])
 def test_a_temperature_that_the_host_does_not_read(name, variant, monkeypatch):
     # Both kernels are launched, and the device decides which of them goes to work.
-    monkeypatch.setattr(backend, "_temperature", on_the_device)
+    monkeypatch.setattr(triton_call, "_temperature", on_the_device)
     for tau in (0.1, 0.01):
         arguments = {**arguments_of(name, variant), "temperature": torch.tensor(tau)}
         assert_close(triton_loss, arguments, torch.float32)
@@ -101,7 +102,7 @@ def test_labels_that_are_sorted(name, monkeypatch):
 @pytest.mark.parametrize("name", ["two_views", "memory"])
 def test_columns_split_among_programs(name, variant, monkeypatch):
     whole = value_and_gradients(arguments_of(name, variant))
-    monkeypatch.setattr(backend, "_target", lambda device: triton_tiles.Target(0, 64))
+    monkeypatch.setattr(triton_call, "_target", lambda device: triton_tiles.Target(0, 64))
     monkeypatch.setattr(triton_shares, "MIN_SHARE", 1)
     arguments = arguments_of(name, variant)
     assert_close(triton_loss, arguments, torch.float32)
@@ -178,7 +179,7 @@ def test_pairs_that_have_nearly_converged(dtype, has_memory):
 @pytest.mark.parametrize("variant", [("out", "all"), ("in", "one_positive")], ids="/".join)
 @pytest.mark.parametrize("has_memory", [False, True])
 def test_wide_rows(has_memory, variant, monkeypatch):
-    monkeypatch.setattr(backend, "workspace_bytes", 4 * 128**2)  # a part of rows and columns
+    monkeypatch.setattr(triton_call, "workspace_bytes", 4 * 128**2)  # a part of rows and columns
     g = torch.Generator().manual_seed(0)
     leaves = {"features": torch.randn(140, 130, generator=g)}
     options = {"labels": torch.arange(140) % 7, "temperature": torch.tensor(0.1)}
@@ -211,19 +212,20 @@ def test_own_rows_among_all(variant):
     )
     tau = torch.tensor(0.5)
     whole = dataclasses.replace(problem, temperature_tensor=tau)
-    _, one, stats, prepared = op.forward(*whole.operands(), "sum", "triton")
-    weight, needs = torch.tensor(0.25), (True, False, True)
-    want = op.backward(weight, one, stats, prepared, *needs, *whole.operands(), "sum", "triton")
+    found = op.results_of(whole, "triton", "sum")
+    wanted = Wanted(rows=True, temperature=True)
+    every = Anchors(torch.tensor(0.25), found.divisor, found.stats, found.prepared)
+    want = op.gradients_of(whole, every, None, wanted, "triton")
     own = slice(0, 25)
     among_all = dataclasses.replace(
         whole, rows=features[own], row_labels=labels[own], cols=features, col_labels=labels
     )
-    operands = (*among_all.operands(), "sum", "triton")
-    _, _, own_stats, prepared = op.forward(*operands)
-    torch.testing.assert_close(own_stats, stats[:, own])
-    for given in (prepared, None):
-        grads = op.backward(weight, one, own_stats, given, *needs, *operands, weight, stats)
-        torch.testing.assert_close(grads[0], want[0][own], rtol=1e-4, atol=1e-6)
+    of_own = op.results_of(among_all, "triton", "sum")
+    torch.testing.assert_close(of_own.stats, found.stats[:, own])
+    for prepared in (of_own.prepared, None):
+        mine = every._replace(stats=of_own.stats, prepared=prepared)
+        grads = op.gradients_of(among_all, mine, every, wanted, "triton")
+        torch.testing.assert_close(grads.rows, want.rows[own], rtol=1e-4, atol=1e-6)
     others = dataclasses.replace(
         whole,
         rows=features[25:],
@@ -232,22 +234,22 @@ def test_own_rows_among_all(variant):
         col_labels=labels[own],
     )
     others = dataclasses.replace(others, self_offset=None)
-    rest = op.backward(
-        weight, one, stats[:, 25:], None, False, True, True, *others.operands(), "sum", "triton"
-    )
+    of_others = every._replace(stats=found.stats[:, 25:], prepared=None)
+
+    def block(problem, anchors, wanted):
+        return op.gradients_of(problem, anchors, None, wanted, "triton")
+
+    rest = block(others, of_others, Wanted(cols=True, temperature=True))
     against = dataclasses.replace(
         among_all, cols=features[own], col_labels=labels[own], self_offset=0
     )
-    mine = op.backward(
-        weight, one, own_stats, None, True, True, True, *against.operands(), "sum", "triton"
-    )
+    blocks = block(against, mine, Wanted(True, True, True))
     both = dataclasses.replace(among_all, cols=features[25:], col_labels=labels[25:])
     both = dataclasses.replace(both, self_offset=None)
-    theirs = op.backward(
-        weight, one, own_stats, None, True, False, False, *both.operands(), "sum", "triton"
-    )
-    total = mine[0] + mine[1] + rest[1] + theirs[0]  # as anchors and as contrasts, block by block
-    torch.testing.assert_close(total, want[0][own], rtol=1e-4, atol=1e-6)
+    theirs = block(both, mine, Wanted(rows=True))
+    # As anchors and as contrasts, block by block.
+    total = blocks.rows + blocks.cols + rest.cols + theirs.rows
+    torch.testing.assert_close(total, want.rows[own], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ragged", "self_in_memory", "two_views", "symmetric_memory"])
@@ -264,7 +266,8 @@ def test_the_operator_is_registered_as_it_works(name):
     torch.library.opcheck(op.forward, operands, test_utils=("test_schema", "test_faketensor"))
     loss, *saved = op.forward(*operands)
     call = (torch.ones_like(loss), *saved, True, operands[1] is not None, False)
-    fixed = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in (*call, *operands))
+    call = (*call, *operands[:-1])
+    fixed = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in call)
     torch.library.opcheck(op.backward, fixed, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -326,7 +329,7 @@ def test_a_step_has_few_launches(arguments, most, monkeypatch):
     if arguments.pop("many", False):
         monkeypatch.setattr(triton_launch, "SORTED_PAIRS", 0)
     monkeypatch.setattr(triton_run, "run", recorded)
-    monkeypatch.setattr(backend, "_temperature", on_the_device)
+    monkeypatch.setattr(triton_call, "_temperature", on_the_device)
     monkeypatch.setattr(validation, "_readable", lambda x: False)
     leaves = {
         name: x.clone().requires_grad_()
@@ -372,40 +375,42 @@ def test_with_tf32_the_loss_is_of_the_rows_that_are_multiplied():
     features = torch.cat([features, features + 0.1 * torch.randn(60, 48, generator=g)])
     problem = problem_of(features, torch.arange(60).repeat(2))
     problem = dataclasses.replace(problem, temperature=0.05, tf32=True)
-    loss, _, _, prepared = backend.forward(problem, "none")
-    rows = prepared[: 128 * 64].view(128, 64)
+    found = op.results_of(problem, "triton", "none")
+    rows = found.prepared[: 128 * 64].view(128, 64)
     assert torch.equal(rows, as_tf32(rows))
     logits = (rows.double() @ rows.double().T)[:120, :120] * math.log(2)
     logits.fill_diagonal_(-math.inf)
     positive = (torch.arange(120) + 60) % 120
     exact = F.cross_entropy(logits, positive, reduction="none")
     assert exact.max() < 1e-3
-    torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.loss.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 # --- float16 at many rows
 
 
-@pytest.mark.parametrize("headroom, kept", [(backend.HEADROOM, True), (2.0**-10, False)])
+@pytest.mark.parametrize("headroom, kept", [(triton_call.HEADROOM, True), (2.0**-10, False)])
 def test_float16_keeps_the_probabilities_of_many_rows(headroom, kept, monkeypatch):
     """64 rows as if of 32,768, with probabilities of 2^-15.
 
     Without room above float16's subnormals, or with the factor 1/N of a mean among the
     probabilities, most of them would be flushed to zero, which this test must see.
     """
-    monkeypatch.setattr(backend, "HEADROOM", headroom)
+    monkeypatch.setattr(triton_call, "HEADROOM", headroom)
     g = torch.Generator().manual_seed(0)
     features, many = torch.randn(64, 32, generator=g).half(), 32768
     results = []
     for dtype in (torch.float16, torch.float32):
         problem = problem_of(features.to(dtype), torch.arange(64) // 2)
-        operands = (*problem.operands(), "none", "triton")
-        loss, count, stats, prepared = op.forward(*operands)
-        stats[0] *= many / 64
-        stats[1] = 1e30  # as many positives: their pull does not hide the softmax part
-        upstream = torch.full_like(loss, 1024.0)  # a loss scale: the result is float16 as well
-        grads = op.backward(upstream, count, stats, prepared, True, False, False, *operands)
-        results.append(grads[0].float())
+        found = op.results_of(problem, "triton", "none")
+        found.stats[0] *= many / 64
+        found.stats[1] = 1e30  # as many positives: their pull does not hide the softmax part
+        upstream = torch.full_like(
+            found.loss, 1024.0
+        )  # a loss scale: the result is float16 as well
+        anchors = Anchors(upstream, found.divisor, found.stats, found.prepared)
+        grads = op.gradients_of(problem, anchors, None, Wanted(rows=True), "triton")
+        results.append(grads.rows.float())
     error = (results[0] - results[1]).abs().max() / results[1].abs().max()
     assert (error < 4 * torch.finfo(torch.float16).eps) == kept
 

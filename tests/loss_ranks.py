@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import CASES, VARIANTS, Arguments, by_id, takes
 from compare import LEAVES
-from supcon_kernels import LabelQueue, SupConLoss, distributed, supcon_loss, triton_run
+from supcon_kernels import LabelQueue, SupConLoss, ranks, supcon_loss, triton_run
 
 REDUCTIONS = ("mean", "positive_mean", "sum")
 # No two ranks have equally many rows, and one has none.
@@ -356,7 +356,7 @@ def groups_by_name(group):
     """The loss of all, from criteria made before there was a group; of this rank; and what is said."""
     torch.manual_seed(dist.get_rank())
     features, labels = torch.randn(6, 3), torch.arange(6) % 2
-    distributed._warn_of_local_rows.cache_clear()  # the table was made in this process
+    ranks._warn_of_local_rows.cache_clear()  # the table was made in this process
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         losses = {name: criterion(features, labels) for name, criterion in EARLY.items()}

@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 import loss_ranks
 from cases import by_id
 from compare import LEAVES, assert_close
-from supcon_kernels import available_backends, distributed, supcon_loss
+from supcon_kernels import available_backends, ranks, supcon_loss
 
 TESTS = pathlib.Path(__file__).parent
 NO_TRITON = available_backends()["triton"] or ""
@@ -259,9 +259,9 @@ def test_a_group_by_its_name_in_a_process_alone():
 
 
 def test_ranks_tell_each_other_from_the_device_of_their_features(monkeypatch):
-    monkeypatch.setattr(distributed.dist, "get_rank", lambda group: 0)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda group: 2)
-    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
     group = torch.distributed.ProcessGroup(0, 2)
     with FakeTensorMode():
         features = torch.empty(2, 3, device="cuda:1")
@@ -270,8 +270,8 @@ def test_ranks_tell_each_other_from_the_device_of_their_features(monkeypatch):
         ("cpu:gloo,cuda:nccl", features, "cpu"),
         ("cuda:nccl", None, "cuda"),
     ):
-        monkeypatch.setattr(distributed.dist, "get_backend_config", lambda group, c=config: c)
-        assert distributed.Membership.of(group, given).device == torch.device(device)
+        monkeypatch.setattr(ranks.dist, "get_backend_config", lambda group, c=config: c)
+        assert ranks.Membership.of(group, given).device == torch.device(device)
 
 
 def test_a_rank_that_stays_away_ends_the_others_after_the_timeout(found):
@@ -283,7 +283,7 @@ def test_a_rank_that_stays_away_ends_the_others_after_the_timeout(found):
 
 def test_without_torch_distributed(monkeypatch):
     features, labels = torch.randn(4, 3), torch.arange(4) % 2
-    monkeypatch.setattr(distributed, "dist", types.SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setattr(ranks, "dist", types.SimpleNamespace(is_available=lambda: False))
     assert math.isfinite(supcon_loss(features, labels))
     with pytest.raises(ValueError, match=r"^group must be None where torch\.distributed is"):
         supcon_loss(features, labels, group=object())

@@ -17,6 +17,7 @@ import supcon_kernels
 from cases import BACKENDS, FUSED, VARIANTS, by_id, takes
 from supcon_kernels import available_backends, backends, op, supcon_loss, validation
 from supcon_kernels.backends import native, tiled
+from supcon_kernels.backends.protocol import Anchors, Wanted
 from supcon_kernels.problem import Problem
 
 fused = pytest.mark.parametrize("backend", FUSED)
@@ -82,14 +83,14 @@ def test_opcheck(backend, name, variant):
         options["temperature"] = torch.tensor(0.1)
     problem = problem_of(name, **options)
     reduction = "mean" if problem.symmetric else "none"
-    operands = (*require_grad(problem), reduction, backend)
+    operands = (*require_grad(problem), backend, reduction)
     torch.library.opcheck(op.forward, operands)
-    loss, *saved = op.forward(*problem.operands(), reduction, backend)
+    loss, *saved = op.forward(*problem.operands(), backend, reduction)
     needs = (True, problem.cols is not None, problem.temperature_tensor is not None)
     fixed = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in operands)
     torch.library.opcheck(
         op.backward,
-        (torch.ones_like(loss), *saved, *needs, *fixed),
+        (torch.ones_like(loss), *saved, *needs, *fixed[:-1]),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -98,14 +99,14 @@ def test_opcheck(backend, name, variant):
 def test_every_reduction_is_of_the_anchors_losses(backend):
     problem = problem_of("singleton")  # one anchor without positives
     features, *others = require_grad(problem)
-    losses, *_ = op.forward(features, *others, "none", backend)
+    losses, *_ = op.forward(features, *others, backend, "none")
     expected = {
         "mean": losses.mean(),
         "positive_mean": losses.sum() / (len(losses) - 1),
         "sum": losses.sum(),
     }
     for reduction, want in expected.items():
-        loss, *_ = op.forward(features, *others, reduction, backend)
+        loss, *_ = op.forward(features, *others, backend, reduction)
         torch.testing.assert_close(loss, want)
         gradients = [torch.autograd.grad(x, features, retain_graph=True) for x in (loss, want)]
         torch.testing.assert_close(*gradients)
@@ -126,14 +127,14 @@ def test_columns_that_are_anchors_too(backend, name, variant):
     arguments = {**variant_of(name, variant), "temperature": temperature}
     problem = problem_of(name, torch.float64, **arguments)
     rows, cols = problem.operands(), problem.mirrored().operands()
-    loss, count, stats, _ = op.forward(*rows, "none", backend)
-    col_loss, _, col_stats, _ = op.forward(*cols, "none", backend)
+    loss, one, stats, _ = op.forward(*rows, backend, "none")
+    col_loss, _, col_stats, _ = op.forward(*cols, backend, "none")
     weights = torch.linspace(0.5, 1.5, len(loss) + len(col_loss), dtype=torch.float64)
     weight, col_weight = weights.split((len(loss), len(col_loss)))
-    rows, cols = (*rows, "none", backend), (*cols, "none", backend)
-    by_rows = op.backward(weight, count, stats, None, True, False, True, *rows)
-    by_cols = op.backward(col_weight, count, col_stats, None, False, True, True, *cols)
-    call = (weight, count, stats, None, True, False, True, *rows, col_weight, col_stats)
+    rows, cols = (*rows, backend), (*cols, backend)
+    by_rows = op.backward(weight, one, stats, None, True, False, True, *rows)
+    by_cols = op.backward(col_weight, one, col_stats, None, False, True, True, *cols)
+    call = (weight, one, stats, None, True, False, True, *rows, col_weight, col_stats)
     together = op.backward(*call)
     torch.testing.assert_close(together[0], by_rows[0] + by_cols[1])
     torch.testing.assert_close(together[2], (by_rows[2] + by_cols[2]) / 2)
@@ -349,11 +350,11 @@ class NothingWaits(TorchDispatchMode):
 @pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
 def test_the_tiled_backend_waits_for_no_device(variant):
     for name in ("ragged", "self_in_memory", "half_empty_memory", "soft_memory", "weighted_mask"):
-        problem = problem_of(name, **variant_of(name, variant)).by_rows()
-        needs = (True, problem.cols is not None, True)
+        problem = problem_of(name, **variant_of(name, variant))
+        wanted = Wanted(True, problem.cols is not None, True)
         with NothingWaits():
-            loss, _, _, stats = tiled.forward(problem)
-            tiled.backward(problem, torch.ones_like(loss), stats, *needs)
+            loss, divisor, stats, _, _ = tiled.forward(problem, "mean", wanted)
+            tiled.backward(problem, Anchors(torch.ones_like(loss), divisor, stats), None, wanted)
 
 
 class Operators(TorchDispatchMode):

@@ -7,13 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from run.clock import PHASES
 from supcon_kernels import supcon_loss
 from train_fixtures import metrics, pretrain, weights
-from train_parts import load_checkpoint, load_data, options_of, trainer_of
+from train_parts import SmallEncoder, load_checkpoint, load_data, options_of, trainer_of
 from training.trainer import AUTOCAST, Trainer
 
 SHORT = ("--batch_size", 256, "--max_steps", 6, "--save_every", 4, "--keep", 9, "--knn_bank", 100)
@@ -196,25 +195,8 @@ def test_phases_of_a_step_by_chunks():
     assert [name for name, _ in trainer.clock.marks] == ["", *PHASES[:-1]]
 
 
-class OneConvolution(nn.Module):
-    """An encoder that a C++ compiler takes seconds for, in the place of timm's ResNet."""
-
-    num_features = 8
-
-    def __init__(self, block, layers, *, channels, in_chans, num_classes):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, self.num_features, 3)
-        self.norm = nn.BatchNorm2d(self.num_features)
-
-    def init_weights(self):
-        pass
-
-    def forward(self, images):
-        return self.norm(self.conv1(images)).relu().mean((2, 3))
-
-
 def test_compiled_run_resumes_to_the_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr("supcon_kernels.small_stem.ResNet", OneConvolution)
+    monkeypatch.setattr("supcon_kernels.small_stem.ResNet", SmallEncoder)
     options = (*SHORT, "--compile", "true", "--queue_size", 512)
     whole = pretrain(tmp_path / "whole", *options)
     other = pretrain(tmp_path / "other", *options)

@@ -13,7 +13,7 @@ import types
 import pytest
 import torch
 
-from supcon_kernels import available_backends, supcon_loss, triton_launch, triton_run
+from supcon_kernels import available_backends, supcon_loss, triton_call, triton_launch, triton_run
 from supcon_kernels.backends import triton as backend
 
 NO_TRITON = "triton is not installed"
@@ -45,10 +45,10 @@ def test_it_says_why_it_is_not_there(monkeypatch):
 
 
 def test_the_workspace_is_a_number_of_mib():
-    assert backend._workspace_bytes("3") == 3 * 2**20
+    assert triton_call._workspace_bytes("3") == 3 * 2**20
     for wrong in ("0", "-1", "big", "1.5"):
         with pytest.raises(ValueError, match="SUPCON_KERNELS_WORKSPACE_MIB must be a whole number"):
-            backend._workspace_bytes(wrong)
+            triton_call._workspace_bytes(wrong)
 
 
 def test_it_says_what_the_installation_lacks(monkeypatch):

@@ -48,7 +48,7 @@ def launches(dtype="bfloat16", dim=128, capability=90) -> dict[str, Launch]:
 @pytest.mark.parametrize("dim", DIMS)
 def test_rows_are_padded_to_whole_chunks(dim):
     padded = triton_tiles.padded_dim(dim)
-    assert dim <= padded < max(2 * dim, 17) and padded >= 16
+    assert dim <= padded < max(2 * dim, 65) and padded % 64 == 0
 
 
 @pytest.mark.parametrize("dim", FEW_DIMS)
@@ -72,7 +72,7 @@ def test_grids_cover_all_rows(num_rows):
     p = plan(num_rows=num_rows)
     padded = triton_tiles.padded_rows(num_rows)
     assert padded >= max(num_rows, 1) and padded % triton_tiles.ROW_PADDING == 0
-    small = [p.prepare(num_rows, anchors=True, sort=False), p.gradient(num_rows, dots=False)]
+    small = [p.prepare(num_rows), p.gradient(num_rows, dots=False)]
     for launch in (*small, p.weights(num_rows)):
         assert launch.grid[0] * launch.constexprs["BLOCK_ROWS"] == padded
     for launch, shares in (
@@ -155,7 +155,7 @@ def test_who_writes_blocks():
     launch = plan(dim=8192).derivatives(False, 1024, 512)
     tile = launch.constexprs
     assert launch.grid == (512 // tile["COLS"], 1024 // tile["ROWS"], 1)
-    assert plan(dim=8192).prepare(64, anchors=True, sort=False).num_warps == 16
+    assert plan(dim=8192).prepare(64).num_warps == 16
 
 
 @pytest.mark.parametrize("dtype, size", [("bfloat16", 2), ("float32", 4)])
@@ -223,11 +223,11 @@ def test_the_shipped_launches_are_those_of_every_plan():
             normalize=normalize,
         )
         found = [p.loss("mean"), p.weights(77), p.gradient(77, dots=True)]
-        found += [p.prepare(77, anchors=True, sort=True), p.temperature_gradient()]
+        found += [p.prepare(77), p.temperature_gradient()]
         for running in p.running:
             found += [p.forward(running), p.backward(running)]
             found += [p.backward(running, of_columns=True)] if num_cols else []
-            found += [p.forward(running, second=True)] if denominator == "one_positive" else []
+            found += [p.forward(running, first_look=True)] if denominator == "one_positive" else []
         for launch in found:
             assert launch.code in shipped
 

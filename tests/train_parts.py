@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from data import sources, views
@@ -15,6 +16,29 @@ from run.processes import ALONE, Ranks
 from run.saved_run import open_encoder, open_run
 from training.build import build_trainer
 from training.trainer import Trainer
+
+
+class SmallEncoder(nn.Module):
+    """An encoder that a C++ compiler takes seconds for, in the place of timm's ResNet.
+
+    Its 2 MB of weights are more than DDP sends at a time.
+    """
+
+    num_features = 700
+
+    def __init__(
+        self, block: object, layers: object, *, channels: object, in_chans: int, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, self.num_features, 3)
+        self.norm = nn.BatchNorm2d(self.num_features)
+        self.last = nn.Linear(self.num_features, self.num_features)
+
+    def init_weights(self) -> None:
+        """timm's networks have it."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.norm(self.conv1(images)).relu().mean((2, 3)))
 
 
 def options_of(**values: Any) -> PretrainOptions:
@@ -49,9 +73,7 @@ def training_images(options: PretrainOptions, data: ImageData) -> Split | Crops:
     return views.training_images(options.views, data, seed=options.seeds.seed)
 
 
-def load_first_weights(
-    encoder: torch.nn.Module, options: PretrainOptions, *, channels: int
-) -> None:
+def load_first_weights(encoder: nn.Module, options: PretrainOptions, *, channels: int) -> None:
     """Give an encoder the weights that they name."""
     size = options.data.image_size
     name, arguments = encoder_recipe(options.network, channels=channels, image_size=size)

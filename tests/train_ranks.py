@@ -31,7 +31,7 @@ from run.options import PretrainOptions
 from run.processes import ALONE, Ranks, joined
 from supcon_kernels import grad_cache_backward, supcon_loss
 from train_fixtures import TINY
-from train_parts import build_views, load_data, options_of, trainer_of
+from train_parts import SmallEncoder, build_views, load_data, options_of, trainer_of
 from training.trainer import Trainer
 
 # Three epochs of ten steps.
@@ -61,6 +61,14 @@ def run(folder: Path, ranks: Ranks, *options: object) -> Path:
     arguments = [*TINY, *OPTIONS, f"--output_dir={folder}", *map(str, options)]
     config = parse(PretrainOptions, arguments, prog="", description="")
     return pretrain(config, torch.device("cpu"), ranks)
+
+
+def run_and_resume(folder: Path, ranks: Ranks, name: str, *options: str) -> None:
+    """A run, and a copy of it that goes on from a checkpoint; one that resumes compiles anew."""
+    whole, resumed = run(folder, ranks, *options, f"--name={name}"), folder / f"{name}-resumed"
+    ranks.from_rank_0(partial(shutil.copytree, whole, resumed))
+    torch.compiler.reset()
+    run(folder, ranks, *options, f"--resume={resumed / 'step-12.pt'}")
 
 
 def train(options: dict[str, Any], ranks: Ranks = ALONE) -> Trainer:
@@ -214,9 +222,9 @@ def check_all(folder: Path, ranks: Ranks) -> dict[str, Any]:
 
     # Runs, each of which goes on once from a checkpoint in an epoch; and one that may not begin.
     for name, options in (("plain", CARRYING), ("queue", [*CARRYING, *QUEUE])):
-        whole, resumed = run(folder, ranks, *options, f"--name={name}"), folder / f"{name}-resumed"
-        ranks.from_rank_0(partial(shutil.copytree, whole, resumed))
-        run(folder, ranks, *options, f"--resume={resumed / 'step-12.pt'}")
+        run_and_resume(folder, ranks, name, *options)
+    with patch("supcon_kernels.small_stem.ResNet", SmallEncoder):
+        run_and_resume(folder, ranks, "compiled", *CARRYING, "--compile=true")
     found["name taken"] = outcome(lambda: run(folder, ranks, "--name=plain"))
 
     config = options_of(image_size=8)

@@ -21,6 +21,7 @@ from codegen import sass
 from codegen.chips import programs_of
 from codegen.kernels import TOLD_APART, Compiled, Source
 from supcon_kernels.triton_run import source_of
+from supcon_kernels.triton_tiles import padded_dim
 
 TENSOR_CORES = {"HMMA": "mma.sync", "HGMMA": "wgmma", "UTC": "tcgen05"}
 
@@ -55,12 +56,12 @@ def _start_worker(cache: str) -> None:
 
 
 def fingerprint(source: Source) -> str:
-    """Of all that decides what is compiled: the code with what it calls, the launch, the compiler."""
+    """Of all that decides a row: the code with what it calls, the launch, the width, the compiler."""
     import triton
 
     launch = replace(source.launch, grid=())  # type: ignore[arg-type]
     code = _code(source.module, launch.kernel)
-    text = f"{launch}\n{code}\n{source.arch} {triton.__version__}"
+    text = f"{launch}\n{code}\n{source.dim} {source.arch} {triton.__version__}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -126,7 +127,8 @@ def _compile(source: Source) -> Any:
 def _read(blank: Compiled, kernel: Any, log: str) -> Compiled:
     code = kernel.asm
     instructions = sass.parse(_disassemble(code["cubin"]))
-    loops = sass.main_loops(instructions, code["ttir"], code["ttgir"], blank.num_warps)
+    width = padded_dim(blank.dim)
+    loops = sass.main_loops(instructions, code["ttir"], code["ttgir"], blank.num_warps, width)
     opcodes = [i.opcode for i in instructions]
     kinds = [
         kind

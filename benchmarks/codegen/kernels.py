@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from codegen.chips import MACS, SHARED_KIB, TENSOR_MEMORY_COLUMNS
@@ -12,7 +12,7 @@ from supcon_kernels.triton_shipped import shipped_launches
 
 OURS_CSV, PEERS_CSV = RESULTS / "gpu_codegen.csv", RESULTS / "gpu_codegen_peers.csv"
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
-DIMS = (64, 128, 256, 512, 1024, 8192)
+DIMS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 TILE_PAIRS = 128 * 128
 GOALS = {
     ("forward out/all", 80): 12.0,
@@ -134,6 +134,14 @@ def shipped(dtypes: Iterable[str], dims: Iterable[int], archs: Iterable[int]) ->
         for arch in archs
         for label, launch in shipped_launches(dtype, dim, arch)
     ]
+
+
+def distinct(sources: Sequence[Source]) -> list[Source]:
+    """The first source of each kernel: dtype and width are no part of some."""
+    first: dict[Hashable, Source] = {}
+    for source in sources:
+        first.setdefault((source.launch.code, source.arch), source)
+    return list(first.values())
 
 
 def read_compiled() -> list[Compiled]:

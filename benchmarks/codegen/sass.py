@@ -222,6 +222,7 @@ class Dot:
 
 
 CONSTANT = re.compile(r"(%\w+) = arith\.constant (-?\d+) : i32")
+CHUNKS = re.compile(r"(%\w+) = arith\.divsi %padded_dim, (%\w+) : i32")
 FOR = re.compile(r"scf\.for %\w+ = (%\w+) to (%\w+) step (%\w+)")
 DOT = re.compile(
     r"tt\.dot .*?(?:inputPrecision = (\w+) )?"
@@ -230,9 +231,15 @@ DOT = re.compile(
 EXPONENTIAL = re.compile(r"(math\.exp2? %|ex2\.approx).*tensor<\d+x\d+x")
 
 
-def tile_loops(ttir: str) -> TileLoop:
-    """The kernel's loops with their products; a bound that is no constant counts as one trip."""
+def tile_loops(ttir: str, padded_dim: int = 0) -> TileLoop:
+    """The kernel's loops with their products; a bound that is no constant counts as one trip.
+
+    Args:
+        padded_dim: features of a padded row, where the kernel is told them when it is launched.
+    """
     constants = {name: int(value) for name, value in CONSTANT.findall(ttir)}
+    chunks = {name: padded_dim // constants[size] for name, size in CHUNKS.findall(ttir)}
+    constants |= chunks
     root = TileLoop(1)
     regions: list[TileLoop] = []
     for line in ttir.splitlines():
@@ -312,10 +319,10 @@ class PairCost:
 
 
 def main_loops(
-    instructions: list[Instruction], ttir: str, ttgir: str, num_warps: int
+    instructions: list[Instruction], ttir: str, ttgir: str, num_warps: int, padded_dim: int = 0
 ) -> list[PairCost]:
     """The cost of a pair in each main loop, cheapest first: peeled tiles come after it."""
-    tiles = _main_tile_loops(tile_loops(ttir))
+    tiles = _main_tile_loops(tile_loops(ttir, padded_dim))
     loops = _main_sass_loops(loop_nest(instructions))
     if not tiles or not loops:
         return []

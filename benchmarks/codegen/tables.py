@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from codegen.chips import SHARED_KIB
-from codegen.covering import distinct
-from codegen.kernels import DIMS, DTYPES, Compiled, shipped
+from codegen.kernels import DIMS, DTYPES, Compiled, distinct, shipped
 from codegen.model import SCHEMES
 from reporting.documents import render_table
 

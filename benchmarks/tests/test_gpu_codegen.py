@@ -16,8 +16,7 @@ import triton.language as tl
 import gpu_codegen
 from codegen import compiler, sass
 from codegen.compiler import compile_all
-from codegen.covering import covering
-from codegen.kernels import Compiled, Source, shipped
+from codegen.kernels import Compiled, Source
 from reporting.documents import update_document
 from reporting.rows import read_rows, write_rows
 from supcon_kernels.triton_launch import Launch
@@ -213,22 +212,6 @@ def test_what_does_not_compile_is_a_fault() -> None:
     bad = replace(bad, launch=replace(bad.launch, constexprs={"D": 100, "ROWS": 64, "COLS": 64}))
     (row,) = compile_all([bad], 1)
     assert "cannot be compiled" in row.faults[0]
-
-
-def test_any_three_options_meet_in_the_covering() -> None:
-    every = shipped(("bfloat16", "float32"), (64, 512), (80, 90))
-    chosen = covering(every)
-    assert len(chosen) < len(every) / 8
-
-    def meetings(sources: list[Source]) -> set[tuple[object, ...]]:
-        return {
-            (s.launch.kernel, s.dtype, s.arch, name, value)
-            for s in sources
-            for name, value in s.launch.constexprs.items()
-            if name in ("OUT", "DENOMINATOR", "RUNNING", "COLS_ANCHOR", "REDUCTION", "SORTED")
-        }
-
-    assert meetings(chosen) == meetings(every)
 
 
 @pytest.fixture

@@ -7,21 +7,16 @@ a call (``why_not``); the first that has nothing to say to a call takes it. ``to
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from supcon_kernels.backends import native, reference, tiled, triton
+from supcon_kernels.backends.protocol import Backend, Fused
 from supcon_kernels.problem import Problem
 
-BACKENDS: dict[str, ModuleType] = {
-    "native": native,
-    "triton": triton,
-    "tiled": tiled,
-    "reference": reference,
-}
+FUSED: dict[str, Fused] = {"native": native, "triton": triton, "tiled": tiled}
+BACKENDS: dict[str, Backend] = {**FUSED, "reference": reference}
 
 
 def available_backends() -> dict[str, str | None]:

@@ -8,13 +8,13 @@ and soft labels are read where they are, in any dtype.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from supcon_kernels._version import __version__
+from supcon_kernels.backends.protocol import Anchors, Gradients, Results, Wanted
 from supcon_kernels.problem import Problem
 
 # That of csrc/supcon.h: a core that was compiled before it changed takes other arguments.
@@ -71,105 +71,90 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (N,), total and counts as ``Problem.reduced`` has them, statistics (3, N) for ``backward``.
-
-    The statistics are ``RowStatistics`` in csrc/supcon.h.
-    """
-    results = _empty_results(problem)
-    _call(problem).forward(*[x.data_ptr() for x in results])
-    return _poisoned(problem, results)
+def saved(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Statistics (3, N), ``RowStatistics`` in csrc/supcon.h, and nothing prepared."""
+    stats = problem.rows.new_empty(3, problem.num_rows, dtype=torch.float64)
+    return stats, problem.rows.new_empty(0)
 
 
-def forward_both_ways(problem: Problem) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """What ``forward`` returns of each way of a symmetric problem, of one set of similarities."""
-    of_ways = [_empty_results(way) for way in problem.ways()]
-    _call(problem).forward_both_ways(*[x.data_ptr() for results in of_ways for x in results])
-    return [_poisoned(problem, results) for results in of_ways]
-
-
-def makes_gradients(problem: Problem, reduction: str) -> bool:
-    """Whether ``forward_and_backward`` is the faster way to the gradients of ``problem``."""
+def forward(problem: Problem, reduction: str, wanted: Wanted) -> Results:
+    """The loss; of few pairs the gradients too, of the same preparation in one entry into the core."""
     if problem.symmetric:
-        return False
-    return reduction != "none" and problem.num_rows * problem.num_cols <= MAX_PAIRS_AT_ONCE
+        return _forward_both_ways(problem, reduction)
+    by_rows, grads = problem.by_rows(), None
+    results = _empty_results(by_rows)
+    addresses = [x.data_ptr() for x in results]
+    few_pairs = problem.num_rows * problem.num_cols <= MAX_PAIRS_AT_ONCE
+    if any(wanted) and few_pairs and reduction != "none":
+        rows, cols, temperature = made = _empty_gradients(by_rows, wanted)
+        counts = results[2]
+        count = 0
+        if reduction != "sum":
+            count = counts.data_ptr() + (reduction == "positive_mean") * counts.element_size()
+        _call(by_rows).forward_and_backward(*addresses, count, *_addresses(made, wanted))
+        grads = Gradients.by_rows(problem, rows, cols, temperature.to(problem.dtype))
+    else:
+        _call(by_rows).forward(*addresses)
+    return _asked(by_rows, results, reduction, grads)
 
 
-def forward_and_backward(
-    problem: Problem, reduction: str, wanted: Sequence[bool]
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """What ``forward`` returns, and the gradients of the loss that ``reduction`` asks for.
+def _forward_both_ways(problem: Problem, reduction: str) -> Results:
+    """The loss, of one set of similarities."""
+    ways = problem.ways()
+    of_ways = [_empty_results(way) for way in ways]
+    _call(problem).forward_both_ways(*[x.data_ptr() for results in of_ways for x in results])
+    return Results.of_ways([_asked(w, results, reduction) for w, results in zip(ways, of_ways)])
 
-    Those are in the working dtype: scaled by what came from above, they may fit in no narrower one.
-    """
-    results, grads = _empty_results(problem), _empty_gradients(problem, wanted)
-    counts = results[2]
-    count = 0
-    if reduction != "sum":
-        count = counts.data_ptr() + (reduction == "positive_mean") * counts.element_size()
-    _call(problem).forward_and_backward(
-        *[x.data_ptr() for x in results],
-        count,
-        *[x.data_ptr() if want else 0 for x, want in zip(grads, wanted)],
-    )
-    return _poisoned(problem, results), (grads[0], grads[1], grads[2].to(problem.dtype))
+
+def backward(
+    problem: Problem, anchors: Anchors, col_anchors: Anchors | None, wanted: Wanted
+) -> Gradients:
+    """The gradients, of similarities that are computed again."""
+    by_rows, dtype = problem.by_rows(), problem.rows.dtype
+    rows, cols, temperature = made = _empty_gradients(by_rows, wanted)
+    read: list[Tensor] = []
+    for side in (anchors, col_anchors):
+        if side is not None:
+            read += [side.grad_losses().to(problem.dtype).contiguous(), side.stats.contiguous()]
+    of_rows, of_cols = [x.data_ptr() for x in read[:2]], [x.data_ptr() for x in read[2:]]
+    _call(by_rows).backward(*of_rows, *_addresses(made, wanted), *of_cols)
+    temperature = temperature.to(problem.dtype)
+    return Gradients.by_rows(problem, rows.to(dtype), cols.to(dtype), temperature)
 
 
 def _empty_results(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, dtype = problem.rows.shape[0], problem.dtype
+    """Losses as ``Problem.reduced`` has them, and statistics."""
+    n, dtype = problem.num_rows, problem.dtype
     loss, total, counts = _empty((n,), dtype), _empty((), dtype), _empty((2,), dtype)
     return loss, total, counts, _empty((3, n), torch.float64)
 
 
-def _empty_gradients(problem: Problem, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    rows, cols = problem.rows, problem.rows if problem.cols is None else problem.cols
-    needs_rows, needs_cols, needs_temperature = wanted
-    return (
-        _empty(rows.shape if needs_rows else (0,), problem.dtype),
-        _empty(cols.shape if needs_cols else (0,), problem.dtype),
-        _empty(() if needs_temperature else (0,), torch.float64),
-    )
-
-
-def _poisoned(
-    problem: Problem, results: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _asked(
+    problem: Problem,
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
+    reduction: str,
+    grads: Gradients | None = None,
+) -> Results:
     loss, total, counts, stats = results
     if not problem.has_integer_labels:
         poison = problem.target_poison()
         loss += poison
         total += poison
-    return loss, total, counts, stats
+    return Results.of((loss, total, counts), stats, reduction, grads)
 
 
-def backward(
-    problem: Problem,
-    grad_loss: Tensor,
-    stats: Tensor,
-    needs_rows: bool,
-    needs_cols: bool,
-    needs_temperature: bool,
-    col_grad_loss: Tensor | None = None,
-    col_stats: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows (N, D), cols (M, D) and the temperature (0-dim); (0,) where not needed.
-
-    The columns are anchors, too, where ``col_grad_loss`` (M,) and ``col_stats`` (3, M) are given.
-    """
-    grad_loss, stats = grad_loss.to(problem.dtype).contiguous(), stats.contiguous()
-    of_cols: list[Tensor] = []
-    if col_grad_loss is not None and col_stats is not None:
-        of_cols = [col_grad_loss.to(problem.dtype).contiguous(), col_stats.contiguous()]
-    wanted = (needs_rows, needs_cols, needs_temperature)
-    grads = _empty_gradients(problem, wanted)
-    _call(problem).backward(
-        grad_loss.data_ptr(),
-        stats.data_ptr(),
-        *[x.data_ptr() if want else 0 for x, want in zip(grads, wanted)],
-        *[x.data_ptr() for x in of_cols],
+def _empty_gradients(problem: Problem, wanted: Wanted) -> Gradients:
+    """In the working dtype: scaled by what came from above, they may fit in no narrower one."""
+    rows, cols = problem.rows, problem.rows if problem.cols is None else problem.cols
+    return Gradients(
+        _empty(rows.shape if wanted.rows else (0,), problem.dtype),
+        _empty(cols.shape if wanted.cols else (0,), problem.dtype),
+        _empty(() if wanted.temperature else (0,), torch.float64),
     )
-    dtype = problem.rows.dtype
-    return grads[0].to(dtype), grads[1].to(dtype), grads[2].to(problem.dtype)
+
+
+def _addresses(grads: Gradients, wanted: Wanted) -> list[int]:
+    return [x.data_ptr() if want else 0 for x, want in zip(grads, wanted)]
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supcon_kernels.problem import Problem
+from supcon_kernels.problem import Problem, as_asked, mean_of_ways
 
 
 def unavailable() -> str | None:
@@ -22,8 +22,14 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def rows_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (N,), total and counts as ``Problem.reduced`` has them, in plain differentiable PyTorch."""
+def loss_of(problem: Problem, reduction: str) -> Tensor:
+    """The loss, which autograd differentiates."""
+    ways = [_losses(way.by_rows()) for way in problem.ways()]
+    return mean_of_ways([as_asked(*losses, reduction)[0] for losses in ways])
+
+
+def _losses(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``Problem.reduced`` has them."""
     with torch.autocast(problem.rows.device.type, enabled=False):
         rows, cols = problem.embeddings()
         s = rows @ cols.T / problem.tau

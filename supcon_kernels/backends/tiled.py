@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from supcon_kernels.backends.protocol import Anchors, Gradients, Results, Wanted
 from supcon_kernels.backends.reference import masked_logsumexp
 from supcon_kernels.problem import (
     Problem,
@@ -39,99 +40,80 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (N,), total and counts as ``Problem.reduced`` has them, statistics (3, N) for ``backward``.
+def saved(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Statistics (3, N), and nothing prepared.
 
     The statistics of a row are the log-sum-exp of its denominator, the normaliser of its
     positives (their total weight, or the log-sum-exp over them), and the weight of the softmax
     part of its gradient.
     """
-    rows, cols = problem.embeddings()
-    with torch.autocast(rows.device.type, enabled=False):
-        if _positives_by_class(problem):
-            lse, _ = _log_sum_exps(problem, rows, cols)
-            found = _class_statistics(problem, rows, cols, lse)
-        else:
-            found = _pair_statistics(problem, rows, cols)
-    return _results(problem, *found)
+    stats = problem.rows.new_empty(3, problem.num_rows, dtype=statistics_dtype(problem.rows))
+    return stats, problem.rows.new_empty(0)
 
 
-def forward_both_ways(problem: Problem) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """What ``forward`` returns of each way of a symmetric problem.
-
-    Where positives cost no look at pairs, the similarities are computed once.
-    """
-    ways = problem.ways()
+def forward(problem: Problem, reduction: str, wanted: Wanted) -> Results:
+    """The loss. Where positives cost no look at pairs, both ways share the similarities."""
+    ways = [way.by_rows() for way in problem.ways()]
     if not _positives_by_class(problem):
-        return [forward(way) for way in ways]
+        return Results.of_ways([_forward_pairs(way, reduction) for way in ways])
+    problem = problem.by_rows()
     rows, cols = problem.embeddings()
     with torch.autocast(rows.device.type, enabled=False):
-        of_rows, of_cols = _log_sum_exps(problem, rows, cols)
-        found = (
-            _class_statistics(ways[0], rows, cols, of_rows),
-            _class_statistics(ways[1], cols, rows, of_cols),
-        )
-    return [_results(way, *of_way) for way, of_way in zip(ways, found)]
+        lses = _log_sum_exps(problem, rows, cols)
+        found = [
+            _class_statistics(way, *sides, lse)
+            for way, sides, lse in zip(ways, ((rows, cols), (cols, rows)), lses)
+        ]
+    return Results.of_ways([_results(way, *of, reduction) for way, of in zip(ways, found)])
+
+
+def _forward_pairs(problem: Problem, reduction: str) -> Results:
+    rows, cols = problem.embeddings()
+    with torch.autocast(rows.device.type, enabled=False):
+        found = _pair_statistics(problem, rows, cols)
+    return _results(problem, *found, reduction)
 
 
 def _results(
-    problem: Problem, loss: Tensor, contributes: Tensor, stats: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem: Problem, loss: Tensor, contributes: Tensor, stats: Tensor, reduction: str
+) -> Results:
     loss = torch.where(problem.row_ignored(), 0.0, loss + problem.poison())
-    return *problem.reduced(loss, contributes), stats
+    return Results.of(problem.reduced(loss, contributes), stats, reduction)
 
 
 def backward(
-    problem: Problem,
-    grad_loss: Tensor,
-    stats: Tensor,
-    needs_rows: bool,
-    needs_cols: bool,
-    needs_temperature: bool,
-    col_grad_loss: Tensor | None = None,
-    col_stats: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows (N, D), cols (M, D) and the temperature (0-dim); (0,) where not needed.
-
-    Args:
-        problem: what ``forward`` was given.
-        grad_loss: (N,) gradient of each anchor's loss, of no effect where it does not contribute.
-        stats: (3, N) from ``forward``.
-        needs_rows, needs_cols, needs_temperature: which gradients are wanted. Where the rows
-            are the columns, there is one gradient, of the rows.
-        col_grad_loss, col_stats: (M,) and (3, M) where the columns are anchors, too. Unless the
-            problem is symmetric, the temperature's gradient is half of the sum of both.
-    """
+    problem: Problem, anchors: Anchors, col_anchors: Anchors | None, wanted: Wanted
+) -> Gradients:
+    """The gradients, of similarities that are computed again."""
+    given, problem = problem, problem.by_rows()
     rows, cols = problem.embeddings()
-    wants_cols = needs_cols or (needs_rows and problem.square)
+    wants_cols = wanted.cols or (wanted.rows and problem.square)
     gradient = _class_gradient if _positives_by_class(problem) else _pair_gradient
-    anchors = _Anchors.of(grad_loss, stats)
-    col_anchors = None
-    if col_grad_loss is not None and col_stats is not None:
-        col_anchors = _Anchors.of(col_grad_loss, col_stats)
+    of_cols = None if col_anchors is None else _Weighted.of(col_anchors)
     with torch.autocast(rows.device.type, enabled=False):
-        grad_rows, grad_cols = gradient(problem, rows, cols, anchors, col_anchors, wants_cols)
+        grad_rows, grad_cols = gradient(
+            problem, rows, cols, _Weighted.of(anchors), of_cols, wants_cols
+        )
 
+    out_rows = out_cols = problem.rows.new_zeros(0)
     grad_tau = rows.new_zeros(0)
-    if needs_temperature:
+    if wanted.temperature:
         exact = accumulation_dtype(rows)
         grad_tau = -(rows.to(exact) * grad_rows.to(exact)).sum().to(rows.dtype) / problem.tau
-        if col_anchors is not None and not problem.symmetric:
+        if of_cols is not None and not problem.symmetric:
             grad_tau = grad_tau / 2  # every pair is in the gradient of both its rows
-    if problem.square and needs_rows:
+    if problem.square and wanted.rows:
         grad_rows += grad_cols
-    out_rows = (
-        _to_input(problem, problem.rows, grad_rows) if needs_rows else problem.rows.new_zeros(0)
-    )
-    out_cols = problem.rows.new_zeros(0)
-    if needs_cols:
+    if wanted.rows:
+        out_rows = _to_input(problem, problem.rows, grad_rows)
+    if wanted.cols:
         assert problem.cols is not None
         out_cols = _to_input(problem, problem.cols, grad_cols)
-    return out_rows, out_cols, grad_tau
+    return Gradients.by_rows(given, out_rows, out_cols, grad_tau)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Anchors:
+class _Weighted:
     """What is known of anchors in the backward.
 
     Attributes:
@@ -143,11 +125,12 @@ class _Anchors:
     stats: Tensor
 
     @staticmethod
-    def of(grad_loss: Tensor, stats: Tensor) -> _Anchors:
-        return _Anchors(torch.where(stats[1] == torch.inf, 0.0, grad_loss), stats)
+    def of(given: Anchors) -> _Weighted:
+        grad_loss = torch.where(given.stats[1] == torch.inf, 0.0, given.grad_losses())
+        return _Weighted(grad_loss, given.stats)
 
-    def chunk(self, start: int, stop: int) -> _Anchors:
-        return _Anchors(self.grad_loss[start:stop], self.stats[:, start:stop])
+    def chunk(self, start: int, stop: int) -> _Weighted:
+        return _Weighted(self.grad_loss[start:stop], self.stats[:, start:stop])
 
 
 def _to_input(problem: Problem, x: Tensor, grad: Tensor) -> Tensor:
@@ -172,7 +155,7 @@ def _chunks(problem: Problem) -> Iterator[tuple[int, int]]:
 def _pair_statistics(problem: Problem, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     loss = rows.new_empty(rows.shape[0])
     contributes = torch.empty(rows.shape[0], dtype=torch.bool, device=rows.device)
-    stats = rows.new_empty(3, rows.shape[0], dtype=statistics_dtype(rows))
+    stats, _ = saved(problem)
     for start, stop in _chunks(problem):
         chunk = slice(start, stop)
         s = rows[chunk] @ cols.T / problem.tau
@@ -227,7 +210,7 @@ def _attraction(problem: Problem, s: Tensor, w: Tensor, lse: Tensor, normaliser:
     return torch.where(w > 0, pull, 0.0)
 
 
-def _derivative(problem: Problem, s: Tensor, w: Tensor, anchors: _Anchors) -> Tensor:
+def _derivative(problem: Problem, s: Tensor, w: Tensor, anchors: _Weighted) -> Tensor:
     """(n, M) derivative of the total loss of anchors by their similarities ``s``, over τ."""
     lse, _, softmax_weight = anchors.stats.to(s.dtype)
     normaliser = anchors.stats[1].to(w.dtype)  # of weights that may be tiny or huge
@@ -241,8 +224,8 @@ def _pair_gradient(
     problem: Problem,
     rows: Tensor,
     cols: Tensor,
-    anchors: _Anchors,
-    col_anchors: _Anchors | None,
+    anchors: _Weighted,
+    col_anchors: _Weighted | None,
     wants_cols: bool,
 ) -> tuple[Tensor, Tensor]:
     grad_rows = torch.empty_like(rows)
@@ -375,8 +358,8 @@ def _class_gradient(
     problem: Problem,
     rows: Tensor,
     cols: Tensor,
-    anchors: _Anchors,
-    col_anchors: _Anchors | None,
+    anchors: _Weighted,
+    col_anchors: _Weighted | None,
     wants_cols: bool,
 ) -> tuple[Tensor, Tensor]:
     grad_loss, lse = anchors.grad_loss, anchors.stats[0].to(rows.dtype)

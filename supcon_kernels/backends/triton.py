@@ -1,45 +1,23 @@
 """Triton kernels on CUDA tensors: float32, float16 and bfloat16, any variant, integer labels or none.
 
-This file hands the kernels what ``triton_launch`` plans. The host reads nothing off the device and
+This file says in which order they are launched. The host reads nothing off the device and
 every shape follows from the inputs' shapes, so that a call can be captured in a CUDA graph.
 docs/kernels.md says what the kernels do.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import importlib.metadata
 import importlib.util
-import os
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from supcon_kernels import triton_launch, triton_run, triton_tiles
+from supcon_kernels.backends.protocol import Anchors, Gradients, Results, Wanted
 from supcon_kernels.problem import Problem
-from supcon_kernels.triton_launch import Launch
-from supcon_kernels.triton_shares import Shares
-from supcon_kernels.triton_tiles import Target
+from supcon_kernels.triton_call import DTYPES, Call, size_of
 
-# Probabilities are multiplied by this before they are rounded to float16, whose subnormals begin
-# at 2^-14, and stay within its range: both anchors of a pair add up to at most 2^15.
-HEADROOM = 2.0**14
-
-
-def _workspace_bytes(mib: str) -> int:
-    if not mib.isdecimal() or int(mib) == 0:
-        raise ValueError(f"SUPCON_KERNELS_WORKSPACE_MIB must be a whole number > 0, got {mib!r}")
-    return 2**20 * int(mib)
-
-
-# Where rows are wide, so many bytes of H are written at a time.
-workspace_bytes = _workspace_bytes(os.environ.get("SUPCON_KERNELS_WORKSPACE_MIB", "256"))
-# A gradient in one piece.
-WHOLE = Shares(num_blocks=1, num_tiles=1, group=1, share=1)
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _INTERPRETED = triton_run.INTERPRETED
 # The first with triton.knobs, by which the kernels know the interpreter.
 _OLDEST_TRITON = (3, 4)
@@ -84,7 +62,7 @@ def why_not(problem: Problem) -> str | None:
     device = problem.rows.device
     if device.type != "cuda" and not (_INTERPRETED and device.type == "cpu"):
         return f"the features are on {device}, and it runs on CUDA."
-    if problem.rows.dtype not in _DTYPES:
+    if problem.rows.dtype not in DTYPES:
         return f"it takes float32, float16 and bfloat16 features, not {problem.rows.dtype}."
     if problem.weights is not None:
         return "it takes labels or none, not a mask."
@@ -105,18 +83,29 @@ def _too_old(device: torch.device) -> str | None:
     return f"{properties.name} is of compute capability {capability}, and it needs 8.0 or newer."
 
 
-def forward(problem: Problem, reduction: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, what it was divided by, statistics (5, N) and the prepared rows, for ``backward``.
+def saved(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Statistics (5, N), and room for the prepared rows and columns.
 
     The statistics of an anchor are the sum of its denominator's powers; the number of its
     positives, or ("in") the sum of their powers, infinite where the anchor does not contribute;
     the weight of the softmax part of its gradient; and the exponents that both sums are shifted by.
     """
-    call = _Call(problem)
+    sides = [problem.rows] if problem.cols is None else [problem.rows, problem.cols]
+    stats = problem.rows.new_empty(5, problem.num_rows, dtype=torch.float32)
+    return stats, problem.rows.new_empty(sum(size_of(side) for side in sides))
+
+
+def forward(problem: Problem, reduction: str, wanted: Wanted) -> Results:
+    """The loss, and the rows and columns as the kernels take them."""
+    return Results.of_ways([_forward(way, reduction) for way in problem.ways()])
+
+
+def _forward(problem: Problem, reduction: str) -> Results:
+    call = Call(problem)
     plan, rows, cols = call.plan, call.rows, call.cols
     loss = call.new(problem.num_rows if reduction == "none" else ())
     count = call.new(())
-    stats, prepared = empty_saved(problem)
+    stats, prepared = saved(problem)
     with call.on_device():
         call.place(prepared)
         call.prepare(anchors=True)
@@ -124,13 +113,13 @@ def forward(problem: Problem, reduction: str) -> tuple[Tensor, Tensor, Tensor, T
         sums = call.new((shares.max_pieces, 4, rows.padded))
         second_sums = torch.empty_like(sums) if plan.looks_twice else sums
         for running in plan.running:
-            for second in (False, True) if plan.looks_twice else (False,):
+            for first_look in (True, False) if plan.looks_twice else (False,):
                 call.run(
-                    plan.forward(running, second=second),
+                    plan.forward(running, first_look=first_look),
                     **call.pairs(rows, cols, plan.forward_shares(running), call.own_col),
                     col_valid_ptr=cols.valid,
                     first_sums_ptr=sums,
-                    sums_ptr=second_sums if second else sums,
+                    sums_ptr=sums if first_look else second_sums,
                     max_pieces=shares.max_pieces,
                 )
         call.run(
@@ -151,409 +140,54 @@ def forward(problem: Problem, reduction: str) -> tuple[Tensor, Tensor, Tensor, T
             share=shares.share,
             max_pieces=shares.max_pieces,
         )
-    return loss, count, stats, prepared
-
-
-def empty_saved(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The statistics and the prepared rows that ``forward`` fills."""
-    sides = [problem.rows] if problem.cols is None else [problem.rows, problem.cols]
-    size = sum(_size(side) for side in sides)
-    stats = problem.rows.new_empty(5, problem.num_rows, dtype=torch.float32)
-    return stats, problem.rows.new_empty(size)
+    return Results(loss, count, stats, prepared)
 
 
 def backward(
-    problem: Problem,
-    grad_loss: Tensor,
-    count: Tensor,
-    stats: Tensor,
-    prepared: Tensor | None,
-    needs_rows: bool,
-    needs_cols: bool,
-    needs_temperature: bool,
-    col_grad_loss: Tensor | None = None,
-    col_stats: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, cols and the temperature (0-dim); (0,) where not needed.
-
-    Args:
-        problem: what ``forward`` was given.
-        grad_loss: gradient of the loss, (N,) or 0-dim.
-        count, stats, prepared: from ``forward``; without what it prepared, rows are prepared again.
-        needs_rows, needs_cols, needs_temperature: which gradients are wanted.
-        col_grad_loss, col_stats: (M,) or 0-dim, and (5, M), where the columns are anchors, too.
-    """
-    call = _Call(problem)
+    problem: Problem, anchors: Anchors, col_anchors: Anchors | None, wanted: Wanted
+) -> Gradients:
+    """The gradients; without what the forward prepared, rows are prepared again."""
+    call = Call(problem)
     plan, rows = call.plan, call.rows
     grad_rows = grad_cols = rows.features.new_empty(0)
-    grad_tau = call.new(() if needs_temperature else 0)
+    grad_tau = call.new(() if wanted.temperature else 0)
     with call.on_device():
-        if prepared is None:
-            call.place(empty_saved(problem)[1])
+        if anchors.prepared is None:
+            call.place(saved(problem)[1])
             call.prepare(anchors=False)
         else:
-            call.place(prepared)
-        upstreams, peak = [grad_loss], grad_loss
-        if col_grad_loss is not None and col_stats is not None:
-            upstreams.append(col_grad_loss)
-        if grad_loss.ndim:
-            peak = _peak(upstreams, [stats, col_stats])
-        elif upstreams[-1] is not grad_loss:
-            peak = torch.stack(upstreams).abs().amax()
-        weights, factor = call.weights(grad_loss, peak, count, stats)
+            call.place(anchors.prepared)
+        peak = _peak([anchors] if col_anchors is None else [anchors, col_anchors])
+        weights, factor = call.weights(anchors, peak)
         of_cols = weights if plan.square else None
-        if col_stats is not None:
-            of_cols, _ = call.weights(upstreams[-1], peak, count, col_stats)
-        uses_rows = needs_rows or needs_temperature
-        products = call.products(weights, of_cols, uses_rows, needs_cols)
+        if col_anchors is not None:
+            of_cols, _ = call.weights(col_anchors, peak)
+        uses_rows = wanted.rows or wanted.temperature
+        products = call.products(weights, of_cols, uses_rows, wanted.cols)
         if uses_rows:
-            gradient, dots = call.gradient(rows, *next(products), factor, needs_temperature)
-            grad_rows = gradient if needs_rows else grad_rows
-        if needs_cols:
+            gradient, dots = call.gradient(rows, *next(products), factor, wanted.temperature)
+            grad_rows = gradient if wanted.rows else grad_rows
+        if wanted.cols:
             grad_cols, _ = call.gradient(call.cols, *next(products), factor, False)
-        if needs_temperature:
+        if wanted.temperature:
             call.run(
                 plan.temperature_gradient(),
                 dots_ptr=dots,
-                temperature_ptr=call.temperature,
+                **call.temperature,
                 temperature_gradient_ptr=grad_tau,
                 padded_rows=rows.padded,
                 part=1.0 if of_cols is None or problem.symmetric else 0.5,
-                host_temperature=call.host_temperature,
             )
-    return grad_rows, grad_cols, grad_tau
+    return Gradients(grad_rows, grad_cols, grad_tau)
 
 
-def _peak(upstreams: list[Tensor], stats: list[Tensor | None]) -> Tensor:
+def _peak(sides: list[Anchors]) -> Tensor:
     """0-dim: the largest gradient, of either sign, of an anchor that contributes."""
-    sizes = [
-        torch.where(s[1] == torch.inf, 0.0, g).abs()
-        for g, s in zip(upstreams, stats)
-        if s is not None
-    ]
+    first = sides[0].grad_loss
+    if first.ndim == 0:
+        if all(side.grad_loss is first for side in sides):
+            return first
+        return torch.stack([side.grad_loss for side in sides]).abs().amax()
+    sizes = [torch.where(s.stats[1] == torch.inf, 0.0, s.grad_loss).abs() for s in sides]
     every = torch.cat(sizes) if len(sizes) > 1 else sizes[0]
     return every.amax() if len(every) else every.sum()
-
-
-def _size(features: Tensor) -> int:
-    """Elements of a side's prepared rows, with as many 32-bit classes behind them."""
-    padded = triton_tiles.padded_rows(features.shape[:-1].numel())
-    return padded * (triton_tiles.padded_dim(features.shape[-1]) + 4 // features.itemsize)
-
-
-@dataclasses.dataclass
-class _Side:
-    """Anchors or contrasts: as given, and where their prepared rows are.
-
-    Attributes:
-        features: (N, D) or (B, V, D).
-        labels: (N,) or (B,).
-        num_rows: N.
-        padded: rows with the zeros behind them.
-        rows: (padded, padded D) prepared, and behind them (padded,) int32, equal for equal labels.
-        valid: (padded,) 1, 0 where a row takes no part, NaN where it is not finite.
-    """
-
-    features: Tensor
-    labels: Tensor
-    num_rows: int
-    padded: int
-    rows: Tensor
-    valid: Tensor
-
-    @staticmethod
-    def of(features: Tensor, labels: Tensor | None) -> _Side:
-        assert labels is not None
-        if features.stride(-1) != 1:
-            features = features.contiguous()
-        num_rows = features.shape[:-1].numel()
-        padded = triton_tiles.padded_rows(num_rows)
-        return _Side(features, labels.contiguous(), num_rows, padded, *[features] * 2)
-
-    def matrix(self, dim: int) -> Tensor:
-        """The prepared rows (padded, padded D)."""
-        width = triton_tiles.padded_dim(dim)
-        return self.rows[: self.padded * width].view(self.padded, width)
-
-    @property
-    def num_samples(self) -> int:
-        """At least 1: numbers are divided by it."""
-        return max(self.features.shape[0], 1)
-
-    def arguments(self) -> dict[str, Any]:
-        """Where the kernels find the features."""
-        x = self.features
-        return {
-            "features_ptr": x,
-            "num_rows": self.num_rows,
-            "num_samples": self.num_samples,
-            "dim": x.shape[-1],
-            "sample_stride": x.stride(0),
-            "view_stride": x.stride(1) if x.ndim == 3 else 0,
-        }
-
-
-class _Call:
-    """A problem on its device: the sides, the plan of its launches and the temperature."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.device = problem.rows.device
-        tau = _temperature(problem)
-        # What is not given is not read.
-        self.temperature = tau if isinstance(tau, Tensor) else problem.rows
-        self.host_temperature = 1.0 if isinstance(tau, Tensor) else tau
-        self.rows = self.cols = _Side.of(problem.rows, problem.row_labels)
-        if problem.cols is not None:
-            self.cols = _Side.of(problem.cols, problem.col_labels)
-        self.plan = triton_launch.plan_of(
-            _DTYPES[problem.rows.dtype],
-            problem.rows.shape[-1],
-            self.rows.num_rows,
-            None if problem.cols is None else self.cols.num_rows,
-            _target(self.device),
-            None if isinstance(tau, Tensor) else triton_launch.powers_fit(tau),
-            problem.summation,
-            problem.denominator,
-            problem.normalize,
-            problem.tf32 and problem.rows.dtype == torch.float32,
-        )
-        offset = problem.self_offset
-        self.own_col = triton_launch.NOT_AMONG if offset is None else offset  # of row 0
-        self.own_row = triton_launch.NOT_AMONG if offset is None else -offset  # of column 0
-
-    def new(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor on the device, not filled."""
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def on_device(self) -> contextlib.AbstractContextManager[Any]:
-        """Launches go to the current stream of the features' device."""
-        if self.device.type == "cuda":
-            return torch.cuda.device(self.device)
-        return contextlib.nullcontext()
-
-    def run(self, launch: Launch, **arguments: Any) -> None:
-        """Launch a kernel."""
-        triton_run.run(launch, self.device, arguments)
-
-    def place(self, prepared: Tensor) -> None:
-        """Let the sides' prepared rows and classes be parts of ``prepared``."""
-        self.rows.rows = prepared
-        if not self.plan.square:
-            self.cols.rows = prepared[_size(self.rows.features) :]
-
-    def prepare(self, *, anchors: bool) -> None:
-        """Fill the sides' rows and classes, and count the positives of anchors."""
-        rows, cols, plan = self.rows, self.cols, self.plan
-        by_order = (
-            rows.num_samples * max(cols.num_samples, rows.num_samples) > triton_launch.SORTED_PAIRS
-        )
-        contrasts = cols.labels.sort().values if by_order else cols.labels
-        self.num_positives = self.new(rows.padded, torch.int32)
-        for side in (rows,) if plan.square else (rows, cols):
-            begin = end = side.labels
-            if by_order:
-                begin = torch.searchsorted(contrasts, side.labels, out_int32=True)
-                end = torch.searchsorted(contrasts, side.labels, out_int32=True, right=True)
-            side.valid = self.new(side.padded)
-            self.run(
-                plan.prepare(side.num_rows, anchors=anchors and side is rows, sort=by_order),
-                **side.arguments(),
-                labels_ptr=side.labels,
-                anchor_labels_ptr=rows.labels,
-                contrast_labels_ptr=cols.labels,
-                sorted_begin_ptr=begin,
-                sorted_end_ptr=end,
-                temperature_ptr=self.temperature,
-                rows_ptr=side.rows,
-                valid_ptr=side.valid,
-                num_positives_ptr=self.num_positives,
-                padded_rows=side.padded,
-                num_anchors=rows.labels.shape[0],
-                num_contrasts=cols.labels.shape[0],
-                num_contrast_views=cols.num_rows // cols.num_samples,
-                own_offset=self.own_col,
-                ignore_index=self.problem.ignore_index,
-                host_temperature=self.host_temperature,
-            )
-
-    def pairs(
-        self, owner: _Side, streamed: _Side, shares: Shares, own_offset: int
-    ) -> dict[str, Any]:
-        """What the pair kernels take of rows ``owner`` and columns ``streamed``."""
-        return {
-            "rows_ptr": owner.rows,
-            "cols_ptr": streamed.rows,
-            "temperature_ptr": self.temperature,
-            "padded_rows": owner.padded,
-            "padded_cols": streamed.padded,
-            "num_blocks": shares.num_blocks,
-            "num_tiles": shares.num_tiles,
-            "group": shares.group,
-            "share": shares.share,
-            "own_offset": own_offset,
-            "host_temperature": self.host_temperature,
-        }
-
-    def weights(
-        self, upstream: Tensor, peak: Tensor, count: Tensor, stats: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(4, padded rows) what anchors weigh, and the factor that was taken out, 0-dim."""
-        num_rows = stats.shape[1]
-        padded = triton_tiles.padded_rows(num_rows)
-        weights, factor, stats = self.new((4, padded)), self.new(()), stats.contiguous()
-        self.run(
-            self.plan.weights(num_rows),
-            upstream_ptr=upstream,
-            peak_ptr=peak,
-            count_ptr=count,
-            stats_ptr=stats,
-            temperature_ptr=self.temperature,
-            weights_ptr=weights,
-            factor_ptr=factor,
-            num_rows=num_rows,
-            padded_rows=padded,
-            upstream_stride=upstream.stride(0) if upstream.ndim else 0,
-            headroom=HEADROOM,
-            host_temperature=self.host_temperature,
-        )
-        return weights, factor
-
-    def products(
-        self, of_rows: Tensor, of_cols: Tensor | None, uses_rows: bool, uses_cols: bool
-    ) -> Iterator[tuple[Tensor, Shares]]:
-        """H times the columns where rows are used, then Hᵀ times the rows where columns are, in pieces.
-
-        Args:
-            of_rows, of_cols: what the anchors among the rows weigh, and those among the columns, if any.
-        """
-        if self.plan.is_wide:
-            yield from self.wide_products(of_rows, of_cols, uses_rows, uses_cols)
-            return
-        if uses_rows:
-            yield self.pieces(of_rows, of_cols, of_columns=False)
-        if uses_cols:
-            yield self.pieces(of_rows, of_cols, of_columns=True)
-
-    def wide_products(
-        self, of_rows: Tensor, of_cols: Tensor | None, uses_rows: bool, uses_cols: bool
-    ) -> Iterator[tuple[Tensor, Shares]]:
-        """``products`` by blocks of H, each of which is made once."""
-        plan, rows, cols = self.plan, self.rows, self.cols
-        height, width = plan.blocks(workspace_bytes)
-        block = rows.features.new_empty(height * width)
-        by_rows: dict[int, Tensor] = {}  # by the first row
-        by_cols: dict[int, Tensor] = {}
-        for i in range(0, rows.padded, height):
-            for j in range(0, cols.padded, width):
-                h, w = min(height, rows.padded - i), min(width, cols.padded - j)
-                for running in plan.running:
-                    self.run(
-                        plan.derivatives(running, h, w, both_anchor=of_cols is not None),
-                        rows_ptr=rows.rows,
-                        cols_ptr=cols.rows,
-                        row_weights_ptr=of_rows,
-                        col_weights_ptr=of_rows if of_cols is None else of_cols,
-                        temperature_ptr=self.temperature,
-                        derivatives_ptr=block,
-                        padded_rows=rows.padded,
-                        padded_cols=cols.padded,
-                        first_row=i,
-                        first_col=j,
-                        padded_width=w,
-                        own_offset=self.own_col,
-                        host_temperature=self.host_temperature,
-                    )
-                derivatives = block[: h * w].view(h, w)
-                if uses_rows:
-                    _add(by_rows, i, _product(derivatives, cols.matrix(plan.dim)[j : j + w]))
-                if uses_cols:
-                    _add(by_cols, j, _product(derivatives.T, rows.matrix(plan.dim)[i : i + h]))
-        for sums in (by_rows, by_cols):
-            if sums:
-                yield torch.cat(tuple(sums.values())) if len(sums) > 1 else sums[0], WHOLE
-
-    def pieces(
-        self, of_rows: Tensor, of_cols: Tensor | None, *, of_columns: bool
-    ) -> tuple[Tensor, Shares]:
-        """H times the columns, or Hᵀ times the rows: H stays in registers."""
-        plan, weights = self.plan, [of_rows, of_rows if of_cols is None else of_cols]
-        owner, streamed, own_offset = self.rows, self.cols, self.own_col
-        if of_columns:
-            owner, streamed, own_offset = self.cols, self.rows, self.own_row
-            weights.reverse()
-        shares = plan.backward_shares(plan.running[0], of_columns=of_columns)
-        width = triton_tiles.padded_dim(plan.dim)
-        slices = self.new((shares.max_pieces, owner.padded, width))
-        for running in plan.running:
-            here = plan.backward_shares(running, of_columns=of_columns)
-            self.run(
-                plan.backward(running, of_columns=of_columns, both_anchor=of_cols is not None),
-                **self.pairs(owner, streamed, here, own_offset),
-                row_weights_ptr=weights[0],
-                col_weights_ptr=weights[1],
-                slices_ptr=slices,
-            )
-        return slices, shares
-
-    def gradient(
-        self, owner: _Side, pieces: Tensor, shares: Shares, factor: Tensor, wants_dots: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The gradient of one side's features, and its rows' dot products with the prepared ones.
-
-        Args:
-            owner: the side.
-            pieces, shares: as ``products`` has them.
-            factor: what was taken out of the weights.
-            wants_dots: whether the dot products are wanted.
-        """
-        plan = self.plan
-        gradient = owner.features.new_empty(owner.features.shape)
-        dots = self.new(owner.padded if wants_dots else 0, torch.float64)
-        self.run(
-            plan.gradient(owner.num_rows, dots=wants_dots),
-            **owner.arguments(),
-            slices_ptr=pieces,
-            rows_ptr=owner.rows,
-            factor_ptr=factor,
-            gradient_ptr=gradient,
-            dots_ptr=dots,
-            gradient_sample_stride=gradient.stride(0),
-            gradient_view_stride=gradient.stride(1) if gradient.ndim == 3 else 0,
-            padded_rows=owner.padded,
-            num_tiles=shares.num_tiles,
-            group=shares.group,
-            share=shares.share,
-        )
-        return gradient, dots
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32, whatever the autocast of the caller is."""
-    with torch.autocast(a.device.type, enabled=False):
-        if a.dtype == torch.float32 or not a.is_cuda:
-            return a.float() @ b.float()
-        return torch.mm(a, b, out_dtype=torch.float32)
-
-
-def _add(sums: dict[int, Tensor], at: int, product: Tensor) -> None:
-    """Add to what is there, if anything is."""
-    sums[at] = sums[at].add_(product) if at in sums else product
-
-
-def _temperature(problem: Problem) -> Tensor | float:
-    """The temperature as a number where the host may know it without waiting for the device."""
-    tau = problem.temperature_tensor
-    if tau is None:
-        return problem.temperature
-    if tau.device.type == "cpu":
-        return float(tau)
-    return tau.to(torch.float32)
-
-
-def _target(device: torch.device) -> Target:
-    if device.type != "cuda":
-        return triton_tiles.INTERPRETER
-    properties = torch.cuda.get_device_properties(device)
-    architecture = triton_tiles.architecture(properties.major, properties.minor)
-    return Target(architecture, properties.multi_processor_count)

@@ -121,8 +121,8 @@ def _backward_kernel(
     share,  # tiles of a program
     own_offset,  # the column that is row 0 itself, or far below 0
     host_temperature,
-    ON_DEVICE: tl.constexpr,
-    EITHER: tl.constexpr,
+    on_device,  # whether the temperature is read there
+    either,  # whether it decides which of two kernels returns at once: this, or that with other RUNNING
     RUNNING: tl.constexpr,
     OUT: tl.constexpr,
     DENOMINATOR: tl.constexpr,
@@ -139,12 +139,10 @@ def _backward_kernel(
     It keeps Σ H_ij col_j of a block, H being the derivative as seen from every side that is an
     anchor: from both, where the rows are contrasted with each other.
     """
-    tau = temperature_of(host_temperature, temperature_ptr, ON_DEVICE)
-    if EITHER:  # noqa: SIM102 - a constant, decided when the kernel is compiled
-        if fits(tau) == RUNNING:
-            return
+    tau = temperature_of(host_temperature, temperature_ptr, on_device)
+    if (either != 0) & (fits(tau) == RUNNING):
+        return
     scale = 1.0 / (tau * LN2)
-    NUM_CHUNKS: tl.constexpr = PADDED_DIM // CHUNK
     row_ids_ptr = classes_of(rows_ptr, padded_rows, PADDED_DIM)
     col_ids_ptr = classes_of(cols_ptr, padded_cols, PADDED_DIM)
     USES_LSE: tl.constexpr = RUNNING or DENOMINATOR == "one_positive"
@@ -177,7 +175,17 @@ def _backward_kernel(
                 col_id = tl.load(col_ids_ptr + j)
                 b_ptrs = tile_ptr + b_offsets
                 x = exponents(
-                    a, a_ptrs, b_ptrs, scale, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION, RUNNING
+                    a,
+                    a_ptrs,
+                    b_ptrs,
+                    PADDED_DIM // CHUNK,
+                    scale,
+                    ROWS,
+                    COLS,
+                    CHUNK,
+                    PADDED_DIM == CHUNK,
+                    PRECISION,
+                    RUNNING,
                 )
                 positive = row_id[:, None] == col_id[None, :]
                 h = derivatives(
@@ -207,8 +215,8 @@ def _backward_kernel(
 
 @triton.jit
 def _derivatives_kernel(
-    rows_ptr,  # (padded rows, PADDED_DIM), and their classes
-    cols_ptr,  # (padded cols, PADDED_DIM), and their classes
+    rows_ptr,  # (padded rows, padded_dim), and their classes
+    cols_ptr,  # (padded cols, padded_dim), and their classes
     row_weights_ptr,  # (4, padded rows) from the weights kernel
     col_weights_ptr,  # (4, padded cols), if COLS_ANCHOR
     temperature_ptr,
@@ -219,40 +227,40 @@ def _derivatives_kernel(
     first_col,
     padded_width,  # columns of the block
     own_offset,  # the column that is row 0 itself, or far below 0
+    padded_dim,
     host_temperature,
-    ON_DEVICE: tl.constexpr,
-    EITHER: tl.constexpr,
+    on_device,  # whether the temperature is read there
+    either,  # whether it decides which of two kernels returns at once: this, or that with other RUNNING
     RUNNING: tl.constexpr,
     OUT: tl.constexpr,
     DENOMINATOR: tl.constexpr,
     COLS_ANCHOR: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program owns one tile of a block of H, whose products with the features are made elsewhere."""
-    tau = temperature_of(host_temperature, temperature_ptr, ON_DEVICE)
-    if EITHER:  # noqa: SIM102 - a constant, decided when the kernel is compiled
-        if fits(tau) == RUNNING:
-            return
+    tau = temperature_of(host_temperature, temperature_ptr, on_device)
+    if (either != 0) & (fits(tau) == RUNNING):
+        return
     d = tl.arange(0, CHUNK)
     i = first_row + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     j = first_col + tl.program_id(0) * COLS + tl.arange(0, COLS)
-    row_id = tl.load(classes_of(rows_ptr, padded_rows, PADDED_DIM) + i)
-    col_id = tl.load(classes_of(cols_ptr, padded_cols, PADDED_DIM) + j)
-    a_ptrs = rows_ptr + i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
-    b_ptrs = cols_ptr + j.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
+    row_id = tl.load(classes_of(rows_ptr, padded_rows, padded_dim) + i)
+    col_id = tl.load(classes_of(cols_ptr, padded_cols, padded_dim) + j)
+    a_ptrs = rows_ptr + i.to(tl.int64)[:, None] * padded_dim + d[None, :]
+    b_ptrs = cols_ptr + j.to(tl.int64)[:, None] * padded_dim + d[None, :]
     x = exponents(
         tl.load(a_ptrs),
         a_ptrs,
         b_ptrs,
+        padded_dim // CHUNK,
         1.0 / (tau * LN2),
         ROWS,
         COLS,
-        PADDED_DIM // CHUNK,
         CHUNK,
+        False,
         PRECISION,
         RUNNING,
     )

@@ -39,10 +39,10 @@ def add_places(x):
 
 @triton.jit
 def _forward_kernel(
-    rows_ptr,  # (padded rows, PADDED_DIM) anchors, and their classes
-    cols_ptr,  # (padded cols, PADDED_DIM) contrasts, and their classes
+    rows_ptr,  # (padded rows, padded_dim) anchors, and their classes
+    cols_ptr,  # (padded cols, padded_dim) contrasts, and their classes
     col_valid_ptr,  # (padded cols,) 1, or 0 where a column takes no part
-    first_sums_ptr,  # what the first look has put in sums, if SECOND
+    first_sums_ptr,  # the negatives' own sums, for "one_positive"
     temperature_ptr,
     sums_ptr,  # out: (pieces, 4, padded rows) total and largest of the denominator, then of the positives
     padded_rows,
@@ -53,43 +53,45 @@ def _forward_kernel(
     share,  # tiles of a program
     max_pieces,  # of a block
     own_offset,  # the column that is row 0 itself, or far below 0
+    padded_dim,
     host_temperature,
-    ON_DEVICE: tl.constexpr,
-    EITHER: tl.constexpr,
+    on_device,  # whether the temperature is read there
+    either,  # whether it decides which of two kernels returns at once: this, or that with other RUNNING
     RUNNING: tl.constexpr,
     OUT: tl.constexpr,
     DENOMINATOR: tl.constexpr,
-    SECOND: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program owns ``share`` tiles, of one block of rows after the other; it keeps their sums.
 
-    SECOND: once the negatives' sum is known, each positive stands against it alone, with q the
-    probability of the positive: Σ log₂ q and Σ (1 - q) if OUT, else Σ q and Σ q (1 - q).
+    "one_positive" is a second look, once the negatives' sum is known: each positive stands against it
+    alone, with q its probability: Σ log₂ q and Σ (1 - q) if OUT, else Σ q and Σ q (1 - q).
     """
-    tau = temperature_of(host_temperature, temperature_ptr, ON_DEVICE)
-    if EITHER:  # noqa: SIM102 - a constant, decided when the kernel is compiled
-        if fits(tau) == RUNNING:
-            return
+    SECOND: tl.constexpr = DENOMINATOR == "one_positive"
+    tau = temperature_of(host_temperature, temperature_ptr, on_device)
+    if (either != 0) & (fits(tau) == RUNNING):
+        return
     scale = 1.0 / (tau * LN2)
-    NUM_CHUNKS: tl.constexpr = PADDED_DIM // CHUNK
-    row_ids_ptr = classes_of(rows_ptr, padded_rows, PADDED_DIM)
-    col_ids_ptr = classes_of(cols_ptr, padded_cols, PADDED_DIM)
+    if ONE_CHUNK:
+        padded_dim = CHUNK
+    num_chunks = padded_dim // CHUNK
+    row_ids_ptr = classes_of(rows_ptr, padded_rows, padded_dim)
+    col_ids_ptr = classes_of(cols_ptr, padded_cols, padded_dim)
     padded_rows = padded_rows.to(tl.int64)
     k = tl.arange(0, COLS)
     d = tl.arange(0, CHUNK)
-    b_offsets = k[:, None] * PADDED_DIM + d[None, :]
+    b_offsets = k[:, None] * padded_dim + d[None, :]
     run, start, first, last = run_of(num_blocks, num_tiles, group, share)
     for block in range(first // num_tiles, tl.cdiv(last, num_tiles)):
         before = block * num_tiles
         own = own_offset + (start + block) * ROWS
         parts = parts_of(first - before, last - before, num_tiles, own, ROWS, COLS)
         i = (start + block) * ROWS + tl.arange(0, ROWS)
-        a_ptrs = rows_ptr + i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
+        a_ptrs = rows_ptr + i.to(tl.int64)[:, None] * padded_dim + d[None, :]
         a = tl.load(a_ptrs)
         row_id = tl.load(row_ids_ptr + i)
         if SECOND:
@@ -112,9 +114,19 @@ def _forward_kernel(
                 j = tile * COLS + k
                 col_id = tl.load(col_ids_ptr + j)
                 valid = tl.load(col_valid_ptr + j)
-                b_ptrs = cols_ptr + tl.cast(tile, tl.int64) * (COLS * PADDED_DIM) + b_offsets
+                b_ptrs = cols_ptr + tl.cast(tile, tl.int64) * (COLS * padded_dim) + b_offsets
                 x = exponents(
-                    a, a_ptrs, b_ptrs, scale, ROWS, COLS, NUM_CHUNKS, CHUNK, PRECISION, RUNNING
+                    a,
+                    a_ptrs,
+                    b_ptrs,
+                    num_chunks,
+                    scale,
+                    ROWS,
+                    COLS,
+                    CHUNK,
+                    ONE_CHUNK,
+                    PRECISION,
+                    RUNNING,
                 )
                 positive = row_id[:, None] == col_id[None, :]
                 if part == 1:
@@ -142,7 +154,7 @@ def _forward_kernel(
                         counts = counts & other
                     if OUT:
                         pos_total += tl.sum(tl.where(positive, x, 0.0), axis=1)
-                    elif DENOMINATOR != "one_positive":
+                    else:
                         of_positives = tl.where(positive, x, float("-inf"))
                         pos_total, pos_largest = add_powers(of_positives, pos_total, pos_largest)
                     if DENOMINATOR != "all":

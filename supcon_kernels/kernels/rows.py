@@ -71,12 +71,12 @@ def _prepare_kernel(
     labels_ptr,  # (samples,) int64
     anchor_labels_ptr,  # (anchor samples,)
     contrast_labels_ptr,  # (contrast samples,)
-    sorted_begin_ptr,  # (samples,) int32 where the label's class begins among the sorted contrasts, if SORTED
+    sorted_begin_ptr,  # (samples,) int32 where the label's class begins among the sorted contrasts, if is_sorted
     sorted_end_ptr,
     temperature_ptr,
-    rows_ptr,  # out: (padded rows, PADDED_DIM), and the classes, ABSENT for what takes no part
+    rows_ptr,  # out: (padded rows, padded_dim), and the classes, ABSENT for what takes no part
     valid_ptr,  # out: (padded rows,) float32: 1, 0 for what takes no part, NaN for what is not finite
-    num_positives_ptr,  # out: (padded rows,) int32, if ANCHORS
+    num_positives_ptr,  # out: (padded rows,) int32, if has_anchors
     padded_rows,
     num_rows,
     num_samples,
@@ -88,14 +88,14 @@ def _prepare_kernel(
     sample_stride,
     view_stride,
     ignore_index,
+    padded_dim,
     host_temperature,
-    ON_DEVICE: tl.constexpr,
+    on_device,  # whether the temperature is read there
+    has_anchors,
+    is_square,  # whether the contrasts are the anchors
+    is_sorted,
     NORMALIZE: tl.constexpr,
     TF32: tl.constexpr,
-    SQUARE: tl.constexpr,
-    ANCHORS: tl.constexpr,
-    SORTED: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
@@ -108,13 +108,13 @@ def _prepare_kernel(
     tl.store(valid_ptr + i, taken.to(tl.float32) + tl.sum(x * 0.0, axis=1))
     if NORMALIZE:
         x, _, _ = normalized(x)
-    x *= fold_of(temperature_of(host_temperature, temperature_ptr, ON_DEVICE), NORMALIZE)
+    x *= fold_of(temperature_of(host_temperature, temperature_ptr, on_device), NORMALIZE)
     if TF32:  # as the tensor cores see it, for all of the loss
         x = rounded_to_tf32(x)
-    at = rows_ptr + i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
-    tl.store(at, rounded(x, rows_ptr.dtype.element_ty), mask=d[None, :] < PADDED_DIM)
+    at = rows_ptr + i.to(tl.int64)[:, None] * padded_dim + d[None, :]
+    tl.store(at, rounded(x, rows_ptr.dtype.element_ty), mask=d[None, :] < padded_dim)
 
-    if SORTED:
+    if is_sorted:
         begin = tl.load(sorted_begin_ptr + i % num_samples, mask=taken, other=0)
         count = tl.load(sorted_end_ptr + i % num_samples, mask=taken, other=0) - begin
         ids = tl.where(count > 0, begin, -1)
@@ -122,13 +122,13 @@ def _prepare_kernel(
         ids, count = equal_labels(
             labels, anchor_labels_ptr, num_anchors, ignore_index, BLOCK_ROWS, BLOCK_DIM
         )
-        if ANCHORS and not SQUARE:
-            _, count = equal_labels(
+        if (has_anchors != 0) & (is_square == 0):
+            _unused, count = equal_labels(
                 labels, contrast_labels_ptr, num_contrasts, ignore_index, BLOCK_ROWS, BLOCK_DIM
             )
-    ids_ptr = classes_of(rows_ptr, padded_rows, PADDED_DIM)
+    ids_ptr = classes_of(rows_ptr, padded_rows, padded_dim)
     tl.store(ids_ptr + i, tl.where(taken, ids, ABSENT))
-    if ANCHORS:
+    if has_anchors:
         own = own_offset + i
         own_labels = tl.load(
             contrast_labels_ptr + own % tl.maximum(num_contrasts, 1),
@@ -141,9 +141,9 @@ def _prepare_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    slices_ptr,  # (pieces, padded rows, PADDED_DIM) whose sum, times factor, is the rows' gradient
+    slices_ptr,  # (pieces, padded rows, padded_dim) whose sum, times factor, is the rows' gradient
     features_ptr,  # (views, samples, dim)
-    rows_ptr,  # (padded rows, PADDED_DIM) as prepared, and the classes
+    rows_ptr,  # (padded rows, padded_dim) as prepared, and the classes
     factor_ptr,  # float32
     gradient_ptr,  # out: (views, samples, dim), of the features
     dots_ptr,  # out: (padded rows,) prepared row · gradient of the unit row, if DOTS
@@ -158,9 +158,9 @@ def _gradient_kernel(
     num_tiles,  # shares of the backward kernel
     group,
     share,
+    padded_dim,
     NORMALIZE: tl.constexpr,
     DOTS: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -168,16 +168,16 @@ def _gradient_kernel(
     """A program owns BLOCK_ROWS rows: adds their pieces in order, and goes back through the norm."""
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.arange(0, BLOCK_DIM)
-    inside = d[None, :] < PADDED_DIM
-    at = i.to(tl.int64)[:, None] * PADDED_DIM + d[None, :]
+    inside = d[None, :] < padded_dim
+    at = i.to(tl.int64)[:, None] * padded_dim + d[None, :]
     g = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
     block = tl.program_id(0) * BLOCK_ROWS // ROWS
     for piece in range(pieces_of(block, num_tiles, group, share)):
-        slice_ptr = slices_ptr + piece * padded_rows.to(tl.int64) * PADDED_DIM
+        slice_ptr = slices_ptr + piece * padded_rows.to(tl.int64) * padded_dim
         g += tl.load(slice_ptr + at, mask=inside, other=0.0)
     g *= tl.load(factor_ptr)
 
-    ids_ptr = classes_of(rows_ptr, padded_rows, PADDED_DIM)
+    ids_ptr = classes_of(rows_ptr, padded_rows, padded_dim)
     taken = (i < num_rows) & (tl.load(ids_ptr + i) != ABSENT)
     if DOTS:
         row = tl.load(rows_ptr + at, mask=inside, other=0.0).to(tl.float64)
@@ -206,12 +206,12 @@ def _temperature_kernel(
     padded_rows,
     part,  # of the pairs that a row sees, those that count: half where every pair is seen from both sides
     host_temperature,
-    ON_DEVICE: tl.constexpr,
+    on_device,
     NORMALIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     """One program adds up what all rows give to the gradient of the temperature."""
-    tau = temperature_of(host_temperature, temperature_ptr, ON_DEVICE)
+    tau = temperature_of(host_temperature, temperature_ptr, on_device)
     total = tl.zeros((BLOCK_ROWS,), tl.float64)
     for start in range(0, padded_rows, BLOCK_ROWS):
         total += tl.load(dots_ptr + start + tl.arange(0, BLOCK_ROWS))

@@ -123,7 +123,7 @@ def _weights_kernel(
     upstream_stride,
     headroom,  # keeps 16-bit operands from being subnormal
     host_temperature,
-    ON_DEVICE: tl.constexpr,
+    on_device,
     NORMALIZE: tl.constexpr,
     OUT: tl.constexpr,
     DENOMINATOR: tl.constexpr,
@@ -132,7 +132,7 @@ def _weights_kernel(
     """A program owns BLOCK_ROWS anchors; those that do not contribute weigh nothing."""
     step = padded_rows.to(tl.int64)
     stride = num_rows.to(tl.int64)
-    tau = temperature_of(host_temperature, temperature_ptr, ON_DEVICE)
+    tau = temperature_of(host_temperature, temperature_ptr, on_device)
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     mask = i < num_rows
     normaliser = tl.load(stats_ptr + stride + i, mask=mask, other=float("inf"))

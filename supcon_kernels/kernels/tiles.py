@@ -22,9 +22,9 @@ HOTTEST = tl.constexpr(triton_launch.FITTING_TEMPERATURES[1])
 
 
 @triton.jit
-def temperature_of(host_temperature, temperature_ptr, ON_DEVICE: tl.constexpr):
+def temperature_of(host_temperature, temperature_ptr, on_device):
     """τ, given by the host or read here."""
-    if ON_DEVICE:
+    if on_device:
         host_temperature = tl.load(temperature_ptr)
     return host_temperature
 
@@ -36,9 +36,9 @@ def fits(temperature):
 
 
 @triton.jit
-def classes_of(rows_ptr, padded_rows, PADDED_DIM: tl.constexpr):
+def classes_of(rows_ptr, padded_rows, padded_dim):
     """Where a side's classes are, (padded rows,) int32: behind its prepared rows."""
-    end_ptr = rows_ptr + padded_rows.to(tl.int64) * PADDED_DIM
+    end_ptr = rows_ptr + padded_rows.to(tl.int64) * padded_dim
     return end_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
@@ -74,20 +74,21 @@ def exponents(
     a,  # the block's rows, where a row is one chunk
     a_ptrs,
     b_ptrs,
+    num_chunks,  # of a row
     scale,  # log₂e/τ, if RUNNING
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     RUNNING: tl.constexpr,
 ):
     """Exponents of the block's rows with one tile of columns (ROWS, COLS)."""
     x = tl.zeros((ROWS, COLS), tl.float32)
-    if NUM_CHUNKS == 1:
+    if ONE_CHUNK:
         x = dot(a, tl.trans(tl.load(b_ptrs)), x, PRECISION)
     else:
-        for _ in range(NUM_CHUNKS):
+        for _ in range(num_chunks):
             x = dot(tl.load(a_ptrs), tl.trans(tl.load(b_ptrs)), x, PRECISION)
             a_ptrs += CHUNK
             b_ptrs += CHUNK

@@ -1,0 +1,370 @@
+"""One call of the Triton kernels: its tensors on the device, and what each launch is given of them.
+
+``triton_launch`` plans the launches; ``backends/triton.py`` has their order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from supcon_kernels import triton_launch, triton_run, triton_tiles
+from supcon_kernels.backends.protocol import Anchors
+from supcon_kernels.problem import Problem
+from supcon_kernels.triton_launch import Launch
+from supcon_kernels.triton_shares import Shares
+from supcon_kernels.triton_tiles import Target
+
+# Probabilities are multiplied by this before they are rounded to float16, whose subnormals begin
+# at 2^-14, and stay within its range: both anchors of a pair add up to at most 2^15.
+HEADROOM = 2.0**14
+
+
+def _workspace_bytes(mib: str) -> int:
+    if not mib.isdecimal() or int(mib) == 0:
+        raise ValueError(f"SUPCON_KERNELS_WORKSPACE_MIB must be a whole number > 0, got {mib!r}")
+    return 2**20 * int(mib)
+
+
+# Where rows are wide, so many bytes of H are written at a time.
+workspace_bytes = _workspace_bytes(os.environ.get("SUPCON_KERNELS_WORKSPACE_MIB", "256"))
+# A gradient in one piece.
+WHOLE = Shares(num_blocks=1, num_tiles=1, group=1, share=1)
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def size_of(features: Tensor) -> int:
+    """Elements of a side's prepared rows, with as many 32-bit classes behind them."""
+    padded = triton_tiles.padded_rows(features.shape[:-1].numel())
+    return padded * (triton_tiles.padded_dim(features.shape[-1]) + 4 // features.itemsize)
+
+
+@dataclasses.dataclass
+class Side:
+    """Anchors or contrasts: as given, and where their prepared rows are.
+
+    Attributes:
+        features: (N, D) or (B, V, D).
+        labels: (N,) or (B,).
+        num_rows: N.
+        padded: rows with the zeros behind them.
+        rows: (padded, padded D) prepared, and behind them (padded,) int32, equal for equal labels.
+        valid: (padded,) 1, 0 where a row takes no part, NaN where it is not finite.
+    """
+
+    features: Tensor
+    labels: Tensor
+    num_rows: int
+    padded: int
+    rows: Tensor
+    valid: Tensor
+
+    @staticmethod
+    def of(features: Tensor, labels: Tensor | None) -> Side:
+        """A side whose prepared rows have no place yet."""
+        assert labels is not None
+        if features.stride(-1) != 1:
+            features = features.contiguous()
+        num_rows = features.shape[:-1].numel()
+        padded = triton_tiles.padded_rows(num_rows)
+        return Side(features, labels.contiguous(), num_rows, padded, *[features] * 2)
+
+    def matrix(self, width: int) -> Tensor:
+        """The prepared rows (padded, padded D)."""
+        return self.rows[: self.padded * width].view(self.padded, width)
+
+    @property
+    def num_samples(self) -> int:
+        """At least 1: numbers are divided by it."""
+        return max(self.features.shape[0], 1)
+
+    def arguments(self) -> dict[str, Any]:
+        """Where the kernels find the features."""
+        x = self.features
+        return {
+            "features_ptr": x,
+            "num_rows": self.num_rows,
+            "num_samples": self.num_samples,
+            "dim": x.shape[-1],
+            "sample_stride": x.stride(0),
+            "view_stride": x.stride(1) if x.ndim == 3 else 0,
+        }
+
+
+class Call:
+    """A problem on its device: the sides, the plan of its launches and the temperature."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.device = problem.rows.device
+        tau = _temperature(problem)
+        # What is not given is not read.
+        self.temperature = {
+            "temperature_ptr": tau if isinstance(tau, Tensor) else problem.rows,
+            "host_temperature": 1.0 if isinstance(tau, Tensor) else tau,
+            "on_device": isinstance(tau, Tensor),
+        }
+        self.rows = self.cols = Side.of(problem.rows, problem.row_labels)
+        if problem.cols is not None:
+            self.cols = Side.of(problem.cols, problem.col_labels)
+        self.plan = triton_launch.plan_of(
+            DTYPES[problem.rows.dtype],
+            problem.rows.shape[-1],
+            self.rows.num_rows,
+            None if problem.cols is None else self.cols.num_rows,
+            _target(self.device),
+            None if isinstance(tau, Tensor) else triton_launch.powers_fit(tau),
+            problem.summation,
+            problem.denominator,
+            problem.normalize,
+            problem.tf32 and problem.rows.dtype == torch.float32,
+        )
+        self.padded_dim = triton_tiles.padded_dim(self.plan.dim)
+        offset = problem.self_offset
+        self.own_col = triton_launch.NOT_AMONG if offset is None else offset  # of row 0
+        self.own_row = triton_launch.NOT_AMONG if offset is None else -offset  # of column 0
+
+    def new(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor on the device, not filled."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """Launches go to the current stream of the features' device."""
+        if self.device.type == "cuda":
+            return torch.cuda.device(self.device)
+        return contextlib.nullcontext()
+
+    def run(self, launch: Launch, **arguments: Any) -> None:
+        """Launch a kernel."""
+        triton_run.run(launch, self.device, arguments)
+
+    def place(self, prepared: Tensor) -> None:
+        """Let the sides' prepared rows and classes be parts of ``prepared``."""
+        self.rows.rows = prepared
+        if not self.plan.square:
+            self.cols.rows = prepared[size_of(self.rows.features) :]
+
+    def prepare(self, *, anchors: bool) -> None:
+        """Fill the sides' rows and classes, and count the positives of anchors."""
+        rows, cols, plan = self.rows, self.cols, self.plan
+        by_order = (
+            rows.num_samples * max(cols.num_samples, rows.num_samples) > triton_launch.SORTED_PAIRS
+        )
+        contrasts = cols.labels.sort().values if by_order else cols.labels
+        self.num_positives = self.new(rows.padded, torch.int32)
+        for side in (rows,) if plan.square else (rows, cols):
+            begin = end = side.labels
+            if by_order:
+                begin = torch.searchsorted(contrasts, side.labels, out_int32=True)
+                end = torch.searchsorted(contrasts, side.labels, out_int32=True, right=True)
+            side.valid = self.new(side.padded)
+            self.run(
+                plan.prepare(side.num_rows),
+                **side.arguments(),
+                **self.temperature,
+                labels_ptr=side.labels,
+                anchor_labels_ptr=rows.labels,
+                contrast_labels_ptr=cols.labels,
+                sorted_begin_ptr=begin,
+                sorted_end_ptr=end,
+                rows_ptr=side.rows,
+                valid_ptr=side.valid,
+                num_positives_ptr=self.num_positives,
+                padded_rows=side.padded,
+                num_anchors=rows.labels.shape[0],
+                num_contrasts=cols.labels.shape[0],
+                num_contrast_views=cols.num_rows // cols.num_samples,
+                own_offset=self.own_col,
+                ignore_index=self.problem.ignore_index,
+                has_anchors=anchors and side is rows,
+                is_square=plan.square,
+                is_sorted=by_order,
+                padded_dim=self.padded_dim,
+            )
+
+    def pairs(self, owner: Side, streamed: Side, shares: Shares, own_offset: int) -> dict[str, Any]:
+        """What the pair kernels take of rows ``owner`` and columns ``streamed``."""
+        return {
+            **self.temperature,
+            "either": len(self.plan.running) == 2,
+            "rows_ptr": owner.rows,
+            "cols_ptr": streamed.rows,
+            "padded_rows": owner.padded,
+            "padded_cols": streamed.padded,
+            "num_blocks": shares.num_blocks,
+            "num_tiles": shares.num_tiles,
+            "group": shares.group,
+            "share": shares.share,
+            "own_offset": own_offset,
+            "padded_dim": self.padded_dim,
+        }
+
+    def weights(self, anchors: Anchors, peak: Tensor) -> tuple[Tensor, Tensor]:
+        """(4, padded rows) what anchors weigh, and the factor that was taken out, 0-dim."""
+        upstream, divisor, stats, _ = anchors
+        num_rows = stats.shape[1]
+        padded = triton_tiles.padded_rows(num_rows)
+        weights, factor, stats = self.new((4, padded)), self.new(()), stats.contiguous()
+        self.run(
+            self.plan.weights(num_rows),
+            upstream_ptr=upstream,
+            peak_ptr=peak,
+            count_ptr=divisor,
+            stats_ptr=stats,
+            **self.temperature,
+            weights_ptr=weights,
+            factor_ptr=factor,
+            num_rows=num_rows,
+            padded_rows=padded,
+            upstream_stride=upstream.stride(0) if upstream.ndim else 0,
+            headroom=HEADROOM,
+        )
+        return weights, factor
+
+    def products(
+        self, of_rows: Tensor, of_cols: Tensor | None, uses_rows: bool, uses_cols: bool
+    ) -> Iterator[tuple[Tensor, Shares]]:
+        """H times the columns where rows are used, then Hᵀ times the rows where columns are, in pieces.
+
+        Args:
+            of_rows, of_cols: what the anchors among the rows weigh, and those among the columns, if any.
+        """
+        if self.plan.is_wide:
+            yield from self.wide_products(of_rows, of_cols, uses_rows, uses_cols)
+            return
+        if uses_rows:
+            yield self.pieces(of_rows, of_cols, of_columns=False)
+        if uses_cols:
+            yield self.pieces(of_rows, of_cols, of_columns=True)
+
+    def wide_products(
+        self, of_rows: Tensor, of_cols: Tensor | None, uses_rows: bool, uses_cols: bool
+    ) -> Iterator[tuple[Tensor, Shares]]:
+        """``products`` by blocks of H, each of which is made once."""
+        plan, rows, cols = self.plan, self.rows, self.cols
+        height, width = plan.blocks(workspace_bytes)
+        block = rows.features.new_empty(height * width)
+        by_rows: dict[int, Tensor] = {}  # by the first row
+        by_cols: dict[int, Tensor] = {}
+        for i in range(0, rows.padded, height):
+            for j in range(0, cols.padded, width):
+                h, w = min(height, rows.padded - i), min(width, cols.padded - j)
+                for running in plan.running:
+                    self.run(
+                        plan.derivatives(running, h, w, both_anchor=of_cols is not None),
+                        rows_ptr=rows.rows,
+                        cols_ptr=cols.rows,
+                        row_weights_ptr=of_rows,
+                        col_weights_ptr=of_rows if of_cols is None else of_cols,
+                        **self.temperature,
+                        either=len(plan.running) == 2,
+                        derivatives_ptr=block,
+                        padded_rows=rows.padded,
+                        padded_cols=cols.padded,
+                        first_row=i,
+                        first_col=j,
+                        padded_width=w,
+                        own_offset=self.own_col,
+                        padded_dim=self.padded_dim,
+                    )
+                derivatives = block[: h * w].view(h, w)
+                if uses_rows:
+                    _add(by_rows, i, _product(derivatives, cols.matrix(self.padded_dim)[j : j + w]))
+                if uses_cols:
+                    _add(
+                        by_cols, j, _product(derivatives.T, rows.matrix(self.padded_dim)[i : i + h])
+                    )
+        for sums in (by_rows, by_cols):
+            if sums:
+                yield torch.cat(tuple(sums.values())) if len(sums) > 1 else sums[0], WHOLE
+
+    def pieces(
+        self, of_rows: Tensor, of_cols: Tensor | None, *, of_columns: bool
+    ) -> tuple[Tensor, Shares]:
+        """H times the columns, or Hᵀ times the rows: H stays in registers."""
+        plan, weights = self.plan, [of_rows, of_rows if of_cols is None else of_cols]
+        owner, streamed, own_offset = self.rows, self.cols, self.own_col
+        if of_columns:
+            owner, streamed, own_offset = self.cols, self.rows, self.own_row
+            weights.reverse()
+        shares = plan.backward_shares(plan.running[0], of_columns=of_columns)
+        slices = self.new((shares.max_pieces, owner.padded, self.padded_dim))
+        for running in plan.running:
+            here = plan.backward_shares(running, of_columns=of_columns)
+            self.run(
+                plan.backward(running, of_columns=of_columns, both_anchor=of_cols is not None),
+                **self.pairs(owner, streamed, here, own_offset),
+                row_weights_ptr=weights[0],
+                col_weights_ptr=weights[1],
+                slices_ptr=slices,
+            )
+        return slices, shares
+
+    def gradient(
+        self, owner: Side, pieces: Tensor, shares: Shares, factor: Tensor, wants_dots: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of one side's features, and its rows' dot products with the prepared ones.
+
+        Args:
+            owner: the side.
+            pieces, shares: as ``products`` has them.
+            factor: what was taken out of the weights.
+            wants_dots: whether the dot products are wanted.
+        """
+        plan = self.plan
+        gradient = owner.features.new_empty(owner.features.shape)
+        dots = self.new(owner.padded if wants_dots else 0, torch.float64)
+        self.run(
+            plan.gradient(owner.num_rows, dots=wants_dots),
+            **owner.arguments(),
+            slices_ptr=pieces,
+            rows_ptr=owner.rows,
+            factor_ptr=factor,
+            gradient_ptr=gradient,
+            dots_ptr=dots,
+            gradient_sample_stride=gradient.stride(0),
+            gradient_view_stride=gradient.stride(1) if gradient.ndim == 3 else 0,
+            padded_rows=owner.padded,
+            num_tiles=shares.num_tiles,
+            group=shares.group,
+            share=shares.share,
+            padded_dim=self.padded_dim,
+        )
+        return gradient, dots
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, whatever the autocast of the caller is."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32 or not a.is_cuda:
+            return a.float() @ b.float()
+        return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _add(sums: dict[int, Tensor], at: int, product: Tensor) -> None:
+    """Add to what is there, if anything is."""
+    sums[at] = sums[at].add_(product) if at in sums else product
+
+
+def _temperature(problem: Problem) -> Tensor | float:
+    """The temperature as a number where the host may know it without waiting for the device."""
+    tau = problem.temperature_tensor
+    if tau is None:
+        return problem.temperature
+    if tau.device.type == "cpu":
+        return float(tau)
+    return tau.to(torch.float32)
+
+
+def _target(device: torch.device) -> Target:
+    if device.type != "cuda":
+        return triton_tiles.INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    architecture = triton_tiles.architecture(properties.major, properties.minor)
+    return Target(architecture, properties.multi_processor_count)
