@@ -119,7 +119,9 @@ def variants() -> str:
     cells = [["call", "N", "dense", "native", "times as fast"]]
     for path in sorted(RESULTS.glob("*_cpu_float*.csv")):
         kind = path.stem.split("_cpu_")[0]
-        if not (kind.startswith(("variant", "rectangle", "running", "dim")) or "float64" in path.stem):
+        if not (
+            kind.startswith(("variant", "rectangle", "running", "dim")) or "float64" in path.stem
+        ):
             continue
         report = read_report(path)
         first = report.results[0]

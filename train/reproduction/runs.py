@@ -198,15 +198,18 @@ class Study:
         values = recipe | changes
         rate = _rate(recipe, values["optimizer"], LINEAR_RATES)
         values["learning_rate"] = self._tuned(rate, trial)
-        if self.epochs is not None:
-            values |= {"epochs": min(values["epochs"], self.epochs), "warmup_epochs": 0}
         return values
 
     def _linear_recipe(self, job: Job) -> dict[str, Any]:
         """Before a method changes it; empty: the convex one."""
-        if self.scale.linear is not None:
-            return _recipe(f"linear/{self.scale.linear}")
-        return {} if _compared(job).linear is None else TRAINED_LINEAR
+        linear, changes = self.scale.linear, _compared(job).linear
+        recipe = {} if linear is None else _recipe(f"linear/{linear}")
+        if changes is None:
+            return recipe
+        recipe = recipe or TRAINED_LINEAR
+        if self.epochs is None:
+            return recipe
+        return recipe | {"epochs": min(recipe["epochs"], self.epochs), "warmup_epochs": 0}
 
     def folder(self, job: Job) -> Path | None:
         """Where a run lives; None: a learning rate is not chosen yet."""
