@@ -85,7 +85,7 @@ def pipeline() -> str:
         found = [row for row in rows if row["method"] == method]
         of = {name: [float(row[name]) for row in found] for name in columns}
         minutes = of.pop("train_minutes")
-        cells.append([method, *map(shares, of.values()), f"{min(minutes):.0f}–{max(minutes):.0f}"])
+        cells.append([method, *map(shares, of.values()), f"{min(minutes):.0f}"])
     first = rows[0]
     return (
         f"{render_table(cells, markdown=True)}\n\nPercent: the mean of {len(found)} seeds (lowest–highest). "
