@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from measuring.machine import REPOSITORY
 from measuring.providers import OURS
@@ -30,8 +30,8 @@ def main() -> int:
     stale = [
         f"{document.relative_to(REPOSITORY)}: {name}"
         for document, blocks in (
-            (REPOSITORY / "README.md", {"results": summary}),
-            (DOCS / "results.md", PAGE),
+            (REPOSITORY / "README.md", {"results": summary, "pipeline": pipeline}),
+            (DOCS / "results.md", PAGE | {"pipeline": pipeline}),
         )
         for name, block in blocks.items()
         if update_document(document, name, block(), check)
@@ -76,6 +76,30 @@ def whole_step() -> str:
     )
 
 
+def pipeline() -> str:
+    """What evaluate.py found of cross-entropy and SupCon: of each number the mean of all seeds, and its range."""
+    rows = rows_of("pipeline_cpu")
+    columns = ["top-1", "ECE", "MAP@R", "corrupted top-1", "mCE", "train_minutes"]
+    cells = [["", *columns[:-1], "minutes"]]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = [row for row in rows if row["method"] == method]
+        of = {name: [float(row[name]) for row in found] for name in columns}
+        minutes = of.pop("train_minutes")
+        cells.append([method, *map(shares, of.values()), f"{min(minutes):.0f}"])
+    first = rows[0]
+    return (
+        f"{render_table(cells, markdown=True)}\n\nPercent: the mean of {len(found)} seeds (lowest–highest). "
+        f"{first['num_cores']} cores of {first['cpu']}, commit {first['commit']}; {first['date']}. "
+        "`pipeline_cpu.csv`"
+    )
+
+
+def shares(values: Sequence[float]) -> str:
+    """Their mean and range in percent."""
+    low, high = (f"{100 * end:.1f}" for end in (min(values), max(values)))
+    return f"{100 * sum(values) / len(values):.1f}" + (f" ({low}–{high})" if low != high else "")
+
+
 def loss() -> str:
     return time_and_memory(
         read_report(RESULTS / "loss_cpu_float32.csv"),
@@ -91,16 +115,19 @@ def scaling() -> str:
 
 
 def variants() -> str:
-    """Forward and backward of every other kind of call, beside the dense formula."""
+    """Forward and backward of every other kind of call, and of other widths, beside the dense formula."""
     cells = [["call", "N", "dense", "native", "times as fast"]]
     for path in sorted(RESULTS.glob("*_cpu_float*.csv")):
         kind = path.stem.split("_cpu_")[0]
-        if not (kind.startswith(("variant", "rectangle", "running")) or "float64" in path.stem):
+        if not (
+            kind.startswith(("variant", "rectangle", "running", "dim")) or "float64" in path.stem
+        ):
             continue
         report = read_report(path)
         first = report.results[0]
         call = f"{first.summation}/{first.denominator}, τ = {first.temperature:g}, {first.dtype}"
         call += f", M = {first.num_cols}" if first.num_cols else ""
+        call += f", D = {first.dim}" if first.dim != 128 else ""
         for size in report.sizes:
             dense, native = (report.find(size, name, "both") for name in ("dense", NATIVE))
             if dense and native and dense.time_ms and native.time_ms:

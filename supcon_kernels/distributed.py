@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from supcon_kernels.validation import Call
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A rank's part in a call."""
 
     num_rows: int = 0
@@ -52,32 +52,33 @@ def loss_of_all(
         TypeError: ``group`` is no process group.
     """
     membership = Membership.of(group, call.features)
-    problem, backend, text, failure, part = None, "", "", None, _Part()
+    problem, backend, text, failure, part = None, "", "", None, Part()
     try:
         problem, backend = build()
         problem = problem.by_rows()
-        _check(problem, backend, call.reduction, membership)
+        check(problem, backend, call.reduction)
+        membership.check_device(problem.rows)
         text = text_of({**call._asdict(), "backend": backend})
-        needs = torch.is_grad_enabled() and _needs_statistics(problem)
-        part = _Part(problem.num_rows, problem.num_cols, int(needs))
+        needs = torch.is_grad_enabled() and needs_statistics(problem)
+        part = Part(problem.num_rows, problem.num_cols, int(needs))
     except Exception as error:  # whatever it is, the other ranks must hear of it
         failure = error
-    parts = [_Part(*numbers) for numbers in agree(membership, text, failure, part)]
+    parts = [Part(*numbers) for numbers in agree(membership, text, failure, part)]
     assert problem is not None
 
     if call.labels is None:  # every rank has numbered its samples for itself
         first = sum(of_rank.num_cols for of_rank in parts[: membership.rank])
-        problem = _renumbered(problem, first)
+        problem = renumbered(problem, first)
     options = (membership, backend, call.reduction)
     if problem.symmetric:
         both: Tensor = BothWays.apply(*problem.operands(), parts, *options)
         return problem, both
-    gathered = _Gathered.of(problem, call.contrast_features is None, membership, parts)
+    gathered = Gathered.of(problem, call.contrast_features is None, membership, parts)
     loss: Tensor = _Differentiable.apply(*problem.operands(), gathered, *options)
     return problem, loss
 
 
-def _check(problem: Problem, backend: str, reduction: str, membership: Membership) -> None:
+def check(problem: Problem, backend: str, reduction: str) -> None:
     """What a call of one process may be and one of a group may not."""
     if reduction == "none":
         raise ValueError(
@@ -92,10 +93,9 @@ def _check(problem: Problem, backend: str, reduction: str, membership: Membershi
             "backend must be None, 'native', 'triton' or 'tiled' with group, got 'reference', "
             "which is the loss of one process"
         )
-    membership.check_device(problem.rows)
 
 
-def _renumbered(problem: Problem, first: int) -> Problem:
+def renumbered(problem: Problem, first: int) -> Problem:
     """The problem with its samples numbered from ``first`` on."""
     assert problem.row_labels is not None
     of_cols = problem.col_labels
@@ -114,7 +114,7 @@ def _contrasts(problem: Problem) -> tuple[Tensor, Tensor]:
     return cols, labels
 
 
-def _needs_statistics(problem: Problem) -> bool:
+def needs_statistics(problem: Problem) -> bool:
     """Whether a gradient of this rank's is made with other ranks' statistics."""
     contrasts, _ = _contrasts(problem)
     if not problem.symmetric:
@@ -124,7 +124,7 @@ def _needs_statistics(problem: Problem) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Gathered:
+class Gathered:
     """What the ranks have sent each other: this rank's own first, then the others' in their order.
 
     Attributes:
@@ -143,8 +143,8 @@ class _Gathered:
 
     @staticmethod
     def of(
-        problem: Problem, first_views: bool, membership: Membership, parts: Sequence[_Part]
-    ) -> _Gathered:
+        problem: Problem, first_views: bool, membership: Membership, parts: Sequence[Part]
+    ) -> Gathered:
         """Gathers the contrasts; with them the anchors, if needed and not among the contrasts.
 
         Args:
@@ -168,11 +168,60 @@ class _Gathered:
             if first_views:
                 of_rows = [[x[:n] for x, n in zip(xs, num_rows)] for xs in (of_cols, of_col_labels)]
             rows = [membership.without_own(xs) for xs in of_rows] or [x[:0] for x in own]
-        return _Gathered(cols, col_labels, rows[0], rows[1], num_rows)
+        return Gathered(cols, col_labels, rows[0], rows[1], num_rows)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields that are tensors, in order."""
         return self.cols, self.col_labels, self.other_rows, self.other_row_labels
+
+
+def loss_and_saved(
+    problem: Problem, gathered: Gathered, membership: Membership, backend: str, reduction: str
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss of all ranks' anchors, and for ``gradients`` the count that its sum was divided by, the
+    statistics of this rank's anchors and of the others, and what is prepared.
+    """
+    whole = problem
+    if membership.size > 1:  # its own anchors are the first of all contrasts, as of its own
+        whole = dataclasses.replace(problem, cols=gathered.cols, col_labels=gathered.col_labels)
+    found = op.results_of(whole, backend, "none")
+    sent = [
+        (sums := sums_of(problem, found), [len(sums)] * membership.size),
+        (found.stats.T, gathered.num_rows),
+    ]
+    sums_by_rank, stats_by_rank = membership.gather(sent)
+    # In the order of the ranks, so that all have the same bits.
+    total, *counts = functools.reduce(torch.add, sums_by_rank)
+    count = count_of(reduction, *counts)
+    other_stats = membership.without_own(stats_by_rank).T.contiguous()
+    mean: Tensor = (total / count).to(found.loss.dtype)
+    return mean, (count, found.stats, other_stats, found.prepared)
+
+
+def gradients(
+    problem: Problem,
+    gathered: Sequence[Tensor],
+    weight: Tensor,
+    saved: Sequence[Any],
+    wanted: Wanted,
+    backend: str,
+) -> Gradients:
+    """Gradients of this rank's rows, columns and temperature.
+
+    Args:
+        problem: this rank's own.
+        gathered: the tensors of ``Gathered``.
+        weight: gradient of the sum of all losses.
+        saved: what ``loss_and_saved`` saved, without the count.
+        wanted: which gradients.
+        backend: made the statistics.
+    """
+    stats, other_stats, prepared = saved
+    # The weight is of the sum of all losses, of which no count is taken any more.
+    anchors = Anchors(weight, torch.ones_like(weight), stats, prepared)
+    others = anchors._replace(stats=other_stats, prepared=None)
+    of_backend = _gradients_at_once if backend == "triton" else _gradients
+    return of_backend(problem, gathered, anchors, others, wanted, backend)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -181,36 +230,20 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *operands, gathered, membership, backend, reduction = arguments
-        problem = whole = Problem(*operands)
-        if membership.size > 1:  # its own anchors are the first of all contrasts, as of its own
-            whole = dataclasses.replace(problem, cols=gathered.cols, col_labels=gathered.col_labels)
-        found = op.results_of(whole, backend, "none")
-        sums = sums_of(problem, found)
-        sent = [(sums, [len(sums)] * membership.size), (found.stats.T, gathered.num_rows)]
-        sums_by_rank, stats_by_rank = membership.gather(sent)
-        # In the order of the ranks, so that all have the same bits.
-        total, *counts = functools.reduce(torch.add, sums_by_rank)
-        count = count_of(reduction, *counts)
-        other_stats = membership.without_own(stats_by_rank).T.contiguous()
-
-        saved = (count, found.stats, other_stats, found.prepared, *gathered.tensors())
-        ctx.save_for_backward(*saved, *operands[:NUM_TENSORS])
+        problem = Problem(*operands)
+        loss, saved = loss_and_saved(problem, gathered, membership, backend, reduction)
+        ctx.save_for_backward(*saved, *gathered.tensors(), *operands[:NUM_TENSORS])
         ctx.options = operands[NUM_TENSORS:]
         ctx.backend, ctx.num_ranks = backend, membership.size
-        mean: Tensor = (total / count).to(found.loss.dtype)
-        return mean
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        count, stats, other_stats, prepared, *tensors = ctx.saved_tensors
-        gathered, inputs = tensors[:-NUM_TENSORS], tensors[-NUM_TENSORS:]
+        count, *saved = ctx.saved_tensors
+        saved, gathered, inputs = saved[:3], saved[3:-NUM_TENSORS], saved[-NUM_TENSORS:]
         weight = grad * (ctx.num_ranks / count).to(grad.dtype)
-        problem, wanted = Problem(*inputs, *ctx.options), op.wanted_of(ctx)
-        # The weight is of the sum of all losses, of which no count is taken any more.
-        anchors = Anchors(weight, torch.ones_like(weight), stats, prepared)
-        others = anchors._replace(stats=other_stats, prepared=None)
-        of_backend = _gradients_at_once if ctx.backend == "triton" else _gradients
-        grads = of_backend(problem, gathered, anchors, others, wanted, ctx.backend)
+        problem = Problem(*inputs, *ctx.options)
+        grads = gradients(problem, gathered, weight, saved, op.wanted_of(ctx), ctx.backend)
         return op.by_operand(ctx, grads, inputs)
 
 
@@ -231,7 +264,7 @@ def _gradients(
 
     Args:
         problem: this rank's own.
-        gathered: the tensors of ``_Gathered``.
+        gathered: the tensors of ``Gathered``.
         anchors: this rank's.
         others: those of the other ranks; none where no rank wants its contrasts' gradient.
         wanted: which gradients.

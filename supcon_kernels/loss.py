@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from supcon_kernels import backends, distributed, op, ranks, validation
+from supcon_kernels import backends, distributed, distributed_op, op, ranks, validation
 from supcon_kernels.backends import reference
 from supcon_kernels.problem import Problem
 from supcon_kernels.validation import Call
@@ -131,7 +131,9 @@ def supcon_loss(
     if group is None:
         ranks.warn_if_local()
     if (members := ranks.resolved(group)) is not None:
-        problem, loss = distributed.loss_of_all(lambda: _prepared(call, backend), call, members)
+        is_traced = torch.compiler.is_compiling()
+        of_all = distributed_op.traced_loss if is_traced else distributed.loss_of_all
+        problem, loss = of_all(lambda: _prepared(call, backend), call, members)
     else:
         problem, chosen = _prepared(call, backend)
         if chosen == "reference":

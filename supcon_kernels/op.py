@@ -29,16 +29,17 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _LIBRARY: Any = torch.library.Library("supcon_kernels", "DEF")
 
 
-def _define(schema: str) -> Any:
+def define(schema: str) -> Any:
+    """An operator of this library, without anything that runs it yet."""
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     return getattr(torch.ops.supcon_kernels, schema.partition("(")[0]).default
 
 
-forward = _define(
+forward = define(
     f"forward({SCHEMA}, str backend, str reduction) "
     "-> (Tensor loss, Tensor divisor, Tensor stats, Tensor prepared)"
 )
-backward = _define(
+backward = define(
     "backward(Tensor grad_loss, Tensor divisor, Tensor stats, Tensor? prepared, bool needs_rows, "
     f"bool needs_cols, bool needs_temperature, {SCHEMA}, str backend, Tensor? col_grad_loss=None, "
     "Tensor? col_stats=None) -> (Tensor rows, Tensor cols, Tensor temperature)"
@@ -156,7 +157,7 @@ def _backward_fake(
 
 def _below_autograd(operator: Any, *operands: Any) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
-        if _is_plain(operands):
+        if operator in _KERNELS and _is_plain(operands):
             return _KERNELS[operator](*operands)
         result: tuple[Tensor, ...] = operator(*operands)
     return result
@@ -253,11 +254,13 @@ def _wants_gradient(operands: Sequence[Any]) -> bool:
     return False
 
 
-def _register(
+def register(
     operator: Any, kernel: Callable[..., Any], fake: Callable[..., Any], function: Any
 ) -> None:
+    """Run an operator by ``kernel``, in a trace by ``fake``, and differentiate it by ``function``, if any."""
+
     def autograd(*operands: Any) -> tuple[Tensor, ...]:
-        if _wants_gradient(operands):
+        if function is not None and _wants_gradient(operands):
             result: tuple[Tensor, ...] = function.apply(*operands)
             return result
         return _below_autograd(operator, *operands)
@@ -268,5 +271,5 @@ def _register(
 
 
 _KERNELS = {forward: _forward, backward: _backward}
-_register(forward, _forward, _forward_fake, SupConLossFunction)
-_register(backward, _backward, _backward_fake, _NotTwice)
+register(forward, _forward, _forward_fake, SupConLossFunction)
+register(backward, _backward, _backward_fake, _NotTwice)

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from supcon_kernels import triton_launch, triton_run, triton_tiles
+from supcon_kernels import triton_launch, triton_run, triton_soft, triton_tiles
 from supcon_kernels.backends.protocol import Anchors
 from supcon_kernels.problem import Problem
+from supcon_kernels.products import accumulated
+from supcon_kernels.soft_positives import SoftPositives
 from supcon_kernels.triton_launch import Launch
 from supcon_kernels.triton_shares import Shares
 from supcon_kernels.triton_tiles import Target
@@ -51,7 +53,7 @@ class Side:
 
     Attributes:
         features: (N, D) or (B, V, D).
-        labels: (N,) or (B,).
+        labels: (N,) or (B,); zeros where the problem's are soft.
         num_rows: N.
         padded: rows with the zeros behind them.
         rows: (padded, padded D) prepared, and behind them (padded,) int32, equal for equal labels.
@@ -69,6 +71,8 @@ class Side:
     def of(features: Tensor, labels: Tensor | None) -> Side:
         """A side whose prepared rows have no place yet."""
         assert labels is not None
+        if labels.ndim == 2:
+            labels = labels.new_zeros(len(labels), dtype=torch.int64)
         if features.stride(-1) != 1:
             features = features.contiguous()
         num_rows = features.shape[:-1].numel()
@@ -78,6 +82,10 @@ class Side:
     def matrix(self, width: int) -> Tensor:
         """The prepared rows (padded, padded D)."""
         return self.rows[: self.padded * width].view(self.padded, width)
+
+    def used(self, width: int) -> Tensor:
+        """The prepared rows without padding (N, padded D)."""
+        return self.matrix(width)[: self.num_rows]
 
     @property
     def num_samples(self) -> int:
@@ -105,7 +113,7 @@ class Call:
         self.device = problem.rows.device
         tau = _temperature(problem)
         # What is not given is not read.
-        self.temperature = {
+        self.temperature: dict[str, Any] = {
             "temperature_ptr": tau if isinstance(tau, Tensor) else problem.rows,
             "host_temperature": 1.0 if isinstance(tau, Tensor) else tau,
             "on_device": isinstance(tau, Tensor),
@@ -129,6 +137,8 @@ class Call:
         offset = problem.self_offset
         self.own_col = triton_launch.NOT_AMONG if offset is None else offset  # of row 0
         self.own_row = triton_launch.NOT_AMONG if offset is None else -offset  # of column 0
+        self.soft = None if problem.has_integer_labels else SoftPositives.of(problem)
+        self.soft_pulls: tuple[Tensor | None, Tensor | None] = None, None
 
     def new(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor on the device, not filled."""
@@ -153,8 +163,12 @@ class Call:
     def prepare(self, *, anchors: bool) -> None:
         """Fill the sides' rows and classes, and count the positives of anchors."""
         rows, cols, plan = self.rows, self.cols, self.plan
-        by_order = (
-            rows.num_samples * max(cols.num_samples, rows.num_samples) > triton_launch.SORTED_PAIRS
+        most = max(cols.num_samples, rows.num_samples)
+        by_order = self.soft is None and rows.num_samples * most > triton_launch.SORTED_PAIRS
+        num_anchors, num_contrasts, ignore_index = (
+            (rows.labels.shape[0], cols.labels.shape[0], self.problem.ignore_index)
+            if self.soft is None
+            else (0, 0, -1)  # no label is compared, and no row ignored
         )
         contrasts = cols.labels.sort().values if by_order else cols.labels
         self.num_positives = self.new(rows.padded, torch.int32)
@@ -177,11 +191,11 @@ class Call:
                 valid_ptr=side.valid,
                 num_positives_ptr=self.num_positives,
                 padded_rows=side.padded,
-                num_anchors=rows.labels.shape[0],
-                num_contrasts=cols.labels.shape[0],
+                num_anchors=num_anchors,
+                num_contrasts=num_contrasts,
                 num_contrast_views=cols.num_rows // cols.num_samples,
                 own_offset=self.own_col,
-                ignore_index=self.problem.ignore_index,
+                ignore_index=ignore_index,
                 has_anchors=anchors and side is rows,
                 is_square=plan.square,
                 is_sorted=by_order,
@@ -318,6 +332,8 @@ class Call:
             wants_dots: whether the dot products are wanted.
         """
         plan = self.plan
+        if self.soft is not None:
+            self.add_soft_attraction(self.soft, owner, pieces)
         gradient = owner.features.new_empty(owner.features.shape)
         dots = self.new(owner.padded if wants_dots else 0, torch.float64)
         self.run(
@@ -338,13 +354,51 @@ class Call:
         )
         return gradient, dots
 
+    # --- soft labels, which the kernels do not see
+
+    def put_soft_means(self, soft: SoftPositives, sums: Tensor) -> Tensor:
+        """Put the positives' mean exponents among the sums of the forward kernel; their weights (N,)."""
+        tau = self.temperature[
+            "temperature_ptr" if self.temperature["on_device"] else "host_temperature"
+        ]
+        rows, cols = (side.used(self.padded_dim) for side in (self.rows, self.cols))
+        products, total = soft.means(rows, cols)
+        poison = self.problem.target_poison()
+        mean = products * triton_soft.exponent_scale(self.plan, tau) + poison
+        total = total + poison
+        triton_soft.put_means(sums, self.num_positives, mean, total)
+        return total
+
+    def take_soft_pull(
+        self,
+        anchors: Anchors,
+        weights: Tensor,
+        col_anchors: Anchors | None,
+        of_cols: Tensor | None,
+    ) -> None:
+        """Take the positives' pull out of the weights of the anchors among the rows and the columns."""
+        pull = triton_soft.taken_pull(weights, anchors.stats)
+        if col_anchors is not None and of_cols is not None:
+            self.soft_pulls = pull, triton_soft.taken_pull(of_cols, col_anchors.stats)
+        else:
+            self.soft_pulls = pull, pull if self.plan.square else None
+
+    def add_soft_attraction(self, soft: SoftPositives, owner: Side, pieces: Tensor) -> None:
+        """Add what positives do to the gradient of a side, the first of whose pieces this changes."""
+        pulls, streamed = self.soft_pulls, self.cols
+        if owner is not self.rows:
+            soft, pulls, streamed = soft.mirrored(), pulls[::-1], self.rows
+        attraction = soft.attraction(*pulls, streamed.used(self.padded_dim))
+        first = pieces.view(-1, owner.padded, self.padded_dim)[0]
+        first[: owner.num_rows] -= attraction
+
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32, whatever the autocast of the caller is."""
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.float32 or not a.is_cuda:
             return a.float() @ b.float()
-        return torch.mm(a, b, out_dtype=torch.float32)
+        return accumulated(a, b)
 
 
 def _add(sums: dict[int, Tensor], at: int, product: Tensor) -> None:

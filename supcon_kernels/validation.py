@@ -314,5 +314,7 @@ def _check_device(name: str, x: Tensor, features: Tensor) -> None:
 
 def _readable(x: Tensor) -> bool:
     """Whether the host has the values without waiting for a device."""
-    traced = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
-    return x.device.type == "cpu" and not traced
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        return False
+    # Under vmap a tensor has a value for each call.
+    return x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(x)

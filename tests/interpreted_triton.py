@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import pytest
@@ -39,21 +40,19 @@ triton_loss = functools.partial(supcon_loss, backend="triton")
 # --- against float64
 
 
-def is_weighted(case):
-    """Whether positives have weights, by a mask or by soft labels, which this backend refuses."""
+def variants_of(case):
+    """The losses that the backend takes a case with: none with a mask, one with soft labels."""
     arguments = case.arguments()
     labels = arguments.get("labels")
-    return "mask" in arguments or (
-        labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool)
-    )
+    is_soft = labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool)
+    return [] if "mask" in arguments else VARIANTS[:1] if is_soft else VARIANTS
 
 
 def calls():
     """Each case in float32 with the default loss and one variant, in 16 bits with one of the two."""
     for k, case in enumerate(CASES):
-        if is_weighted(case):
-            continue
-        variants = [("out", "all"), VARIANTS[k % len(VARIANTS)]]
+        variants = variants_of(case)
+        variants = [*variants[:1], *variants[k % len(VARIANTS) :][:1]]
         if case.id == "several_tiles":  # the slowest
             variants = variants[:1]
         short = [torch.float16] if k % 5 else [torch.float16, torch.bfloat16]
@@ -82,8 +81,13 @@ def test_every_variant(name, variant):
     assert_close(triton_loss, arguments_of(name, variant), torch.float32)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
-@pytest.mark.parametrize("name", ["ragged", "self_in_memory", "unnormalised"])
+DEVICE_TEMPERATURES = [
+    *itertools.product(("ragged", "self_in_memory", "unnormalised"), VARIANTS),
+    ("soft_memory", ("out", "all")),
+]
+
+
+@pytest.mark.parametrize("name, variant", DEVICE_TEMPERATURES, ids=str)
 def test_a_temperature_that_the_host_does_not_read(name, variant, monkeypatch):
     # Both kernels are launched, and the device decides which of them goes to work.
     monkeypatch.setattr(triton_call, "_temperature", on_the_device)
@@ -120,10 +124,12 @@ def value_and_gradients(arguments: dict) -> list[torch.Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, [*leaves.values(), temperature])]
 
 
-def test_weighted_positives_are_refused():
-    for case in filter(is_weighted, CASES):
-        with pytest.raises(ValueError, match="it takes "):
-            triton_loss(**as_float32(case.arguments()))
+def test_what_it_cannot_weigh_is_refused():
+    for case in CASES:
+        for summation, denominator in set(VARIANTS) - set(variants_of(case)):
+            arguments = as_float32(case.arguments())
+            with pytest.raises(ValueError, match="it takes "):
+                triton_loss(**arguments, summation=summation, denominator=denominator)
 
 
 def test_what_ignored_rows_hold_reaches_nothing():
@@ -145,6 +151,15 @@ def test_a_row_that_is_not_finite_makes_the_loss_nan(bad):
         for variant in VARIANTS:
             options = {"summation": variant[0], "denominator": variant[1]}
             assert triton_loss(**arguments, **options).isnan()
+
+
+def test_soft_labels_that_are_not_positive_make_all_nan(monkeypatch):
+    monkeypatch.setattr(validation, "_readable", lambda x: False)
+    for name in ("soft_labels", "soft_memory"):
+        for bad in (-1.0, torch.nan):
+            arguments = by_id(name).arguments()
+            arguments["labels"][3, 1] = bad
+            assert all(x.isnan().all() for x in value_and_gradients(arguments))
 
 
 @pytest.mark.parametrize("has_memory", [False, True])
@@ -176,9 +191,11 @@ def test_pairs_that_have_nearly_converged(dtype, has_memory):
 # --- wide rows, whose derivatives are written in blocks
 
 
-@pytest.mark.parametrize("variant", [("out", "all"), ("in", "one_positive")], ids="/".join)
+@pytest.mark.parametrize(
+    "labels, variant", [("hard", VARIANTS[0]), ("soft", VARIANTS[0]), ("hard", VARIANTS[4])]
+)
 @pytest.mark.parametrize("has_memory", [False, True])
-def test_wide_rows(has_memory, variant, monkeypatch):
+def test_wide_rows(has_memory, labels, variant, monkeypatch):
     monkeypatch.setattr(triton_call, "workspace_bytes", 4 * 128**2)  # a part of rows and columns
     g = torch.Generator().manual_seed(0)
     leaves = {"features": torch.randn(140, 130, generator=g)}
@@ -186,6 +203,8 @@ def test_wide_rows(has_memory, variant, monkeypatch):
     if has_memory:
         leaves["contrast_features"] = torch.randn(150, 130, generator=g)
         options["contrast_labels"] = torch.arange(150) % 9
+    if labels == "soft":
+        options |= {k: F.one_hot(x, 9).float() for k, x in options.items() if k.endswith("labels")}
     options |= {"summation": variant[0], "denominator": variant[1]}
 
     def gradients(loss_function, dtype):
@@ -313,6 +332,8 @@ def launch_cases():
     rectangle |= {"features": rows, "labels": labels}
     yield pytest.param(rectangle, 12, id="rectangle")
     yield pytest.param({**rectangle, "symmetric": True}, 32, id="both directions")
+    soft = F.one_hot(labels).float()
+    yield pytest.param({"features": rows, "labels": soft}, 100, id="soft labels")
     yield pytest.param({**labelled, "many": True}, 20, id="many rows")
     yield pytest.param({**rectangle, "many": True}, 20, id="many rows and columns")
 
@@ -334,7 +355,7 @@ def test_a_step_has_few_launches(arguments, most, monkeypatch):
     leaves = {
         name: x.clone().requires_grad_()
         for name, x in arguments.items()
-        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "labels"
     }
 
     def step():
@@ -440,8 +461,8 @@ def test_what_it_leaves_to_others():
     features, soft, mask = torch.randn(4, 3), torch.rand(4, 2), torch.ones(4, 4)
     with pytest.raises(ValueError, match="it takes labels or none"):
         triton_loss(features, mask=mask)
-    with pytest.raises(ValueError, match="integer labels or none"):
-        triton_loss(features, soft)
+    with pytest.raises(ValueError, match="soft labels with summation='out' and denominator='all'"):
+        triton_loss(features, soft, summation="in")
     with pytest.raises(ValueError, match="float32, float16 and bfloat16"):
         triton_loss(features.double(), torch.arange(4))
     with pytest.raises(ValueError, match="up to 8192 features"):

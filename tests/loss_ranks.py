@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import CASES, VARIANTS, Arguments, by_id, takes
+from cases import CASES, VARIANTS, Arguments, by_id, classes, randn, takes
 from compare import LEAVES
 from supcon_kernels import LabelQueue, SupConLoss, ranks, supcon_loss, triton_run
 
@@ -83,7 +83,8 @@ def interpreted_plan() -> list[tuple[Any, ...]]:
     """The same for the Triton kernels, under their interpreter."""
     two = [(2, name, ("out", "all")) for name in ("two_views", "self_in_memory", "three_features")]
     two += [(2, "singleton", variant) for variant in VARIANTS]
-    two += [(2, "symmetric_memory", ("out", "all"))]
+    others = ("symmetric_memory", "multi_hot", "soft_self_in_memory", "symmetric_soft")
+    two += [(2, name, ("out", "all")) for name in others]
     return [
         (*call, reduction, "triton", (torch.float32, torch.bfloat16)[k % 2])
         for k, (call, reduction) in enumerate(zip(two, itertools.cycle(REDUCTIONS)))
@@ -318,7 +319,7 @@ def gradients_that_few_want(group):
 
 @check(2)
 def machinery(group):
-    """The module, autocast, compilation, and differentiating twice."""
+    """The module, autocast and differentiating twice."""
     torch.manual_seed(dist.get_rank(group))
     features = torch.randn(6, 2, 4, requires_grad=True)
     labels = torch.arange(6) % 3
@@ -328,17 +329,43 @@ def machinery(group):
         under_autocast = criterion(features, labels)
     (gradient,) = torch.autograd.grad(loss, features, create_graph=True)
     twice = refusal(lambda: gradient.sum().backward())
+    return loss.detach(), under_autocast.detach(), twice
 
-    def step(x: Tensor) -> Tensor:
-        return criterion(x * 2, labels) * 3
 
-    (expected,) = torch.autograd.grad(step(features), features)
-    compiled = torch.compile(step, backend="aot_eager")
-    (traced,) = torch.autograd.grad(compiled(features), features)
+@check(2)
+def compiled(group):
+    """Losses and gradients, and the same in one graph; no two ranks have equally many rows."""
+    g = torch.Generator().manual_seed(dist.get_rank(group))
+    num_rows = 5 + 3 * dist.get_rank(group)
+    rows, others = randn(g, num_rows, 2, 8), randn(g, num_rows + 2, 8)
+    tau, labels = torch.tensor(0.2), classes(g, num_rows, 3)
+    memory = {"labels": labels, "contrast_labels": classes(g, num_rows + 2, 3)}
+    found = {}
+    for name, x, targets, options in (
+        ("labels", (rows,), {"labels": labels}, {"reduction": "sum"}),
+        ("memory", (rows[:, 0], others), memory, {}),
+        ("towers", (rows[:, 0], others[:num_rows]), {}, {"symmetric": True}),
+    ):
+
+        def step(features, temperature, *contrasts, given=(targets, options)):
+            others = {"contrast_features": contrasts[0]} if contrasts else {}
+            targets, options = given
+            call = {**others, **targets, **options, "temperature": temperature}
+            return supcon_loss(features * 2, **call, group=group) * 3
+
+        torch._dynamo.reset()
+        in_one_graph = torch.compile(step, backend="aot_eager", fullgraph=True)
+        found[name] = [_differentiated(f, x[0], tau, *x[1:]) for f in (step, in_one_graph)]
     torch._dynamo.reset()
-    in_one_graph = torch.compile(step, backend="aot_eager", fullgraph=True)
-    whole = refusal(lambda: in_one_graph(features))
-    return loss.detach(), under_autocast.detach(), twice, expected, traced, whole
+    frozen = torch.compile(lambda x: supcon_loss(x, group=group), backend="aot_eager")
+    leaf = rows.requires_grad_(dist.get_rank(group) == 0)
+    return found, refusal(lambda: frozen(leaf))
+
+
+def _differentiated(step: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    loss = step(*leaves)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 @check(4)

@@ -218,12 +218,20 @@ def test_gradients_that_only_some_want(found):
 
 def test_module_autocast_compilation_and_second_derivatives(found):
     for of_rank in found[:2]:
-        loss, under_autocast, twice, expected, traced, in_one_graph = of_rank["machinery"]
+        loss, under_autocast, twice = of_rank["machinery"]
         assert torch.equal(loss, found[0]["machinery"][0])
         assert torch.equal(loss, under_autocast)
         assert "differentiated twice" in twice[1]
-        torch.testing.assert_close(traced, expected)
-        assert in_one_graph[0] == "Unsupported"  # a graph break, which fullgraph=True refuses
+
+
+def test_a_compiled_call_is_whole(found):
+    for of_rank in found[:2]:
+        calls, refused = of_rank["compiled"]
+        assert set(calls) == {"labels", "memory", "towers"}
+        for expected, in_one_graph in calls.values():
+            for ours, want in zip(in_one_graph, expected, strict=True):
+                torch.testing.assert_close(ours, want)
+        assert "requires_grad must be alike on every rank of group" in refused[1]
 
 
 def test_a_group_is_a_group_that_one_is_in(found):

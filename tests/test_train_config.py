@@ -141,6 +141,8 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--label_noise", "1"], "--label_noise 1.0: must lie between 0 and 1"),
         (["--imbalance", "0.5"], "--imbalance 0.5: must be at least 1"),
         (["--train_images", "0"], "--train_images 0: must be at least 1"),
+        (["--max_positives", "4"], "--max_positives 4: must be one less than a multiple of the 2"),
+        (["--max_positives", "3", "--queue_size", "256"], "contradicts --queue_size"),
         (["--queue_momentum", "0.99"], "contradicts the absence of a queue: give --queue_size"),
         (
             ["--queue_size", "256", "--queue_momentum", "1"],

@@ -20,6 +20,7 @@ from methods.cmc import Edges
 from methods.n_pairs import sets_of_pairs
 from methods.options import WITH_CLASSIFIER, WITHOUT_LABELS, MethodOptions
 from run.errors import UserError
+from run.processes import Ranks
 from run.saved_run import open_run
 from supcon_kernels import supcon_loss
 from train_fixtures import TRAIN, metrics, pretrain
@@ -143,6 +144,36 @@ def test_variants_reach_the_loss(digits, options):
     torch.testing.assert_close(method(torch.empty(0), projected, labels), expected)
     # Only with all in the denominator is the loss of a collapse known.
     assert (method.collapsed_loss is None) == ("denominator" in options)
+
+
+@pytest.mark.parametrize(
+    ("num_views", "max_positives", "others"), [(2, 1, 0), (2, 3, 1), (3, 8, 2)]
+)
+def test_surplus_positives_leave_the_denominator(digits, num_views, max_positives, others):
+    """By the formula, pair by pair; a class of three images, one of one, one of two."""
+    limits = {"num_views": num_views, "max_positives": max_positives, "temperature": 0.5}
+    method = trainer_of(options_of(**SMALL, **limits), digits).method
+    labels, rows = torch.tensor([4, 7, 4, 1, 4, 1]), torch.randn(num_views * 6, 8)
+    found = method(torch.empty(0), rows, labels)
+
+    images, near = list(range(6)) * num_views, F.normalize(rows.double(), dim=1)
+    similar, losses = (near @ near.T / 0.5).exp(), []
+    for i, image in enumerate(images):
+        of_class = [k for k in range(6) if k != image and labels[k] == labels[image]]
+        kept = {image, *of_class[:others]}
+        positives = [j for j, other in enumerate(images) if j != i and other in kept]
+        assert len(positives) <= max_positives
+        negatives = [j for j, other in enumerate(images) if labels[other] != labels[image]]
+        log_p = (similar[i, positives] / similar[i, positives + negatives].sum()).log()
+        losses.append(-log_p.mean())
+    torch.testing.assert_close(found, torch.stack(losses).mean().float())
+    assert method.collapsed_loss is None
+
+
+def test_limited_positives_need_one_process(digits):
+    options = options_of(**SMALL, max_positives=3)
+    with pytest.raises(UserError, match="--max_positives needs one process"):
+        build_method(options, trainer_of(options, digits).model, digits, Ranks(0, 2))
 
 
 def test_pairs_use_each_view_once():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -13,10 +14,16 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
-from reproduction.claims import METHODS, SCALES, TABLES, Claim
-from reproduction.runs import RECORD, Job, Study, jobs_of
+from reproduction.claims import METRICS, SEVERITIES, TABLES, Claim
+from reproduction.methods import METHODS, SETTINGS
+from reproduction.pictures import FIGURES, OVERVIEW, pictures
+from reproduction.runs import EVALUATION, RECORD, Job, Study, jobs_of
+from reproduction.scales import SCALES
 from reproduction.verdicts import judge, value
+from run.errors import UserError
+from run.saved_run import open_run
 from train_fixtures import TRAIN
+from training.divergence import REMEDY
 
 paper = import_module("paper")
 SHORT = "--table 2 --methods supcon cross_entropy --seeds 1 --trials 1 --epochs 2 --device cpu"
@@ -51,7 +58,7 @@ def test_killed_twice_gives_the_report_of_one_never_stopped(tmp_path):
         assert text == (tmp_path / "whole" / name).read_text()
     assert "2,supcon,cross_entropy,top1,1,450," in text
     assert "6,supcon,cross_entropy,ece,1,450," in text  # of the same runs
-    assert (killed / paper.PICTURE).stat().st_size > 0
+    assert (killed / OVERVIEW).stat().st_size > 0
     output = (checkpoint.parent / "output.txt").read_text()
     assert "resuming after step" in output
 
@@ -78,13 +85,105 @@ def test_the_learning_rate_is_that_of_the_best_trial(tmp_path):
 def test_every_run_of_every_scale_has_options_that_are_accepted(tmp_path):
     for scale in SCALES.values():
         study = Study(scale, tmp_path, trials=1)
-        jobs = jobs_of(list(TABLES), seeds=2, trials=1)
-        folders = {study.folder(job) for job in jobs}
-        # Of the corruptions a job has the folder of its run.
-        assert len(folders) == len({(job.method, job.seed) for job in jobs})
+        for job in jobs_of(list(TABLES), METHODS, scale, seeds=1, trials=1):
+            assert study.folder(job) is not None
         equal = study.options(Job("cross_entropy_2x"))
         assert equal.schedule.epochs == 2 * study.options(Job("supcon")).schedule.epochs
         assert study.cost(Job("cross_entropy_2x")) == study.cost(Job("supcon"))
+
+
+def test_runs_that_were_made_stay_valid(tmp_path):
+    """A folder is named by the hash of the options: results are kept for as long as the names are."""
+    study = Study(SCALES["fmnist10k"], tmp_path, trials=1)
+    assert study.folder(Job("supcon")).name == "cfd9e98ea135"
+    assert study.folder(Job("cross_entropy", seed=1)).name == "95660e81925e"
+    # What has the same options is the same run.
+    for name in ("supcon_momentum", "supcon_simclr"):
+        assert study.folder(Job(name)) == study.folder(Job("supcon"))
+    # Two stages have the encoder of another run, and a folder of their own.
+    jobs = [Job("cross_entropy"), Job("cross_entropy_two_stages"), Job("momentum_momentum")]
+    assert len(set(map(study.folder, [*jobs, Job("supcon")]))) == 4
+
+
+def test_methods_that_are_asked_for_bring_what_they_need():
+    jobs = jobs_of(
+        ["8", "tail"], ["lars_rmsprop", "supcon_tail"], SCALES["digits"], seeds=1, trials=3
+    )
+    named = list(dict.fromkeys((job.method, job.trial is None) for job in jobs))
+    assert named == [
+        ("raw_pixels", True), ("untrained", True), ("supcon", False), ("supcon_tail", True),
+        ("supcon_lars", False), ("lars_rmsprop", False), ("supcon_lars", True),
+        ("lars_rmsprop", True),
+    ]  # fmt: skip
+    # Grey images have no policies.
+    grey, coloured = (
+        {job.method for job in jobs_of(["9"], METHODS, SCALES[name], seeds=1, trials=1)}
+        for name in ("fmnist10k", "cifar10")
+    )
+    assert "crop_flip_simclr" in grey and "randaugment_simclr_blur" not in grey
+    assert "randaugment_simclr_blur" in coloured and "crop_flip_simclr" not in coloured
+
+
+def record(study: Study, job: Job, accuracy: float) -> None:
+    folder = study.folder(job)
+    folder.mkdir(exist_ok=True)
+    (folder / RECORD).write_text(json.dumps({"accuracy": accuracy}))
+
+
+def test_a_linear_stage_is_tuned_on_the_encoder_of_the_best_trial(tmp_path):
+    study = Study(SCALES["digits"], tmp_path, trials=3)
+    final = Job("lars_rmsprop", seed=1)
+    for trial, accuracy in enumerate((0.5, 0.7, 0.9)):
+        assert study.folder(Job("lars_rmsprop", trial=0)) is None
+        record(study, Job("supcon_lars", trial=trial), accuracy)
+    best = study.options(Job("supcon_lars", trial=2))
+    for trial, accuracy in enumerate((0.6, 0.9, 0.6)):
+        assert study.folder(final) is None
+        assert study.options(Job("lars_rmsprop", trial=trial)) == best
+        record(study, Job("lars_rmsprop", trial=trial), accuracy)
+    resolved = study.resolved(final)
+    assert resolved["learning_rate"] == best.optimizer.learning_rate and resolved["seed"] == 1
+    assert (
+        resolved["linear"] | {"optimizer": "rmsprop", "learning_rate": 0.15} == resolved["linear"]
+    )
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Run the scripts here, and two corruptions of the fifteen."""
+
+    def run(script: str, folder: Path, **options: object) -> None:
+        words = [[f"--{name}", str(value)] for name, value in options.items()]
+        import_module(Path(script).stem).main([word for pair in words for word in pair])
+
+    monkeypatch.setattr("reproduction.runs.start", run)
+    monkeypatch.setattr("evaluation.corruptions.CORRUPTIONS", ("fog", "pixelate"))
+
+
+def test_two_stages_of_one_encoder(tmp_path, in_this_process, capsys):
+    scale = replace(SCALES["digits"], corruption_images=20)
+    local = {"train_images": 200, "device": "cpu", "log": "csv", "width": 4, "model": "resnet10"}
+    study = Study(scale, tmp_path, trials=1, epochs=2, local=local)
+    two, one = Job("cross_entropy_two_stages"), Job("cross_entropy")
+    with pytest.raises(UserError, match="its encoder is not made"):
+        study.do(two)
+    for job in (one, two, replace(two, corrupted=True)):
+        assert study.record(job) is None
+        study.do(job)
+        assert study.record(job) is not None
+    encoders = [open_run(study.folder(job)).network().state_dict() for job in (one, two)]
+    torch.testing.assert_close(*encoders, rtol=0, atol=0)
+    scores = [study.scores(job)[0] for job in (one, two)]
+    assert scores[0].shape == scores[1].shape and not torch.allclose(*scores)
+    evaluation = json.loads((study.folder(two) / EVALUATION).read_text())
+    assert evaluation["classifier"] == "linear stage (convex)"
+    assert study.corruptions(two).keys() >= {"mce", *SEVERITIES}
+    assert study.corruptions(one)["mce"] == 1
+    # One that diverged has no encoder to give.
+    record(study, one, 0.0)
+    (study.folder(one) / RECORD).write_text(json.dumps({"failed": f"the loss is nan: {REMEDY}"}))
+    study.do(two)
+    assert study.failed(two)
 
 
 class Measured(Study):
@@ -92,6 +191,9 @@ class Measured(Study):
 
     def __init__(self, correct: dict[str, list[float]], images: int = 1000):
         self.correct, self.images = correct, images
+
+    def failed(self, job):
+        return self.correct[job.method] == "diverged"
 
     def scores(self, job):
         shares = self.correct[job.method]
@@ -117,7 +219,7 @@ class Measured(Study):
     ],
 )
 def test_verdict(better, worse, verdict):
-    row = judge(Measured({"a": better, "b": worse}), Claim("a", "b"), "top1", seeds=3)
+    row = judge(Measured({"a": better, "b": worse}), Claim("a", "b"), seeds=3)
     assert row["verdict"] == verdict
     assert row["seeds"] == min(len(better), len(worse))
     if verdict == "not resolved":
@@ -130,16 +232,73 @@ def test_calibration_is_better_where_it_is_lower():
     study = Measured({"a": [0.88] * 3, "b": [0.5] * 3})
     assert value(study, Job("a"), "ece") == pytest.approx(0.881 - 0.88, abs=1e-3)
     assert value(study, Job("b"), "ece") == pytest.approx(0.881 - 0.5, abs=1e-3)
-    assert judge(study, Claim("a", "b"), "ece", seeds=3)["verdict"] == "shown"
+    assert judge(study, Claim("a", "b", metric="ece"), seeds=3)["verdict"] == "shown"
+
+
+def test_spread_is_over_all_settings_that_both_have():
+    shares = [0.5 + 0.05 * k for k in range(len(SETTINGS))]
+    correct = {f"supcon_{setting}": [0.9] * 3 for setting in SETTINGS}
+    correct |= {f"cross_entropy_{setting}": [share] * 3 for setting, share in zip(SETTINGS, shares)}
+    study = Measured(correct | {"supcon": [0.9] * 3, "cross_entropy": [0.9] * 3})
+    assert value(study, Job("supcon"), "spread") == 0
+    spread = value(study, Job("cross_entropy"), "spread")
+    assert spread == pytest.approx(torch.tensor(shares).std().item(), abs=1e-3)
+    claim = Claim("supcon", "cross_entropy", metric="spread")
+    assert judge(study, claim, seeds=3)["verdict"] == "shown"
+    study.correct["supcon_rate_triple"] = "diverged"
+    assert value(study, Job("supcon"), "spread") > spread
+    study.correct["supcon_rate_triple"] = []
+    assert judge(study, claim, seeds=3)["verdict"] == "not run"
 
 
 def test_claims_name_methods_of_their_table():
     for table in TABLES.values():
         named = {name for claim in table.claims for name in (claim.better, claim.worse)}
-        assert named | table.published.keys() <= set(table.methods) <= METHODS.keys()
+        if "spread" not in {claim.metric for claim in table.claims}:  # which is of all its methods
+            assert named <= set(table.methods)
+        assert table.published.keys() <= set(table.methods) <= METHODS.keys()
+        assert {*table.columns, *(claim.metric for claim in table.claims)} <= METRICS.keys()
+
+
+def test_tables_and_figures_are_chosen_apart():
+    assert paper.PaperOptions(figure=["4"]).asked == ["figure 4"]
+    assert paper.PaperOptions(table=["1"], figure=["3"]).asked == ["1", "figure 3"]
+    assert paper.PaperOptions().asked == list(TABLES)
+    wrong = paper.PaperOptions(table=["figure 3"], figure=["5"]).mistakes()
+    assert [mistake.partition(":")[0] for mistake in wrong] == ["--table figure 3", "--figure 5"]
+
+
+def test_figures_are_drawn_of_the_rows(tmp_path):
+    """Rows of before a metric was there are drawn without it."""
+    runs = [
+        {"scale": "digits", "method": method, "top1": "0.9"} | {name: "0.7" for name in SEVERITIES}
+        for method in ("supcon", "cross_entropy")
+    ]
+    runs += [
+        {"scale": "digits", "method": f"{loss}_{setting}", "top1": "0.8"}
+        for loss in ("supcon", "cross_entropy")
+        for setting in SETTINGS
+    ]
+    common = {"scale": "digits", "better": "supcon", "worse": "cross_entropy"}
+    common |= {"verdict": "not resolved", "needed_images": "5", "needed_seeds": "3"}
+    common |= {"difference": "0.1", "low": "-0.1", "high": "0.2"}
+    claims = [
+        common | {"table": table, "metric": metric}
+        for table, metric in (("figure 3", "severity_5"), ("figure 4", "spread"))
+    ]
+    names = [OVERVIEW, *(name.format("digits") for name in FIGURES.values())]
+    assert list(pictures(runs, claims)) == names
+    paper.draw(runs, claims, tmp_path)
+    assert all((tmp_path / name).stat().st_size > 0 for name in names)
+    runs = [row | {name: "0.01" for name in ("commit", "hardware", "torch")} for row in runs]
+    page = paper.page(runs, claims)
+    assert "| SupCon | 90.00 | 70.00 |" in page
+    assert all(f"]({name})" in page for name in names)
+    assert pictures(runs, []) == {}
 
 
 def test_the_page_is_that_of_the_committed_results():
     page = paper.page(*paper.committed_rows())
     assert paper.PAGE.read_text() == page, "python train/paper.py --update_docs --budget 0min"
-    assert (paper.PICTURE in page) == paper.PAGE.with_name(paper.PICTURE).is_file()
+    drawn = {path.name for path in paper.PAGE.parent.glob("paper*.png")}
+    assert drawn == pictures(*paper.committed_rows()).keys()

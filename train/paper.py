@@ -1,7 +1,7 @@
 """Test the claims of the SupCon paper at the scale of this machine: shown, not resolved, contradicted.
 
 python train/paper.py --table 2 --scale digits
-python train/paper.py --table 2 1 6 --scale fmnist10k --data_root DIR --budget 8h
+python train/paper.py --table 2 1 5 --figure 3 4 --scale fmnist10k --data_root DIR --budget 8h
 
 Runs are kept in runs/paper. Each has a folder named by its options. To resume after a stop, give the same
 command again. At the end a report is written; `--budget 0min` writes it without any run.
@@ -14,24 +14,25 @@ import run.quiet_interrupt  # noqa: F401  before all that takes long to import
 import re
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from reproduction.claims import METHODS, SCALES, TABLES
+from reproduction.claims import FIGURES, TABLES, option_of
+from reproduction.methods import METHODS
+from reproduction.pictures import Row, pictures
 from reproduction.report import (
     CLAIM_COLUMNS,
-    PICTURE,
     RUN_COLUMNS,
-    Row,
-    draw,
     page,
     read_rows,
     rows_of_claims,
     rows_of_runs,
     write_rows,
-)  # fmt: skip
-from reproduction.runs import BASELINES, Job, Study, jobs_of
-from run.atomic_write import replace_text
+)
+from reproduction.runs import Job, Study, jobs_of
+from reproduction.scales import SCALES
+from run.atomic_write import replace_file, replace_text
 from run.command_line import parse, run_script
 from run.device import Device
 from run.errors import UserError
@@ -40,6 +41,8 @@ from run.rules import broken, out_of_range
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = REPOSITORY / "benchmarks" / "results", REPOSITORY / "docs" / "paper.md"
+# The figures have an option of their own.
+NAMED = [name for name in TABLES if option_of(name) == f"--table {name}"]
 SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 
@@ -48,7 +51,9 @@ class PaperOptions:
     """The claims of the paper.
 
     Args:
-        table: 2 1 6 7 are the paper's tables; memory, noise, tail and few go beyond it. Default: all.
+        table: 2 1 5 6 7 8 9 are the paper's tables; memory, noise, tail and few go beyond it. Default:
+            all tables and figures, unless --figure is given.
+        figure: 3 4 are the paper's figures: corruptions by severity, and how much hyperparameters matter.
         methods: Only these methods of the tables. Default: all.
         scale: digits: minutes on a CPU. fmnist10k: 10,000 images of Fashion-MNIST at 16 pixels, hours on
             a CPU. fmnist: all of it, for a GPU. cifar10, imagenet: the published recipes.
@@ -65,8 +70,9 @@ class PaperOptions:
             all results there.
     """
 
-    table: list[str] = field(default_factory=lambda: list(TABLES))
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    table: list[str] = field(default_factory=list)
+    figure: list[str] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
     scale: Literal["digits", "fmnist10k", "fmnist", "cifar10", "imagenet"] = "digits"
     seeds: int = 3
     trials: int = 3
@@ -82,8 +88,12 @@ class PaperOptions:
         """What is out of range, one sentence each."""
         rules = [
             (
-                set(self.table) <= TABLES.keys(),
-                f"--table {' '.join(self.table)}: accepted are {', '.join(TABLES)}",
+                set(self.table) <= set(NAMED),
+                f"--table {' '.join(self.table)}: accepted are {', '.join(NAMED)}",
+            ),
+            (
+                set(self.figure) <= set(FIGURES),
+                f"--figure {' '.join(self.figure)}: accepted are {', '.join(FIGURES)}",
             ),
             (
                 set(self.methods) <= METHODS.keys(),
@@ -96,6 +106,11 @@ class PaperOptions:
         ]
         at_least = {"seeds": 1, "trials": 1, "epochs": 2, "workers": 0}
         return broken(rules) + out_of_range(self, at_least=at_least)
+
+    @property
+    def asked(self) -> list[str]:
+        """The tables and figures to make, by their names in TABLES."""
+        return [*self.table, *(f"figure {number}" for number in self.figure)] or list(TABLES)
 
     @property
     def seconds(self) -> float:
@@ -120,9 +135,14 @@ def main(argv: list[str] | None = None) -> Path:
     root = Path(options.output_dir)
     root.mkdir(parents=True, exist_ok=True)
     study = Study(SCALES[options.scale], root, options.trials, options.epochs, local)
-    jobs = jobs_of(options.table, seeds=options.seeds, trials=options.trials)
-    asked = (*options.methods, *BASELINES)
-    make(study, [job for job in jobs if job.method in asked], options.seconds)
+    jobs = jobs_of(
+        options.asked,
+        options.methods or METHODS,
+        study.scale,
+        seeds=options.seeds,
+        trials=options.trials,
+    )
+    make(study, jobs, options.seconds)
     return report(study, options)
 
 
@@ -130,14 +150,15 @@ def make(study: Study, jobs: list[Job], budget: float) -> None:
     """Make the runs that are not done, in order, as far as a number of seconds reaches."""
     began, left = time.monotonic(), [job for job in jobs if study.record(job) is None]
     print(f"{len(jobs) - len(left)} of {len(jobs)} runs are done", flush=True)
+    left_out = []
+    rate = seconds_per_pass(study, jobs)
     while left:
         job, *left = left
         if study.record(job) is not None:
             continue  # it has the options of another, which was made meanwhile
-        rate = seconds_per_pass(study, jobs)
         spent = time.monotonic() - began
         if budget == 0 or spent + rate * study.cost(job) > budget:
-            print(f"left out, the budget is too small: {job}", flush=True)
+            left_out.append(job)
             continue
         remaining = rate * sum(map(study.cost, [job, *left]))
         said = f"about {duration(remaining)} left" if rate else "time left not known yet"
@@ -147,6 +168,9 @@ def make(study: Study, jobs: list[Job], budget: float) -> None:
             study.do(job)
         except UserError as error:
             print(f"  failed: {error}", flush=True)
+        rate = seconds_per_pass(study, jobs)
+    if left_out:
+        print(f"left out, the budget is too small: {len(left_out)} runs, the first {left_out[0]}")
 
 
 def seconds_per_pass(study: Study, jobs: list[Job]) -> float:
@@ -169,20 +193,26 @@ def report(study: Study, options: PaperOptions) -> Path:
     runs, claims = rows_of_runs(*about), rows_of_claims(*about)
     path = study.root / f"{options.scale}.md"
     replace_text(path, page(runs, claims))
-    draw(claims, study.root / PICTURE)
+    draw(runs, claims, study.root)
     for folder in [study.root, RESULTS] if options.update_docs and runs else [study.root]:
         write_rows(folder / f"paper_{options.scale}_runs.csv", runs, RUN_COLUMNS)
         write_rows(folder / f"paper_{options.scale}_claims.csv", claims, CLAIM_COLUMNS)
     if options.update_docs:
         replace_text(PAGE, page(*committed_rows()))
-        draw(committed_rows()[1], PAGE.with_name(PICTURE))
+        draw(*committed_rows(), PAGE.parent)
         print(f"written to {PAGE}")
     for row in claims:
-        if row["table"] in options.table:
-            verdict = f"{row['better']} better than {row['worse']}: {row['verdict']}"
-            print(f"table {row['table']}: {verdict}")
+        if row["table"] in options.asked:
+            claim = f"{row['better']} better than {row['worse']} by {row['metric']}"
+            print(f"{option_of(row['table'])}: {claim}: {row['verdict']}")
     print(f"written to {path}")
     return path
+
+
+def draw(runs: list[Row], claims: list[Row], folder: Path) -> None:
+    """Write the pictures of what is done to a folder."""
+    for name, figure in pictures(runs, claims).items():
+        replace_file(folder / name, partial(figure.savefig, dpi=150))
 
 
 def committed_rows() -> tuple[list[Row], list[Row]]:

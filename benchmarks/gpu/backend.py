@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -16,7 +17,7 @@ from unittest import mock
 import torch
 
 from codegen.kernels import Source, shipped
-from supcon_kernels import triton_launch, triton_run
+from supcon_kernels import triton_launch, triton_run, triton_shipped
 from supcon_kernels.triton_launch import Launch, Plan
 from supcon_kernels.triton_tiles import BACKWARD, FORWARD, Tile
 
@@ -126,6 +127,20 @@ def _chosen_by(phase: str, choose: Callable[[Plan, bool], Tile]) -> Iterator[Non
     _forget_plans()
 
 
+class _PlanInBlocks(Plan):
+    """A plan whose backward writes H in blocks, however narrow the rows are."""
+
+    is_wide = True
+
+
+_plan_in_blocks = functools.lru_cache(maxsize=256)(_PlanInBlocks)
+
+
+def in_blocks() -> contextlib.AbstractContextManager[object]:
+    """Have the backend write H in blocks, as it does where rows are wide."""
+    return mock.patch.object(triton_launch, "plan_of", _plan_in_blocks)
+
+
 def _forget_plans() -> None:
     """What the backend remembers of former calls was planned with other tiles."""
     for place in (Plan, triton_launch):
@@ -145,6 +160,11 @@ def sources(dtype: str, dim: int, arch: int, *, with_tiles: bool) -> list[Source
                 launched = shipped([dtype], [dim], [arch])
             source = next(s for s in launched if s.launch.kernel == kernel)
             found.append(dataclasses.replace(source, label=f"{phase} in {describe(tile)}"))
+    with mock.patch.object(triton_shipped, "Plan", _PlanInBlocks):
+        known = {source.launch.code for source in found}
+        for source in shipped([dtype], [dim], [arch]):
+            if source.label.startswith("backward out/all") and source.launch.code not in known:
+                found.append(dataclasses.replace(source, label=f"{source.label} in blocks"))
     return found
 
 

@@ -73,17 +73,17 @@ def check_no_sync(place: Place, problem: Problem) -> None:
 
 
 def check_no_sync_of_weights(place: Place, problem: Problem) -> None:
-    """Which only the tiled backend takes on a device."""
+    """A mask is taken by the tiled backend alone."""
     place.needs_cuda()
     num_classes = problem.workload.num_classes
     soft_labels = 0.9 * F.one_hot(problem.labels, num_classes).float() + 0.1 / num_classes
     mask = soft_labels @ soft_labels.T
 
-    def step(**positives: Any) -> None:
-        supcon_loss(problem.features, temperature=0.1, backend="tiled", **positives).backward()
+    def step(**given: Any) -> None:
+        supcon_loss(problem.features, temperature=0.1, **given).backward()
 
-    _assert_no_sync(functools.partial(step, labels=soft_labels))
-    _assert_no_sync(functools.partial(step, mask=mask))
+    _assert_no_sync(functools.partial(step, labels=soft_labels, backend=place.backend))
+    _assert_no_sync(functools.partial(step, mask=mask, backend="tiled"))
 
 
 def _assert_no_sync(step: Callable[[], object]) -> None:

@@ -19,7 +19,7 @@ from reporting.rows import ints
 
 ARCH = 90
 TILED = ("bfloat16", 128)
-"""The dtype and width whose tiles are compared."""
+"""The dtype and width whose tiles are compared, among them those of H in blocks, of every width."""
 
 
 def main(argv: Sequence[str]) -> int:

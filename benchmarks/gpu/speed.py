@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from gpu import backend
 from gpu.facts import measured_rates
 from gpu.place import Items, Place, Row, first_line
 from gpu.processes import in_processes
@@ -26,6 +27,8 @@ from measuring.workloads import Problem, Workload, compute_truth, make_checked_p
 from supcon_kernels import supcon_loss
 
 LEARNED = ", learned τ"
+IN_BLOCKS = f"{OURS}triton], H in blocks"
+"""The way of wide rows where both can go: from which width on is it the faster one?"""
 BRIEF = ("dense", "chunked")
 CAPTURED = ("dense", "chunked", "matmuls")
 """Of the others, those that are replayed as a CUDA graph, too."""
@@ -58,20 +61,23 @@ def shapes(place: Place) -> list[Shape]:
     peers = ("dense", "matmuls", *GPU_PEERS)
     compiled = ("dense", "dense-compiled", "matmuls", *GPU_PEERS)
     return [
-        Shape(bf16, compiled),
+        Shape(bf16, (*compiled, IN_BLOCKS)),
         Shape(replace(bf16, num_rows=32768), peers),
         Shape(replace(bf16, num_rows=1024), compiled),
         Shape(replace(bf16, num_rows=4096), peers),
         Shape(replace(bf16, num_rows=256), peers),
         Shape(replace(bf16, num_rows=16384, dim=768), peers),
+        Shape(replace(bf16, num_rows=16384, dim=256), (*BRIEF, IN_BLOCKS)),
+        Shape(replace(bf16, num_rows=16384, num_cols=16384, dim=768)),
         Shape(replace(bf16, num_rows=65536), ("chunked", "memeff", "siglip-kernel")),
-        Shape(replace(bf16, dtype="float32")),
+        Shape(replace(bf16, num_rows=65536, dim=768), ("chunked", "siglip-kernel")),
+        Shape(replace(bf16, dtype="float32"), (*BRIEF, IN_BLOCKS)),
         Shape(replace(bf16, num_classes=4096)),  # SimCLR: two views of each
         Shape(replace(bf16, num_classes=1000)),
         # A batch before a memory, of few large classes and of many small ones.
         Shape(replace(bf16, num_rows=256, num_cols=65536)),
         Shape(replace(bf16, num_rows=256, num_cols=65536, num_classes=16384)),
-        *(Shape(replace(bf16, num_rows=16384, dim=dim)) for dim in (512, 256, 1024, 64)),
+        *(Shape(replace(bf16, num_rows=16384, dim=dim)) for dim in (512, 1024, 64)),
         *(Shape(replace(bf16, num_rows=n)) for n in (20480, 12288)),
     ]
 
@@ -91,7 +97,8 @@ def _compile_ahead(place: Place, found: list[Shape]) -> Iterator[Row]:
     for shape in found:
         w = shape.workload
         code = (w.dtype, w.dim, w.num_cols > 0, w.num_rows <= SMALL)  # what kernels depend on
-        for name in (ours, ours + LEARNED, *(other for other in shape.others if other in TRITON)):
+        ahead = (ours, ours + LEARNED, *(x for x in shape.others if x in (*TRITON, IN_BLOCKS)))
+        for name in ahead:
             calls.setdefault((name, *code), (name, w))
         if "dense-compiled" in shape.others:
             calls["dense-compiled", w] = ("dense-compiled", w)
@@ -112,7 +119,9 @@ def first_step(place: Place, call: tuple[str, Workload]) -> None:
 
 
 def make(name: str, workload: Workload, place: Place) -> Provider:
-    """The provider of that name; ours also with a temperature that is a parameter."""
+    """The provider of that name; ours also with a temperature that is a parameter, or H in blocks."""
+    if name == IN_BLOCKS:
+        return _in_blocks(make_provider(f"{OURS}triton]", workload))
     if not name.endswith(LEARNED):
         return make_provider(name, workload)
     tau = torch.tensor(workload.temperature, device=workload.device, requires_grad=True)
@@ -131,6 +140,18 @@ def make(name: str, workload: Workload, place: Place) -> Provider:
         return torch.autograd.grad(loss, (*problem.leaves, tau))[:-1]
 
     return Provider(name, forward, backward)
+
+
+def _in_blocks(provider: Provider) -> Provider:
+    def forward(problem: Problem) -> torch.Tensor:
+        with backend.in_blocks():
+            return provider.forward(problem)
+
+    def backward(problem: Problem, loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with backend.in_blocks():
+            return provider.backward(problem, loss)
+
+    return Provider(IN_BLOCKS, forward, backward)
 
 
 def _measure(place: Place, shape: Shape, num_left: int) -> Iterator[Row]:

@@ -153,6 +153,14 @@ def test_the_rehearsal_finds_a_launch_that_must_not_ship(
     monkeypatch.setattr(kernels, "GOALS", {})
     tiles = [len(backend.tiles(phase)) for phase in backend.PAIR_KERNELS]
     assert all(30 <= count <= 40 for count in tiles)
+    in_blocks = [
+        source
+        for dtype in ("bfloat16", "float32")
+        for source in backend.sources(dtype, 128, 90, with_tiles=False)
+        if source.label.endswith(" in blocks")
+    ]
+    assert {s.launch.kernel for s in in_blocks} == {"_derivatives_kernel"}
+    tiles.append(len(in_blocks))
     # A tile that spills is slow; a launch that does must not ship.
     spilling = " in "
     assert gpu_check.main(["rehearse", "--dims", "128"]) == 0

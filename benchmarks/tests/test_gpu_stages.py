@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from gpu import behaviour, cases, counters, driver, speed, timing
+from gpu import backend, behaviour, cases, counters, driver, speed, timing
 from gpu.place import Place
 from measuring.workloads import Workload, make_problem
+from supcon_kernels import triton_launch
+from supcon_kernels.triton_tiles import Target
 
 PLACE = Place(device="cpu", backend="tiled", is_tiny=True)
 
@@ -117,3 +119,19 @@ def test_counters_are_read_by_pattern() -> None:
         "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active [%]": 61.5,
         "lts__t_bytes.sum [Mbyte]": 1024.0,
     }
+
+
+def test_narrow_rows_can_be_measured_with_their_derivatives_in_blocks() -> None:
+    def plan() -> triton_launch.Plan:
+        call = ("bfloat16", 128, 8192, None, Target(90, 132), True, "out", "all", True, False)
+        return triton_launch.plan_of(*call)
+
+    assert not plan().is_wide
+    with backend.in_blocks():
+        assert plan().is_wide
+    assert not plan().is_wide
+    measured = [s for s in speed.shapes(Place()) if speed.IN_BLOCKS in s.others]
+    assert {s.workload.dim for s in measured} == {128, 256}
+    assert all("chunked" in s.others for s in measured)
+    wide = [s for s in speed.shapes(Place()) if s.workload.dim > 256]
+    assert all("chunked" in s.others for s in wide)

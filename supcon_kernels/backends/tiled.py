@@ -23,6 +23,7 @@ from supcon_kernels.problem import (
     normalize_backward,
     statistics_dtype,
 )
+from supcon_kernels.products import add_product, product, product_in_parts, short_dtype
 
 # Similarities in flight at a time: 4 MiB of float32 stay in a CPU's cache; elsewhere 128 MiB, so
 # that a chunk is work enough for the device.
@@ -57,7 +58,7 @@ def forward(problem: Problem, reduction: str, wanted: Wanted) -> Results:
     if not _positives_by_class(problem):
         return Results.of_ways([_forward_pairs(way, reduction) for way in ways])
     problem = problem.by_rows()
-    rows, cols = problem.embeddings()
+    rows, cols = _embeddings(problem)
     with torch.autocast(rows.device.type, enabled=False):
         lses = _log_sum_exps(problem, rows, cols)
         found = [
@@ -68,7 +69,7 @@ def forward(problem: Problem, reduction: str, wanted: Wanted) -> Results:
 
 
 def _forward_pairs(problem: Problem, reduction: str) -> Results:
-    rows, cols = problem.embeddings()
+    rows, cols = _embeddings(problem)
     with torch.autocast(rows.device.type, enabled=False):
         found = _pair_statistics(problem, rows, cols)
     return _results(problem, *found, reduction)
@@ -86,7 +87,7 @@ def backward(
 ) -> Gradients:
     """The gradients, of similarities that are computed again."""
     given, problem = problem, problem.by_rows()
-    rows, cols = problem.embeddings()
+    rows, cols = _embeddings(problem)
     wants_cols = wanted.cols or (wanted.rows and problem.square)
     gradient = _class_gradient if _positives_by_class(problem) else _pair_gradient
     of_cols = None if col_anchors is None else _Weighted.of(col_anchors)
@@ -141,6 +142,15 @@ def _to_input(problem: Problem, x: Tensor, grad: Tensor) -> Tensor:
     return grad.masked_fill(ignored[:, None], 0.0).to(x.dtype)
 
 
+def _embeddings(problem: Problem) -> tuple[Tensor, Tensor]:
+    """``problem.embeddings()``, rounded to 16 bits where they are multiplied in these."""
+    rows, cols = problem.embeddings()
+    if (dtype := short_dtype(problem.rows)) is None:
+        return rows, cols
+    rounded = rows.to(dtype).to(rows.dtype)
+    return rounded, rounded if problem.square else cols.to(dtype).to(cols.dtype)
+
+
 def _chunks(problem: Problem) -> Iterator[tuple[int, int]]:
     n = problem.rows.shape[0]
     pairs = CPU_CHUNK_PAIRS if problem.rows.device.type == "cpu" else DEVICE_CHUNK_PAIRS
@@ -156,9 +166,10 @@ def _pair_statistics(problem: Problem, rows: Tensor, cols: Tensor) -> tuple[Tens
     loss = rows.new_empty(rows.shape[0])
     contributes = torch.empty(rows.shape[0], dtype=torch.bool, device=rows.device)
     stats, _ = saved(problem)
+    dtype = short_dtype(problem.rows)
     for start, stop in _chunks(problem):
         chunk = slice(start, stop)
-        s = rows[chunk] @ cols.T / problem.tau
+        s = product(rows[chunk], cols.T, dtype) / problem.tau
         w = problem.pair_weights(start, stop)
         loss[chunk], contributes[chunk], stats[:, chunk] = _chunk_statistics(problem, s, w)
     return loss, contributes, stats
@@ -230,16 +241,17 @@ def _pair_gradient(
 ) -> tuple[Tensor, Tensor]:
     grad_rows = torch.empty_like(rows)
     grad_cols = torch.zeros_like(cols) if wants_cols else rows.new_zeros(0)
+    dtype = short_dtype(problem.rows)
     for start, stop in _chunks(problem):
         chunk = slice(start, stop)
-        s = rows[chunk] @ cols.T / problem.tau
+        s = product(rows[chunk], cols.T, dtype) / problem.tau
         w = problem.pair_weights(start, stop)
         g = _derivative(problem, s, w, anchors.chunk(start, stop))
         if col_anchors is not None:
             g = g + _derivative(problem, s.T, w.T, col_anchors).T
-        grad_rows[chunk] = g @ cols
+        grad_rows[chunk] = product_in_parts(g, cols, dtype)
         if wants_cols:
-            grad_cols.addmm_(g.T, rows[chunk])
+            add_product(grad_cols, g.T, rows[chunk], dtype)
     return grad_rows, grad_cols
 
 
@@ -313,9 +325,13 @@ def _own(problem: Problem, classes: _Classes) -> tuple[slice, Tensor] | None:
 def _softmax_chunks(problem: Problem, rows: Tensor, cols: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Similarities (n, M) of each chunk of rows; minus infinity where the column takes no part."""
     bias = cols.new_zeros(cols.shape[0]).masked_fill_(problem.col_ignored(), float("-inf"))
+    dtype = short_dtype(problem.rows)
     scaled = rows / problem.tau
     for start, stop in _chunks(problem):
-        s = torch.addmm(bias, scaled[start:stop], cols.T)
+        if dtype is None:
+            s = torch.addmm(bias, scaled[start:stop], cols.T)
+        else:
+            s = product(rows[start:stop], cols.T, dtype).div_(problem.tau).add_(bias)
         if problem.self_offset is not None:
             s.diagonal(problem.self_offset + start).fill_(float("-inf"))
         yield slice(start, stop), s
@@ -388,19 +404,23 @@ def _class_gradient(
         grad_cols = grad_exact.to(rows.dtype)
 
     weighted = grad_loss[:, None] * rows
+    dtype = short_dtype(problem.rows)
     for chunk, s in _softmax_chunks(problem, rows, cols):
         if col_anchors is not None:
             of_cols = (s - col_anchors.stats[0].to(s.dtype)).exp_().mul_(col_anchors.grad_loss)
         p = s.sub_(lse[chunk, None]).exp_()
-        if col_anchors is not None:
-            g = of_cols.addcmul_(grad_loss[chunk, None], p)
-            grad_rows[chunk] += g @ cols
+        if col_anchors is None and dtype is None:
+            grad_rows[chunk] += grad_loss[chunk, None] * (p @ cols)
             if wants_cols:
-                grad_cols.addmm_(g.T, rows[chunk])
+                grad_cols.addmm_(p.T, weighted[chunk])
             continue
-        grad_rows[chunk] += grad_loss[chunk, None] * (p @ cols)
+        if col_anchors is None:
+            g = p.mul_(grad_loss[chunk, None])
+        else:
+            g = of_cols.addcmul_(grad_loss[chunk, None], p)
+        grad_rows[chunk] += product_in_parts(g, cols, dtype)
         if wants_cols:
-            grad_cols.addmm_(p.T, weighted[chunk])
+            add_product(grad_cols, g.T, rows[chunk], dtype)
     grad_rows /= problem.tau
     if wants_cols:
         grad_cols /= problem.tau

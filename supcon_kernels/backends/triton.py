@@ -1,4 +1,4 @@
-"""Triton kernels on CUDA tensors: float32, float16 and bfloat16, any variant, integer labels or none.
+"""Triton kernels on CUDA tensors: float32, float16 and bfloat16, any variant, no mask.
 
 This file says in which order they are launched. The host reads nothing off the device and
 every shape follows from the inputs' shapes, so that a call can be captured in a CUDA graph.
@@ -13,7 +13,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from supcon_kernels import triton_launch, triton_run, triton_tiles
+from supcon_kernels import triton_launch, triton_run, triton_soft, triton_tiles
 from supcon_kernels.backends.protocol import Anchors, Gradients, Results, Wanted
 from supcon_kernels.problem import Problem
 from supcon_kernels.triton_call import DTYPES, Call, size_of
@@ -66,8 +66,9 @@ def why_not(problem: Problem) -> str | None:
         return f"it takes float32, float16 and bfloat16 features, not {problem.rows.dtype}."
     if problem.weights is not None:
         return "it takes labels or none, not a mask."
-    if not problem.has_integer_labels:
-        return "it takes integer labels or none, not soft ones."
+    is_default = problem.summation == "out" and problem.denominator == "all"
+    if not problem.has_integer_labels and not is_default:
+        return "it takes soft labels with summation='out' and denominator='all' only."
     if problem.rows.shape[-1] > triton_tiles.MAX_DIM:
         return f"it takes up to {triton_tiles.MAX_DIM} features, not {problem.rows.shape[-1]}."
     if problem.num_rows * problem.num_cols > triton_launch.MAX_PAIRS:
@@ -87,8 +88,9 @@ def saved(problem: Problem) -> tuple[Tensor, Tensor]:
     """Statistics (5, N), and room for the prepared rows and columns.
 
     The statistics of an anchor are the sum of its denominator's powers; the number of its
-    positives, or ("in") the sum of their powers, infinite where the anchor does not contribute;
-    the weight of the softmax part of its gradient; and the exponents that both sums are shifted by.
+    positives, or what soft ones weigh, or ("in") the sum of their powers, infinite where the anchor
+    does not contribute; the weight of the softmax part of its gradient; and the exponents that both
+    sums are shifted by.
     """
     sides = [problem.rows] if problem.cols is None else [problem.rows, problem.cols]
     stats = problem.rows.new_empty(5, problem.num_rows, dtype=torch.float32)
@@ -108,7 +110,7 @@ def _forward(problem: Problem, reduction: str) -> Results:
     stats, prepared = saved(problem)
     with call.on_device():
         call.place(prepared)
-        call.prepare(anchors=True)
+        call.prepare(anchors=call.soft is None)
         shares = plan.forward_shares(plan.running[0])
         sums = call.new((shares.max_pieces, 4, rows.padded))
         second_sums = torch.empty_like(sums) if plan.looks_twice else sums
@@ -122,6 +124,8 @@ def _forward(problem: Problem, reduction: str) -> Results:
                     sums_ptr=sums if first_look else second_sums,
                     max_pieces=shares.max_pieces,
                 )
+        if call.soft is not None:
+            total = call.put_soft_means(call.soft, sums)
         call.run(
             plan.loss(reduction),
             sums_ptr=sums,
@@ -140,6 +144,8 @@ def _forward(problem: Problem, reduction: str) -> Results:
             share=shares.share,
             max_pieces=shares.max_pieces,
         )
+        if call.soft is not None:
+            triton_soft.keep_totals(stats, total)
     return Results(loss, count, stats, prepared)
 
 
@@ -162,6 +168,8 @@ def backward(
         of_cols = weights if plan.square else None
         if col_anchors is not None:
             of_cols, _ = call.weights(col_anchors, peak)
+        if call.soft is not None:
+            call.take_soft_pull(anchors, weights, col_anchors, of_cols)
         uses_rows = wanted.rows or wanted.temperature
         products = call.products(weights, of_cols, uses_rows, wanted.cols)
         if uses_rows:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data.images import ImageData
 from methods.method import Method, Setup
 from methods.options import MethodOptions
+from run.errors import UserError
 from supcon_kernels import supcon_loss
 
 # A learned temperature stays above it; CLIP has the same bound.
@@ -31,7 +32,12 @@ class Contrastive(Method):
         self.ranks = setup.ranks
         self.group: dist.ProcessGroup | str | None = setup.ranks.group
         self.scale = options.scale
-        if options.denominator == "all":
+        if options.max_positives is not None and self.ranks.world_size > 1:
+            raise UserError("--max_positives needs one process: the mask is of the images of one")
+        self.num_others: int | None = None
+        if options.max_positives is not None:
+            self.num_others = (options.max_positives + 1) // setup.num_views - 1
+        elif options.denominator == "all":
             # Every similarity is the same: the logarithm of their number, whatever the temperature.
             self.collapsed_loss = self.scale * math.log(setup.num_views * setup.batch_size - 1)
         self.log_change: nn.Parameter | None = None
@@ -76,13 +82,15 @@ class Contrastive(Method):
     def forward(self, embedded: Tensor, projected: Tensor, targets: Tensor) -> Tensor:
         """The loss of (V·B, D) projections, view by view, of images with (B,) classes."""
         features = projected.float().unflatten(0, (-1, len(targets))).transpose(0, 1)
-        return self.contrast(features, targets)
+        if self.num_others is None:
+            return self.contrast(features, targets)
+        return self.contrast(features, None, mask=mask_of_some(targets, self.num_others))
 
     def contrast(self, features: Tensor, targets: Tensor | None, **others: Any) -> Tensor:
         """The loss of (B, V, D) features, or (B, D).
 
         Args:
-            others: the arguments of supcon_loss that name other rows to contrast with.
+            others: the arguments of supcon_loss that name positives or other rows to contrast with.
         """
         return supcon_loss(
             features,
@@ -94,3 +102,15 @@ class Contrastive(Method):
             group=self.group,
             **others,
         )
+
+
+def mask_of_some(labels: Tensor, num_others: int) -> Tensor:
+    """The (B, B) mask of (B,) labels in which an image has few positives: the first others of its class.
+
+    1 for the image itself and for them, 0 for other classes, -1 for the rest of its class, which leaves
+    the denominator, too: as `positives_cap` in the code of the paper's authors.
+    """
+    same = labels[:, None] == labels
+    others = same.clone().fill_diagonal_(False)
+    surplus = others & (others.cumsum(1) > num_others)
+    return same.float() - 2 * surplus.float()

@@ -18,6 +18,7 @@ READ_BY = {
     "learn_temperature": CONTRASTIVE,
     "summation": CONTRASTIVE,
     "denominator": CONTRASTIVE,
+    "max_positives": ("supcon", "joint"),
     "queue_size": ("supcon", "moco"),
     "queue_momentum": ("supcon", "moco"),
     "label_smoothing": ("cross_entropy", "joint"),
@@ -49,6 +50,9 @@ class MethodOptions:
             paper). in: take the logarithm of the average probability (equation 3).
         denominator: Terms in the denominator of a positive. all: every other view (the SupCon
             paper). one_positive: the positive and the negatives (SINCERE). only_negatives: DCL.
+        max_positives: Largest number of positives of a view, the other views of its image among them: with
+            two views 1, 3, 5 and so on. Further images of its class are neither positives nor in the
+            denominator. Needs one process. Default: all.
         queue_size: Number of keys in a queue, such as 8192. The first view of each image is compared
             with them. Keys are the other views of the images of this and earlier steps. A momentum
             encoder embeds them without gradient. Default: moco 4096; supcon no queue.
@@ -68,6 +72,7 @@ class MethodOptions:
     learn_temperature: bool = False
     summation: Literal["out", "in"] = "out"
     denominator: Literal["all", "one_positive", "only_negatives"] = "all"
+    max_positives: int | None = None
     queue_size: int | None = None
     queue_momentum: float = 0.999
     label_smoothing: float = 0.0
@@ -126,6 +131,10 @@ class MethodOptions:
                 "--queue_momentum contradicts the absence of a queue: give --queue_size",
             ),
             (
+                self.max_positives is None or self.queue_size is None,
+                "--max_positives contradicts --queue_size: it is for the views of one step",
+            ),
+            (
                 0 <= self.queue_momentum < 1,
                 f"--queue_momentum {self.queue_momentum}: must be at least 0 and less than 1",
             ),
@@ -146,6 +155,7 @@ class MethodOptions:
         mistakes = broken(unread) or broken(rules)
         return mistakes + out_of_range(
             self,
+            at_least={"max_positives": 1},
             at_most={"queue_size": LARGEST},
             greater_than_0=("temperature", "base_temperature", "contrast_weight", "margin"),
         )

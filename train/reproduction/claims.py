@@ -1,84 +1,43 @@
-"""What the paper claims, each claim once, and the scales at which it can be tested.
+"""What the paper claims, each claim once, and what we ask beyond it.
 
 Khosla et al., Supervised Contrastive Learning, arXiv 2004.11362. A claim says which of two methods is the
-better one. The methods differ in their loss alone: everything else is the scale's.
+better one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from itertools import permutations, product
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-# Baselines that learn nothing, by a linear classifier: they stand beside every table.
-RAW_PIXELS, UNTRAINED = "raw_pixels", "untrained"
-# The run that errors under corruptions are relative to.
-REFERENCE = "cross_entropy"
-SUPCON = "supcon"
+from reproduction.methods import (
+    AUGMENTS,
+    CONDITIONS,
+    OPTIMIZERS,
+    POSITIVES,
+    REFERENCE,
+    SETTINGS,
+    SUPCON,
+    SUPERVISED,
+    TEMPERATURES,
+)
+
+SEVERITIES = {f"severity_{number}": f"top-1, severity {number}" for number in range(1, 6)}
+SPREAD = "spread"
 # Of each metric: its title, and whether more is better. All are shares, shown in percent.
-METRICS = {"top1": ("top-1", True), "ece": ("ECE", False), "mce": ("mCE", False)}
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A method as it is compared.
-
-    Attributes:
-        options: of pretrain.py.
-        epochs: how many times as many as the scale says.
-        of: the method whose learning rate it has, if it is not tuned itself.
-    """
-
-    title: str
-    options: dict[str, Any]
-    epochs: int = 1
-    of: str | None = None
-
-
-def _under(condition: str) -> dict[str, Compared]:
-    """SupCon and cross-entropy under a condition, with the learning rates of without."""
-    title, options = CONDITIONS[condition]
-    return {
-        f"{of}_{condition}": Compared(
-            f"{METHODS[of].title}, {title}", METHODS[of].options | options, METHODS[of].epochs, of
-        )
-        for of in SUPERVISED
-    }
-
-
-# Another view is another pass through the network: with twice the epochs cross-entropy computes as much
-# as a method of two views.
-METHODS = {
-    "supcon": Compared("SupCon", {"method": "supcon"}),
-    "cross_entropy": Compared("Cross-entropy, equal epochs", {"method": "cross_entropy"}),
-    "cross_entropy_2x": Compared("Cross-entropy, equal compute", {"method": "cross_entropy"}, 2),
-    "simclr": Compared("SimCLR", {"method": "simclr"}),
-    "max_margin": Compared("Max-margin", {"method": "max_margin"}),
-    "n_pairs": Compared("N-pairs", {"method": "n_pairs"}),
-    "triplet": Compared("Triplet", {"method": "triplet"}),
-    "joint": Compared("Cross-entropy + SupCon", {"method": "joint"}),
-    "supcon_in": Compared("SupCon, L_in", {"method": "supcon", "summation": "in"}),
-    "sincere": Compared("SINCERE", {"method": "supcon", "denominator": "one_positive"}),
-    "dcl": Compared("DCL", {"method": "supcon", "denominator": "only_negatives"}),
-    "small_batch": Compared("SupCon, batch 32", {"method": "supcon", "batch_size": 32}),
-    "small_batch_queue": Compared(
-        "SupCon, batch 32, queue and momentum encoder",
-        {"method": "supcon", "batch_size": 32, "queue_size": 2048, "queue_momentum": 0.99},
-    ),
+METRICS = {
+    "top1": ("top-1", True),
+    "ece": ("ECE", False),
+    "mce": ("mCE", False),
+    "relative_mce": ("relative mCE", False),
+    **{name: (title, True) for name, title in SEVERITIES.items()},
+    SPREAD: ("spread of top-1 over settings", False),
 }
-SUPERVISED = ("supcon", "cross_entropy", "cross_entropy_2x")
-# Beyond the paper: of each condition its title and its options.
-CONDITIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "noise": ("40% wrong labels", {"label_noise": 0.4}),
-    "tail": ("long tail of 1:50", {"imbalance": 50}),
-    "few": ("500 images", {"train_images": 500}),
-}
-for _condition in CONDITIONS:
-    METHODS |= _under(_condition)
+# Those that evaluate.py measures on corrupted images.
+CORRUPTED = ("mce", "relative_mce", *SEVERITIES)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """That one method is better than another, by the metric of its table.
+    """That one method is better than another, by a metric.
 
     Attributes:
         is_papers: whether the paper claims it; else it is a question of ours.
@@ -87,6 +46,7 @@ class Claim:
     better: str
     worse: str
     is_papers: bool = True
+    metric: str = "top1"
 
 
 @dataclass(frozen=True)
@@ -94,25 +54,64 @@ class Table:
     """A table or figure of the paper, or one of ours.
 
     Attributes:
-        methods: its rows, in the order of METHODS.
+        methods: its rows.
         claims: the most telling first.
-        published: the paper's numbers in percent, by method and data set (ImageNet: ResNet-50).
+        columns: the metrics that it shows.
+        published: the paper's top-1 in percent, by method and data set (ImageNet: ResNet-50).
     """
 
     title: str
     methods: tuple[str, ...]
     claims: tuple[Claim, ...]
-    metric: str = "top1"
+    columns: tuple[str, ...] = ("top1",)
     published: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def needs_corruptions(self) -> bool:
+        """Whether its methods are to be tested on corrupted images."""
+        return any(metric in CORRUPTED for metric in self.columns)
+
+
+def _claims(
+    better: str, papers: Iterable[str] = (), ours: Iterable[str] = (), metric: str = "top1"
+) -> tuple[Claim, ...]:
+    """That a method is better than some others, as the paper says and as we ask."""
+    return (
+        *(Claim(better, other, metric=metric) for other in papers),
+        *(Claim(better, other, is_papers=False, metric=metric) for other in ours),
+    )
 
 
 def _pays(condition: str) -> Table:
-    names = tuple(f"{of}_{condition}" for of in SUPERVISED)
-    claims = tuple(Claim(names[0], other, is_papers=False) for other in names[1:])
-    return Table(f"Beyond the paper: {CONDITIONS[condition][0]}", names, claims)
+    name, *others = (f"{of}_{condition}" for of in SUPERVISED)
+    return Table(
+        f"Beyond the paper: {CONDITIONS[condition][0]}", (name, *others), _claims(name, ours=others)
+    )
 
 
-# In the order in which they are run: what settles most comes first.
+EQUAL_COMPUTE, TWO_STAGES = "cross_entropy_2x", "cross_entropy_two_stages"
+ROBUST = (*SUPERVISED, TWO_STAGES)
+# For ImageNet, as the paper's section on training says; it found momentum better on CIFAR.
+BEST_OPTIMIZERS = "lars_rmsprop"
+OPTIMIZER_PAIRS = tuple(f"{first}_{second}" for first, second in product(OPTIMIZERS, repeat=2))
+# Of ResNet-50, says the paper's Table 9: the same augmentation in both stages is best, except for the
+# stacked one, which is worse than others.
+STACKED = "stacked_randaugment"
+SAME_AUGMENT = tuple(
+    Claim(f"{first}_{first}", f"{first}_{second}", is_papers=augments is AUGMENTS[1])
+    for augments in AUGMENTS
+    for first, second in permutations(augments, 2)
+    if first != STACKED
+)
+AUGMENT_PAIRS = tuple(
+    dict.fromkeys(
+        f"{first}_{second}"
+        for augments in AUGMENTS
+        for first, second in product(augments, repeat=2)
+    )
+)
+# In the order in which they are run: what settles most comes first. The paper's numbers are those of
+# its Tables 1 and 2; others are left out.
 TABLES = {
     "2": Table(
         "Table 2: losses",
@@ -121,13 +120,9 @@ TABLES = {
             "n_pairs", "triplet", "joint",
         ),
         (
-            Claim("supcon", "cross_entropy"),
-            Claim("supcon", "cross_entropy_2x", is_papers=False),
-            Claim("supcon", "simclr"),
-            Claim("supcon", "max_margin"),
-            Claim("supcon", "n_pairs", is_papers=False),
-            Claim("supcon", "triplet", is_papers=False),
-            Claim("supcon", "joint", is_papers=False),
+            Claim(SUPCON, REFERENCE),
+            Claim(SUPCON, EQUAL_COMPUTE, is_papers=False),
+            *_claims(SUPCON, ["simclr", "max_margin"], ["n_pairs", "triplet", "joint"]),
         ),
         published={
             "supcon": {"CIFAR-10": 96.0, "CIFAR-100": 76.5, "ImageNet": 78.7},
@@ -139,71 +134,67 @@ TABLES = {
     "1": Table(
         "Table 1: where the sum over positives stands",
         ("supcon", "supcon_in", "sincere", "dcl"),
-        (
-            Claim("supcon", "supcon_in"),
-            Claim("supcon", "sincere", is_papers=False),
-            Claim("supcon", "dcl", is_papers=False),
-        ),
+        _claims(SUPCON, ["supcon_in"], ["sincere", "dcl"]),
         published={"supcon": {"ImageNet": 78.7}, "supcon_in": {"ImageNet": 67.4}},
     ),
+    "5": Table(
+        "Table 5: number of positives", (*POSITIVES, SUPCON), _claims(SUPCON, POSITIVES)
+    ),
     "6": Table(
-        "Table 6: calibration",
-        SUPERVISED,
-        (Claim("supcon", "cross_entropy"), Claim("supcon", "cross_entropy_2x", is_papers=False)),
-        metric="ece",
+        "Table 6: calibration, and cross-entropy in two stages",
+        ROBUST,
+        (
+            *_claims(SUPCON, [REFERENCE], [EQUAL_COMPUTE, TWO_STAGES], "ece"),
+            *_claims(SUPCON, [TWO_STAGES]),
+        ),
+        columns=("top1", "ece"),
     ),
     "7": Table(
         "Table 7: corruptions",
-        SUPERVISED,
-        (Claim("supcon", "cross_entropy"), Claim("supcon", "cross_entropy_2x", is_papers=False)),
-        metric="mce",
+        ROBUST,
+        (
+            *_claims(SUPCON, [REFERENCE], [EQUAL_COMPUTE, TWO_STAGES], "mce"),
+            *_claims(SUPCON, [REFERENCE], [EQUAL_COMPUTE, TWO_STAGES], "relative_mce"),
+        ),
+        columns=("mce", "relative_mce"),
+    ),
+    "figure 3": Table(
+        "Figure 3: corruptions by severity",
+        ROBUST,
+        _claims(SUPCON, [REFERENCE], [EQUAL_COMPUTE, TWO_STAGES], "severity_5"),
+        columns=("top1", *SEVERITIES),
     ),
     "memory": Table(
         "Memory: a queue and a momentum encoder at a small batch",
         ("small_batch", "small_batch_queue"),
-        (Claim("small_batch_queue", "small_batch", is_papers=False),),
+        _claims("small_batch_queue", ours=["small_batch"]),
     ),
     **{condition: _pays(condition) for condition in CONDITIONS},
-}  # fmt: skip
-# Of the paper, and not among them: what is missing for it.
-NOT_COVERED = {
-    "Table 5, number of positives": "the driver has no option that limits the positives",
-    "Tables 3 and 4, architectures and transfer": "need ImageNet",
-    "Tables 8 and 9, optimisers and augmentations": "not written yet",
-    "Figure 4, hyperparameters": "not written yet",
-}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The data set, the network and the training of all runs.
-
-    Attributes:
-        recipe: a file of train/recipes that `options` change.
-        trial_epochs: of a run that tries a learning rate.
-        linear: a file of train/recipes/linear; without it the linear stage is the convex one.
-        corruption_images: test images that are corrupted; 0: all.
-    """
-
-    recipe: str
-    options: dict[str, Any]
-    trial_epochs: int
-    linear: str | None = None
-    corruption_images: int = 0
-
-
-SCALES = {
-    "digits": Scale("digits.yaml", {}, 12),
-    "fmnist10k": Scale(
-        "fashion_mnist.yaml",
-        {
-            "train_images": 10_000, "image_size": 16, "width": 16, "batch_size": 128,
-            "epochs": 30, "warmup_epochs": 4, "knn_every": 0,
-        },
-        6,
-        corruption_images=1000,
+    "figure 4": Table(
+        "Figure 4: how much hyperparameters matter",
+        tuple(
+            name
+            for of, settings in ((SUPCON, SETTINGS | TEMPERATURES), (REFERENCE, SETTINGS))
+            for name in (f"{of}_{setting}" for setting in settings)
+        ),
+        _claims(SUPCON, [REFERENCE], metric=SPREAD),
     ),
-    "fmnist": Scale("fashion_mnist.yaml", {"width": 64, "precision": "bf16", "knn_every": 0}, 10),
-    "cifar10": Scale("cifar10.yaml", {}, 50, "cifar10.yaml"),
-    "imagenet": Scale("imagenet_rn50.yaml", {}, 20, "imagenet_rn50.yaml"),
+    "8": Table(
+        "Table 8: optimizers of both stages (the paper's claim is for ImageNet)",
+        OPTIMIZER_PAIRS,
+        _claims(BEST_OPTIMIZERS, [pair for pair in OPTIMIZER_PAIRS if pair != BEST_OPTIMIZERS]),
+    ),
+    "9": Table(
+        "Table 9: augmentations of both stages",
+        AUGMENT_PAIRS,
+        (*SAME_AUGMENT, *_claims("autoaugment_autoaugment", [f"{STACKED}_{STACKED}"])),
+    ),
 }  # fmt: skip
+FIGURES = tuple(name.removeprefix("figure ") for name in TABLES if name.startswith("figure "))
+# Of the paper, and not among them: what is missing for it.
+NOT_COVERED = {"Tables 3 and 4, architectures and transfer": "need ImageNet"}
+
+
+def option_of(name: str) -> str:
+    """What chooses a table or a figure on the command line."""
+    return f"--{name}" if name.startswith("figure ") else f"--table {name}"

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,29 +20,34 @@ import yaml
 from torch import Tensor
 
 from methods.options import READ_BY, WITH_CLASSIFIER
-from reproduction.claims import (
+from reproduction.claims import SEVERITIES, TABLES
+from reproduction.methods import (
+    BASELINES,
+    LINEAR_RATES,
     METHODS,
-    RAW_PIXELS,
-    RECIPES,
+    PRETRAINING_RATES,
     REFERENCE,
     SUPCON,
-    TABLES,
     UNTRAINED,
-    Scale,
+    Compared,
+    tuned_for,
 )
 from reproduction.processes import machine, start
-from reproduction.scores import scores_of_baseline, scores_of_run
+from reproduction.scales import RECIPES, TRAINED_LINEAR, Scale
+from reproduction.scores import copy_encoder, scores_of_baseline, scores_of_run
 from run.atomic_write import replace_file, replace_text
+from run.checkpoint import LAST
 from run.errors import UserError
 from run.options import PretrainOptions
 from run.resume import FREE_OPTIONS
 from training.divergence import REMEDY
 
-RECORD, SCORES = "paper.json", "scores.npz"
-BASELINES = (RAW_PIXELS, UNTRAINED)
+RECORD, SCORES, EVALUATION = "paper.json", "scores.npz", "evaluation.json"
 VALIDATION_FRACTION = 0.1
 # From one learning rate that is tried to the next.
 FACTOR = 3.0
+# A pass without gradient, of one view, beside a pass with it.
+FORWARD = 1 / 3
 # Where and how a run is made, which does not change what it ends with.
 PLACES = FREE_OPTIONS - {"epochs", "max_steps"}
 
@@ -66,20 +71,24 @@ class Job:
         return " ".join(words + ["corruptions"] * self.corrupted)
 
 
-def jobs_of(tables: Sequence[str], *, seeds: int, trials: int) -> list[Job]:
-    """What some tables need, in the order of what settles most.
+def jobs_of(
+    tables: Sequence[str], methods: Container[str], scale: Scale, *, seeds: int, trials: int
+) -> list[Job]:
+    """What some methods of some tables need at a scale, in the order of what settles most.
 
     Of a table all learning rates first; then seed by seed, so that every seed is a whole comparison.
     """
     jobs = [Job(name, seed) for seed in range(seeds) for name in BASELINES]
     for table in (TABLES[name] for name in TABLES if name in tables):
-        tuned = [METHODS[name].of or name for name in table.methods]
+        asked = [name for name in table.methods if name in methods and scale.has(name)]
         if trials > 1:
+            tuned = [other for name in asked for other in tuned_for(name)]
             jobs += [Job(name, trial=trial) for name in tuned for trial in range(trials)]
         for seed in range(seeds):
-            jobs += [Job(name, seed) for name in table.methods]
-            if table.metric == "mce":
-                others = [name for name in table.methods if name != REFERENCE]
+            encoders = [encoder for name in asked if (encoder := METHODS[name].encoder)]
+            jobs += [Job(name, seed) for name in (*encoders, *asked)]
+            if table.needs_corruptions:
+                others = [name for name in asked if name != REFERENCE]
                 jobs += [Job(name, seed, corrupted=True) for name in others]
     return list(dict.fromkeys(jobs))
 
@@ -98,36 +107,57 @@ class Study:
     trials: int
     epochs: int | None = None
     local: dict[str, Any] = field(default_factory=dict)
+    # Those that are known, which do not change.
+    _folders: dict[Job, Path] = field(default_factory=dict, init=False, repr=False)
 
     def options(self, job: Job) -> PretrainOptions | None:
-        """Those of a run; None: its learning rate is not chosen yet."""
-        options, trial = self._before_tuning(job), job.trial
-        if trial is None and self.trials > 1 and job.method not in BASELINES:
-            trial = self._best_trial(METHODS[job.method].of or job.method)
-            if trial is None:
-                return None
+        """Those of a run, or of the one whose encoder it has; None: a learning rate is not chosen yet."""
+        method = _compared(job)
+        if method.encoder is not None:
+            encoder = self._encoder_of(job)
+            return None if encoder is None else self.options(encoder)
+        trial = self._trial_of(job)
         if trial is None:
-            return options
-        middle = options.optimizer.learning_rate
-        rate = middle * FACTOR ** (trial - (self.trials - 1) / 2)
-        return options.changed(learning_rate=float(f"{rate:.3g}"))
+            return None
+        options = self._before_tuning(job)
+        rate = self._tuned(options.optimizer.learning_rate, trial)
+        if "learning_rate" in method.times:
+            rate = _rounded(rate * method.times["learning_rate"])
+        return options.changed(learning_rate=rate)
+
+    def _trial_of(self, job: Job) -> int | None:
+        """Which learning rate a job has, in the middle of those tried where none is; None: not chosen yet."""
+        if job.trial is not None or self.trials == 1 or job.method in BASELINES:
+            return self.trials // 2 if job.trial is None else job.trial
+        return self._best_trial(METHODS[job.method].of or job.method)
+
+    def _tuned(self, rate: float, trial: int) -> float:
+        """A learning rate that is tried, of which the one in the middle is given."""
+        steps = trial - (self.trials - 1) / 2
+        return rate if steps == 0 else _rounded(rate * FACTOR**steps)
+
+    def _encoder_of(self, job: Job) -> Job | None:
+        """The run that made the encoder of a linear stage; None: it is not chosen yet."""
+        encoder = METHODS[job.method].encoder
+        assert encoder is not None
+        if job.trial is None:
+            return Job(encoder, job.seed)
+        trial = self._best_trial(encoder)
+        return None if trial is None else Job(encoder, trial=trial)
 
     def _before_tuning(self, job: Job) -> PretrainOptions:
         """With the learning rate of the recipe."""
-        method = METHODS[SUPCON if job.method in BASELINES else job.method]
-        values = (
-            _recipe(self.scale.recipe)
-            | self.scale.options
-            | method.options
-            | self.local
-            | {"seed": job.seed}
-        )
+        method = _compared(job)
+        recipe = {"optimizer": "momentum"} | _recipe(self.scale.recipe) | self.scale.options
+        values = recipe | method.options | self.local | {"seed": job.seed}
+        values["learning_rate"] = _rate(recipe, values["optimizer"], PRETRAINING_RATES)
         name, epochs = values["method"], self.epochs or values["epochs"]
         if job.trial is not None:
             epochs = min(epochs, self.scale.trial_epochs)
             values["validation_fraction"] = VALIDATION_FRACTION
-        values["epochs"] = epochs * method.epochs
         values["warmup_epochs"] = min(values["warmup_epochs"], max(epochs // 5, 1))
+        values["epochs"] = max(round(epochs * method.times.get("epochs", 1)), 2)
+        values["batch_size"] = round(values["batch_size"] * method.times.get("batch_size", 1))
         # Of the recipe's options not every method reads all.
         values = {key: value for key, value in values.items() if name in READ_BY.get(key, (name,))}
         options = PretrainOptions.from_flat(values)
@@ -143,8 +173,8 @@ class Study:
 
     def resolved(self, job: Job) -> dict[str, Any] | None:
         """All that shapes a run, as far as it is not the default."""
-        options = self.options(job)
-        if options is None:
+        options, linear = self.options(job), self._linear(job)
+        if options is None or linear is None:
             return None
         values = {
             name: value for name, value in _not_default(options).items() if name not in PLACES
@@ -153,23 +183,48 @@ class Study:
             kept = (*vars(options.data), *vars(options.network), "seed")
             values = {key: value for key, value in values.items() if key in kept}
             return values | {"baseline": job.method}
-        return values | {"linear": self._linear()}
+        own = {} if METHODS[job.method].encoder is None else {"two_stages": True}
+        return values | {"linear": linear} | own
 
-    def _linear(self) -> dict[str, Any]:
-        return {} if self.scale.linear is None else _recipe(f"linear/{self.scale.linear}")
+    def _linear(self, job: Job) -> dict[str, Any] | None:
+        """The options of linear.py; None: their learning rate is not chosen yet."""
+        recipe = self._linear_recipe(job)
+        changes = _compared(job).linear
+        if changes is None:
+            return recipe
+        trial = self._trial_of(job)
+        if trial is None:
+            return None
+        values = recipe | changes
+        rate = _rate(recipe, values["optimizer"], LINEAR_RATES)
+        values["learning_rate"] = self._tuned(rate, trial)
+        return values
+
+    def _linear_recipe(self, job: Job) -> dict[str, Any]:
+        """Before a method changes it; empty: the convex one."""
+        linear, changes = self.scale.linear, _compared(job).linear
+        recipe = {} if linear is None else _recipe(f"linear/{linear}")
+        if changes is None:
+            return recipe
+        recipe = recipe or TRAINED_LINEAR
+        if self.epochs is None:
+            return recipe
+        return recipe | {"epochs": min(recipe["epochs"], self.epochs), "warmup_epochs": 0}
 
     def folder(self, job: Job) -> Path | None:
-        """Where a run lives."""
-        resolved = self.resolved(job)
-        if resolved is None:
-            return None
-        text = json.dumps(resolved, sort_keys=True)
-        return self.root / hashlib.sha256(text.encode()).hexdigest()[:12]
+        """Where a run lives; None: a learning rate is not chosen yet."""
+        if job not in self._folders:
+            resolved = self.resolved(job)
+            if resolved is None:
+                return None
+            text = json.dumps(resolved, sort_keys=True)
+            self._folders[job] = self.root / hashlib.sha256(text.encode()).hexdigest()[:12]
+        return self._folders[job]
 
     def record(self, job: Job) -> dict[str, Any] | None:
         """What was written of a job when it was done."""
         folder = self.folder(job)
-        path = folder / ("evaluation.json" if job.corrupted else RECORD) if folder else None
+        path = folder / (EVALUATION if job.corrupted else RECORD) if folder else None
         if path is None or not path.is_file():
             return None
         record: dict[str, Any] = json.loads(path.read_text())
@@ -188,10 +243,28 @@ class Study:
         found = self.scores(job)
         return 0 if found is None else len(found[1])
 
+    def failed(self, job: Job) -> bool:
+        """Whether a run that is done has diverged."""
+        return "failed" in (self.record(job) or {})
+
+    def corruptions(self, job: Job) -> dict[str, float]:
+        """What was measured of a run on corrupted images, by metric; the reference's errors are 1."""
+        folder = self.folder(job)
+        path = folder / EVALUATION if folder else None
+        results = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+        by_severity = results.get("corruptions", {}).get("mean_top1_by_severity", {})
+        found = {name: by_severity.get(name[-1]) for name in SEVERITIES}
+        of_reference = {"mce": 1.0, "relative_mce": 1.0} if job.method == REFERENCE else {}
+        for name in ("mce", "relative_mce"):
+            found[name] = results.get("baseline", of_reference).get(name)
+        return {name: value for name, value in found.items() if value is not None}
+
     def cost(self, job: Job) -> float:
         """How long a job takes, beside others: in passes over the training images."""
         if job.corrupted or job.method in BASELINES:
             return 1.0
+        if METHODS[job.method].encoder is not None:
+            return float(self._linear_recipe(job).get("epochs", 1 / FORWARD) * FORWARD)
         options = self._before_tuning(job)
         return float(options.schedule.epochs * options.num_views)
 
@@ -223,16 +296,32 @@ class Study:
         replace_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
     def _make(self, job: Job, folder: Path) -> tuple[Tensor, Tensor]:
-        options = self.options(job)
-        assert options is not None
+        options, linear = self.options(job), self._linear(job)
+        assert options is not None and linear is not None
         if job.method in BASELINES:
             return scores_of_baseline(folder, options, untrained=job.method == UNTRAINED)
-        if not (folder / "results.json").is_file():
+        has_encoder = METHODS[job.method].encoder is not None
+        if has_encoder:
+            self._take_encoder(job, folder)
+        elif not (folder / "results.json").is_file():
             place = {"output_dir": folder.parent, "name": folder.name, "resume": "auto"}
             start("pretrain.py", folder, **_not_default(options) | place)
-        if options.method.method not in WITH_CLASSIFIER and not (folder / "linear.pt").is_file():
-            start("linear.py", folder, checkpoint=folder, **self._linear())
+        has_classifier = options.method.method in WITH_CLASSIFIER and not has_encoder
+        if not has_classifier and not (folder / "linear.pt").is_file():
+            start("linear.py", folder, checkpoint=folder, **self._device(), **linear)
         return scores_of_run(folder, options)
+
+    def _take_encoder(self, job: Job, folder: Path) -> None:
+        encoder = self._encoder_of(job)
+        record = None if encoder is None else self.record(encoder)
+        if encoder is None or record is None:
+            raise UserError("its encoder is not made: that run failed or was left out")
+        if "failed" in record:
+            raise UserError(record["failed"])
+        source = self.folder(encoder)
+        assert source is not None
+        if not (folder / LAST).is_file():
+            copy_encoder(source, folder)
 
     def _corrupt(self, job: Job, folder: Path) -> None:
         start(
@@ -241,7 +330,28 @@ class Study:
             checkpoint=folder,
             baseline=self.folder(Job(REFERENCE, job.seed)),
             corruption_images=self.scale.corruption_images,
+            **self._device(),
         )
+
+    def _device(self) -> dict[str, Any]:
+        return {name: value for name, value in self.local.items() if name == "device"}
+
+
+def _compared(job: Job) -> Compared:
+    """The method of a job; baselines have the data and the network of SupCon."""
+    return METHODS[SUPCON if job.method in BASELINES else job.method]
+
+
+def _rate(recipe: dict[str, Any], optimizer: str, rates: dict[str, float]) -> float:
+    """The learning rate of a recipe, for another optimiser than its own."""
+    rate: float = recipe["learning_rate"]
+    if optimizer == recipe["optimizer"]:
+        return rate
+    return _rounded(rate * rates[optimizer] / rates[recipe["optimizer"]])
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
 
 
 @cache
@@ -252,5 +362,10 @@ def _recipe(name: str) -> dict[str, Any]:
 
 def _not_default(options: PretrainOptions) -> dict[str, Any]:
     """The options that are not the default: an option that is added later changes no hash."""
-    default = PretrainOptions().flat()
+    default = _defaults()
     return {name: value for name, value in options.flat().items() if value != default[name]}
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return PretrainOptions().flat()

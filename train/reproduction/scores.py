@@ -14,9 +14,14 @@ from evaluation.scores import open_classifier
 from linear_stage.convex_fit import ConvexOptions, fit_convex
 from linear_stage.features import Features, embedded_batches
 from network.embedder import build_model
+from run.atomic_write import replace_file
+from run.checkpoint import LAST
 from run.device import pick_device
 from run.options import PretrainOptions
 from run.saved_run import open_run
+
+# Of a checkpoint whose encoder alone is to be used.
+LEFT_OUT = ("method", "optimizer", "probe")
 
 
 def scores_of_run(folder: Path, options: PretrainOptions) -> tuple[Tensor, Tensor]:
@@ -49,6 +54,14 @@ def scores_of_baseline(
         return linear.logits(encode(images).float())
 
     return embed(scores, split, device=device, workers=0).float().cpu(), split.labels
+
+
+def copy_encoder(source: Path, target: Path) -> None:
+    """Copy the checkpoint of a run to another folder, without its classifier and its optimizer."""
+    content = {
+        name: value for name, value in open_run(source).content.items() if name not in LEFT_OUT
+    }
+    replace_file(target / LAST, lambda file: torch.save(content, file))
 
 
 def _images(options: PretrainOptions) -> tuple[torch.device, ImageData, Split]:

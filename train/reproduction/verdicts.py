@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reproduction.claims import METRICS, REFERENCE, Claim
+from reproduction.claims import CORRUPTED, METRICS, SPREAD, Claim
+from reproduction.methods import REFERENCE, SUPCON, settings_of
 from reproduction.runs import Job, Study
 
 RESAMPLES = 2000
@@ -24,7 +25,9 @@ with replacement, {RESAMPLES:,} times. The interval holds the middle 95% of the 
 
 For a claim that is not resolved, the column *would resolve it* estimates how many test images and seeds are needed.
 It takes the difference that was found, and assumes that the interval narrows with the square root of their
-number. mCE is one number for each seed, so only seeds are drawn.
+number. What is measured on corrupted images is one number for each seed, so only seeds are drawn. The spread is
+the standard deviation of top-1 over the settings of Figure 4 that both losses have. A setting that diverges
+counts as 0.
 """
 # As evaluate.py has it.
 BINS = 15
@@ -32,8 +35,9 @@ BINS = 15
 Statistic = Callable[[Tensor], Tensor]
 
 
-def judge(study: Study, claim: Claim, metric: str, seeds: int) -> dict[str, Any]:
+def judge(study: Study, claim: Claim, seeds: int) -> dict[str, Any]:
     """The difference of two methods, positive in the direction claimed, its interval and the verdict."""
+    metric = claim.metric
     sign = 1 if METRICS[metric][1] else -1
     found, resampled, images = [], [], 0
     for seed in range(seeds):
@@ -68,11 +72,14 @@ def value(study: Study, job: Job, metric: str) -> float | None:
 
 def statistic(study: Study, job: Job, metric: str) -> Statistic | None:
     """A metric of a run as a function of the weights of the test images, if it was measured."""
+    if metric == SPREAD:
+        return _spread(study, job)
     scored = study.scores(job)
     if scored is None:
         return None
-    if metric == "mce":
-        return _mce(study, job)
+    if metric in CORRUPTED:
+        measured = study.corruptions(job).get(metric)
+        return None if measured is None else _always(measured)
     scores, labels = scored
     confidence, classes = scores.double().softmax(1).max(1)
     correct = (classes == labels).double()
@@ -84,14 +91,22 @@ def statistic(study: Study, job: Job, metric: str) -> Statistic | None:
     return lambda weights: (weights @ gaps).abs().sum(1) / len(labels)
 
 
-def _mce(study: Study, job: Job) -> Statistic | None:
-    if job.method == REFERENCE:
-        return lambda weights: torch.ones(len(weights))
-    record = study.record(Job(job.method, job.seed, corrupted=True))
-    if record is None:
+def _spread(study: Study, job: Job) -> Statistic | None:
+    """Over the settings of a loss; None: it has none, or not all of them were run."""
+    if job.method not in (SUPCON, REFERENCE):
         return None
-    mce: float = record["baseline"]["mce"]
-    return lambda weights: mce * torch.ones(len(weights))
+    statistics = []
+    for setting in (Job(name, job.seed) for name in settings_of(job.method)):
+        found = _always(0.0) if study.failed(setting) else statistic(study, setting, "top1")
+        if found is None:
+            return None
+        statistics.append(found)
+    return lambda weights: torch.stack([found(weights) for found in statistics]).std(0)
+
+
+def _always(number: float) -> Statistic:
+    """What does not depend on which of the images are drawn."""
+    return lambda weights: number * torch.ones(len(weights))
 
 
 @cache

@@ -111,6 +111,11 @@ class PretrainOptions:
                 f"{method.method}",
             ),
             (
+                ((method.max_positives or self.num_views - 1) + 1) % self.num_views == 0,
+                f"--max_positives {method.max_positives}: must be one less than a multiple of the "
+                f"{self.num_views} views of an image",
+            ),
+            (
                 self.step.ema_decay is None or method.method not in WITH_CLASSIFIER,
                 f"--ema_decay contradicts --method {method.method}, whose classifier is not averaged",
             ),

@@ -1,0 +1,212 @@
+"""The loss over the rows of every rank as one operator, which ``torch.compile`` keeps whole.
+
+How many rows the other ranks have is known only when the graph runs. So nothing whose size they
+decide leaves the operator, and its backward gathers rows and statistics again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from supcon_kernels import distributed as one_way
+from supcon_kernels import distributed_both_ways as both_ways
+from supcon_kernels import op
+from supcon_kernels.backends import FUSED
+from supcon_kernels.backends.protocol import Wanted
+from supcon_kernels.distributed import Gathered, Part
+from supcon_kernels.problem import NUM_FIELDS, NUM_TENSORS, SCHEMA, Problem, accumulation_dtype
+from supcon_kernels.ranks import Membership, agree, text_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from supcon_kernels.validation import Call
+
+_OPTIONS = (
+    "str backend, str reduction, str group, str text, bool first_views, bool unlabelled, bool needs"
+)
+forward = op.define(
+    f"loss_of_ranks({SCHEMA}, {_OPTIONS}) "
+    "-> (Tensor loss, Tensor count, Tensor stats, Tensor parts)"
+)
+backward = op.define(
+    "gradients_of_ranks(Tensor grad_loss, Tensor count, Tensor stats, Tensor parts, bool needs_rows, "
+    f"bool needs_cols, bool needs_temperature, {SCHEMA}, {_OPTIONS}) "
+    "-> (Tensor rows, Tensor cols, Tensor temperature)"
+)
+
+
+class _Options(NamedTuple):
+    """What the operator is told beside the problem.
+
+    Attributes:
+        backend, reduction: as in ``supcon_loss``.
+        group: the name of the process group.
+        text: what must agree between ranks.
+        first_views: whether the anchors are the first of the contrasts.
+        unlabelled: whether every rank has numbered its samples for itself.
+        needs: as in ``Part``.
+    """
+
+    backend: str
+    reduction: str
+    group: str
+    text: str
+    first_views: bool
+    unlabelled: bool
+    needs: bool
+
+
+def traced_loss(
+    build: Callable[[], tuple[Problem, str]], call: Call, group: ProcessGroup
+) -> tuple[Problem, Tensor]:
+    """As ``distributed.loss_of_all``, in a trace.
+
+    What is wrong in a trace is raised by the rank alone: the others wait until the group's timeout.
+    """
+    problem, backend = build()
+    problem = problem.by_rows()
+    one_way.check(problem, backend, call.reduction)
+    alike = {**call._asdict(), "backend": backend, "requires_grad": _wants_gradient(problem)}
+    options = _Options(
+        backend,
+        call.reduction,
+        group.group_name,
+        text_of(alike),
+        call.contrast_features is None,
+        call.labels is None,
+        torch.is_grad_enabled() and one_way.needs_statistics(problem),
+    )
+    return problem, forward(*problem.operands(), *options)[0]
+
+
+def _wants_gradient(problem: Problem) -> bool:
+    leaves = (problem.rows, problem.cols, problem.temperature_tensor)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+
+
+def _parsed(operands: Sequence[Any]) -> tuple[Problem, _Options, Membership]:
+    problem, options = Problem(*operands[:NUM_FIELDS]), _Options(*operands[NUM_FIELDS:])
+    return problem, options, Membership.of(_group_of(options), problem.rows)
+
+
+def _group_of(options: _Options) -> ProcessGroup:
+    from torch.distributed.distributed_c10d import _resolve_process_group  # not in every build
+
+    return _resolve_process_group(options.group)  # type: ignore[arg-type]
+
+
+def _gathered(
+    problem: Problem, options: _Options, membership: Membership, parts: Sequence[Part]
+) -> tuple[Problem, Gathered | list[Tensor]]:
+    """The rank's problem, its samples numbered, and what the ranks send each other."""
+    if options.unlabelled:
+        first = sum(of_rank.num_cols for of_rank in parts[: membership.rank])
+        problem = one_way.renumbered(problem, first)
+    if problem.symmetric:
+        return problem, both_ways.gathered_sides(problem, membership, parts)
+    return problem, Gathered.of(problem, options.first_views, membership, parts)
+
+
+def _forward(*operands: Any) -> tuple[Tensor, ...]:
+    """The loss, what its sums were divided by, the rank's statistics and every rank's ``Part``."""
+    problem, options, membership = _parsed(operands)
+    failure = None
+    try:
+        membership.check_device(problem.rows)
+    except ValueError as error:
+        failure = error
+    part = Part(problem.num_rows, problem.num_cols, int(options.needs))
+    numbers = agree(membership, options.text, failure, part)
+    parts = [Part(*of_rank)._replace(needs=0) for of_rank in numbers]
+    problem, gathered = _gathered(problem, options, membership, parts)
+    where = (membership, options.backend, options.reduction)
+    if isinstance(gathered, Gathered):
+        loss, (count, stats, *_) = one_way.loss_and_saved(problem, gathered, *where)
+    else:
+        loss, saved = both_ways.loss_and_saved(problem, gathered, parts, *where)
+        count, stats, _, col_stats, *_ = saved
+        stats = torch.cat([stats, col_stats], dim=1)
+    return loss, count, stats, torch.tensor(numbers)
+
+
+def _backward(
+    grad_loss: Tensor,
+    count: Tensor,
+    stats: Tensor,
+    numbers: Tensor,
+    needs_rows: bool,
+    needs_cols: bool,
+    needs_temperature: bool,
+    *operands: Any,
+) -> tuple[Tensor, ...]:
+    problem, options, membership = _parsed(operands)
+    parts = [Part(*of_rank) for of_rank in numbers.tolist()]
+    problem, gathered = _gathered(problem, options, membership, parts)
+    weight = grad_loss * (membership.size / count).to(grad_loss.dtype)
+    wanted = Wanted(needs_rows, needs_cols, needs_temperature)
+    if isinstance(gathered, Gathered):
+        (by_rank,) = membership.gather([(stats.T, gathered.num_rows)])
+        saved = (stats, membership.without_own(by_rank).T.contiguous(), None)
+        tensors = gathered.tensors()
+        grads = one_way.gradients(problem, tensors, weight, saved, wanted, options.backend)
+    else:
+        own = stats.split((problem.num_rows, problem.num_cols), dim=1)
+        _, of_all = both_ways.gathered_stats(own, parts, membership, stats.new_empty(0))
+        saved = (own[0], None, own[1], None, *of_all)
+        grads = both_ways.gradients(problem, gathered, weight, saved, wanted, options.backend)
+    inputs = (problem.rows, problem.cols, grads.temperature)
+    return tuple(
+        grad.to(x) if want else problem.rows.new_empty(0)
+        for grad, x, want in zip(grads, inputs, wanted)
+    )
+
+
+def _forward_fake(*operands: Any) -> tuple[Tensor, ...]:
+    problem, options = Problem(*operands[:NUM_FIELDS]), _Options(*operands[NUM_FIELDS:])
+    stats, _ = FUSED[options.backend].saved(problem)
+    if problem.symmetric:
+        stats = stats.new_empty(stats.shape[0], problem.num_rows + problem.num_cols)
+    size = _group_of(options).size()
+    return (
+        stats.new_empty((), dtype=problem.dtype),
+        stats.new_empty((2,) if problem.symmetric else (), dtype=accumulation_dtype(stats)),
+        stats,
+        torch.empty(size, len(Part._fields), dtype=torch.int64, device="cpu"),
+    )
+
+
+def _backward_fake(grad_loss: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    wanted, (rows, cols) = operands[3:6], operands[6:8]
+    return (
+        rows.new_empty(rows.shape if wanted[0] else (0,)),
+        rows.new_empty(cols.shape if wanted[1] else (0,)),
+        grad_loss.new_empty(()) if wanted[2] else rows.new_empty(0),
+    )
+
+
+class _OfRanks(torch.autograd.Function):
+    """``forward``, whose gradient is ``backward``."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, *saved = forward(*operands)
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*saved, *operands[:NUM_TENSORS])
+        ctx.options = operands[NUM_TENSORS:]
+        return loss, *saved
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        saved, inputs = ctx.saved_tensors[:-NUM_TENSORS], ctx.saved_tensors[-NUM_TENSORS:]
+        grads = backward(grad_loss, *saved, *op.wanted_of(ctx), *inputs, *ctx.options)
+        return op.by_operand(ctx, grads, inputs)
+
+
+op.register(forward, _forward, _forward_fake, _OfRanks)
+op.register(backward, _backward, _backward_fake, None)
