@@ -83,7 +83,7 @@ def _results(operands: Sequence[Any], wanted: Wanted) -> Results:
     *fields, backend, reduction = operands
     problem = Problem(*fields)
     results = FUSED[backend].forward(problem, reduction, wanted)
-    if results.grads is None:
+    if results.grads is None or problem.has_integer_labels:
         return results
     return results._replace(grads=_poisoned(problem, results.grads))
 
@@ -217,16 +217,18 @@ class SupConLossFunction(torch.autograd.Function):
 
 def wanted_of(ctx: Any) -> Wanted:
     """Which gradients are wanted of a function whose first arguments are the operands of a problem."""
-    return Wanted(*[ctx.needs_input_grad[k] for k in DIFFERENTIABLE])
+    needs = ctx.needs_input_grad
+    return Wanted(*[needs[k] for k in DIFFERENTIABLE])
 
 
 def by_operand(
     ctx: Any, grads: Sequence[Tensor], operands: Sequence[Any]
 ) -> tuple[Tensor | None, ...]:
     """One gradient for each argument of such a function, None where none is wanted."""
-    result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    needs = ctx.needs_input_grad
+    result: list[Tensor | None] = [None] * len(needs)
     for index, grad in zip(DIFFERENTIABLE, grads):
-        if ctx.needs_input_grad[index]:
+        if needs[index]:
             result[index] = grad.to(operands[index])
     return tuple(result)
 
