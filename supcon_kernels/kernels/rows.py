@@ -119,12 +119,14 @@ def _prepare_kernel(
         count = tl.load(sorted_end_ptr + i % num_samples, mask=taken, other=0) - begin
         ids = tl.where(count > 0, begin, -1)
     else:
+        # Few enough labels at a time for a thread's registers, however wide a row is.
+        WIDTH: tl.constexpr = BLOCK_DIM if BLOCK_DIM < 1024 else 1024
         ids, count = equal_labels(
-            labels, anchor_labels_ptr, num_anchors, ignore_index, BLOCK_ROWS, BLOCK_DIM
+            labels, anchor_labels_ptr, num_anchors, ignore_index, BLOCK_ROWS, WIDTH
         )
         if (has_anchors != 0) & (is_square == 0):
             _unused, count = equal_labels(
-                labels, contrast_labels_ptr, num_contrasts, ignore_index, BLOCK_ROWS, BLOCK_DIM
+                labels, contrast_labels_ptr, num_contrasts, ignore_index, BLOCK_ROWS, WIDTH
             )
     ids_ptr = classes_of(rows_ptr, padded_rows, padded_dim)
     tl.store(ids_ptr + i, tl.where(taken, ids, ABSENT))
