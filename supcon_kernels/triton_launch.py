@@ -365,15 +365,15 @@ class Plan:
 
     @property
     def _row_warps(self) -> int:
-        """At most 16 features of a row in a thread."""
-        return max(self._row_width // 512, 4)
+        """At most 8 features in a thread: with 16 some spill."""
+        return max(self._row_width // 256, 4)
 
     @property
     def _row_block(self) -> dict[str, int]:
-        """About a thousand features a program, in whole rows of one block of any pair kernel."""
+        """About 512 features a program, in whole rows of one block of any pair kernel."""
         width = self._row_width
         return {
-            "BLOCK_ROWS": min(max(1024 // width, 1), 32),
+            "BLOCK_ROWS": max(512 // width, 1),
             "BLOCK_DIM": width,
         }
 

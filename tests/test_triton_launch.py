@@ -155,7 +155,7 @@ def test_who_writes_blocks():
     launch = plan(dim=8192).derivatives(False, 1024, 512)
     tile = launch.constexprs
     assert launch.grid == (512 // tile["COLS"], 1024 // tile["ROWS"], 1)
-    assert plan(dim=8192).prepare(64).num_warps == 16
+    assert plan(dim=8192).prepare(64).num_warps == 32
 
 
 @pytest.mark.parametrize("dtype, size", [("bfloat16", 2), ("float32", 4)])
