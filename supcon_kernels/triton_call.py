@@ -116,7 +116,7 @@ class Call:
         self.temperature: dict[str, Any] = {
             "temperature_ptr": tau if isinstance(tau, Tensor) else problem.rows,
             "host_temperature": 1.0 if isinstance(tau, Tensor) else tau,
-            "on_device": isinstance(tau, Tensor),
+            "on_device": int(isinstance(tau, Tensor)),
         }
         self.rows = self.cols = Side.of(problem.rows, problem.row_labels)
         if problem.cols is not None:
@@ -196,9 +196,9 @@ class Call:
                 num_contrast_views=cols.num_rows // cols.num_samples,
                 own_offset=self.own_col,
                 ignore_index=ignore_index,
-                has_anchors=anchors and side is rows,
-                is_square=plan.square,
-                is_sorted=by_order,
+                has_anchors=int(anchors and side is rows),
+                is_square=int(plan.square),
+                is_sorted=int(by_order),
                 padded_dim=self.padded_dim,
             )
 
@@ -206,7 +206,7 @@ class Call:
         """What the pair kernels take of rows ``owner`` and columns ``streamed``."""
         return {
             **self.temperature,
-            "either": len(self.plan.running) == 2,
+            "either": len(self.plan.running) - 1,
             "rows_ptr": owner.rows,
             "cols_ptr": streamed.rows,
             "padded_rows": owner.padded,
@@ -277,7 +277,7 @@ class Call:
                         row_weights_ptr=of_rows,
                         col_weights_ptr=of_rows if of_cols is None else of_cols,
                         **self.temperature,
-                        either=len(plan.running) == 2,
+                        either=len(plan.running) - 1,
                         derivatives_ptr=block,
                         padded_rows=rows.padded,
                         padded_cols=cols.padded,
