@@ -20,11 +20,10 @@ from supcon_kernels.backends.protocol import Wanted
 from supcon_kernels.distributed import Gathered, Part
 from supcon_kernels.problem import NUM_FIELDS, NUM_TENSORS, SCHEMA, Problem, accumulation_dtype
 from supcon_kernels.ranks import Membership, agree, text_of
+from supcon_kernels.validation import Call
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from supcon_kernels.validation import Call
 
 _OPTIONS = (
     "str backend, str reduction, str group, str text, bool first_views, bool unlabelled, bool needs"
@@ -71,7 +70,8 @@ def traced_loss(
     problem, backend = build()
     problem = problem.by_rows()
     one_way.check(problem, backend, call.reduction)
-    alike = {**call._asdict(), "backend": backend, "requires_grad": _wants_gradient(problem)}
+    fields = dict(zip(Call._fields, call))  # torch 2.5 does not trace _asdict
+    alike = {**fields, "backend": backend, "requires_grad": _wants_gradient(problem)}
     options = _Options(
         backend,
         call.reduction,
