@@ -171,7 +171,7 @@ class Call:
             else (0, 0, -1)  # no label is compared, and no row ignored
         )
         contrasts = cols.labels.sort().values if by_order else cols.labels
-        self.num_positives = self.new(rows.padded, torch.int32)
+        self.num_positives = self.new(rows.padded + 1, torch.int32)
         for side in (rows,) if plan.square else (rows, cols):
             begin = end = side.labels
             if by_order:

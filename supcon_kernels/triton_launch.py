@@ -24,6 +24,7 @@ from supcon_kernels.triton_tiles import (
     Row,
     Target,
     Tile,
+    cdiv,
     is_wide,
     padded_dim,
     padded_rows,
@@ -34,6 +35,8 @@ from supcon_kernels.triton_tiles import (
 MAX_PAIRS = 2**40
 # Pairs of anchor and contrast, from which on labels are sorted and not compared each with each.
 SORTED_PAIRS = 2**26
+# Anchors of a program of the loss kernel.
+LOSS_ROWS = 1024
 # Rows of a block of H, from which on its columns may be cut: a product of fewer is slow.
 WIDE_BLOCK = 1024
 # The offset of a side of which no row is among the other: below every row's number.
@@ -92,7 +95,7 @@ _TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _ARGUMENT_TYPES = {
     "*fp32": "valid col_valid sums first_sums second_sums loss count stats upstream peak weights "
     "row_weights col_weights factor slices temperature temperature_gradient",
-    "*fp64": "dots",
+    "*fp64": "dots partials",
     "*i64": "labels anchor_labels contrast_labels",
     "*i32": "sorted_begin sorted_end num_positives",
     "i64": "sample_stride view_stride gradient_sample_stride gradient_view_stride ignore_index",
@@ -243,15 +246,15 @@ class Plan:
         """Losses and statistics from the sums."""
         return self._launch(
             "_loss_kernel",
-            "sums second_sums valid col_valid num_positives loss count stats num_rows padded_rows "
-            "padded_cols num_tiles group share max_pieces",
+            "sums second_sums valid col_valid num_positives partials loss count stats num_rows "
+            "padded_rows padded_cols num_tiles group share max_pieces",
             {
                 **self._variant,
                 "REDUCTION": reduction,
                 "ROWS": self.forward_tile(self.running[0]).rows,
-                "BLOCK_ROWS": 1024,
+                "BLOCK_ROWS": LOSS_ROWS,
             },
-            1,
+            cdiv(padded_rows(self.num_rows), LOSS_ROWS),
             num_warps=16,  # with fewer, Triton 3.6 spills
         )
 

@@ -110,7 +110,7 @@ def _forward(problem: Problem, reduction: str) -> Results:
     stats, prepared = saved(problem)
     with call.on_device():
         call.place(prepared)
-        call.prepare(anchors=call.soft is None)
+        call.prepare(anchors=True)
         shares = plan.forward_shares(plan.running[0])
         sums = call.new((shares.max_pieces, 4, rows.padded))
         second_sums = torch.empty_like(sums) if plan.looks_twice else sums
@@ -126,19 +126,21 @@ def _forward(problem: Problem, reduction: str) -> Results:
                 )
         if call.soft is not None:
             total = call.put_soft_means(call.soft, sums)
+        launch = plan.loss(reduction)
         call.run(
-            plan.loss(reduction),
+            launch,
             sums_ptr=sums,
             second_sums_ptr=second_sums,
             valid_ptr=rows.valid,
             col_valid_ptr=cols.valid,
             num_positives_ptr=call.num_positives,
+            partials_ptr=call.new((2, launch.grid[0]), torch.float64),
             loss_ptr=loss,
             count_ptr=count,
             stats_ptr=stats,
             num_rows=rows.num_rows,
             padded_rows=rows.padded,
-            padded_cols=cols.padded,
+            padded_cols=0 if plan.square else cols.padded,
             num_tiles=shares.num_tiles,
             group=shares.group,
             share=shares.share,

@@ -76,7 +76,7 @@ def _prepare_kernel(
     temperature_ptr,
     rows_ptr,  # out: (padded rows, padded_dim), and the classes, ABSENT for what takes no part
     valid_ptr,  # out: (padded rows,) float32: 1, 0 for what takes no part, NaN for what is not finite
-    num_positives_ptr,  # out: (padded rows,) int32, if has_anchors
+    num_positives_ptr,  # out: (padded rows + 1,) int32, if has_anchors: behind the rows a 0, see the loss kernel
     padded_rows,
     num_rows,
     num_samples,
@@ -139,6 +139,8 @@ def _prepare_kernel(
         )
         count = count * num_contrast_views - (own_labels == labels).to(tl.int32)
         tl.store(num_positives_ptr + i, tl.where(taken, count, 0))
+        if tl.program_id(0) == 0:
+            tl.store(num_positives_ptr + padded_rows, 0)
 
 
 @triton.jit

@@ -10,13 +10,32 @@ from supcon_kernels.kernels.tiles import LN2, fits, log_sum, merged, pieces_of, 
 
 
 @triton.jit
-def poison_of(valid_ptr, padded_rows, BLOCK_ROWS: tl.constexpr):
+def poison_of(valid_ptr, padded_rows, WIDTH: tl.constexpr):
     """0, or NaN where a row that takes part is not finite."""
-    poison = tl.zeros((BLOCK_ROWS,), tl.float32)
-    for start in range(0, padded_rows, BLOCK_ROWS):
-        i = start + tl.arange(0, BLOCK_ROWS)
+    poison = tl.zeros((WIDTH,), tl.float32)
+    for start in range(0, padded_rows, WIDTH):
+        i = start + tl.arange(0, WIDTH)
         poison += tl.load(valid_ptr + i, mask=i < padded_rows, other=0.0) * 0.0
     return tl.sum(poison, axis=0)
+
+
+@triton.jit
+def is_last(num_ended_ptr):
+    """Counts this program as ended; whether all others are, so that what they wrote can be read."""
+    tl.debug_barrier()  # what other threads wrote goes before the count of the one that counts
+    num_before = tl.atomic_add(num_ended_ptr, 1, sem="acq_rel", scope="gpu")
+    return num_before == tl.num_programs(0) - 1
+
+
+@triton.jit
+def added(partials_ptr, num_partials, WIDTH: tl.constexpr):
+    """Their sum, in an order that depends on nothing but their number."""
+    total = tl.zeros((WIDTH,), tl.float64)
+    for start in range(0, num_partials, WIDTH):
+        k = start + tl.arange(0, WIDTH)
+        # Past the L1 cache, which knows nothing of other multiprocessors' writes.
+        total += tl.load(partials_ptr + k, mask=k < num_partials, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -25,13 +44,14 @@ def _loss_kernel(
     second_sums_ptr,  # the same of its second look, if ONE_POSITIVE
     valid_ptr,  # (padded rows,)
     col_valid_ptr,  # (padded cols,)
-    num_positives_ptr,  # (padded rows,) int32
+    num_positives_ptr,  # (padded rows + 1,) int32, behind the rows how many programs have ended: 0
+    partials_ptr,  # (2, programs) float64: what each adds to the loss and to its count
     loss_ptr,  # out: float32, (num_rows,) where the reduction is "none", else one
     count_ptr,  # out: what the sum of the losses was divided by
     stats_ptr,  # out: (5, num_rows), see the backend
     num_rows,
     padded_rows,
-    padded_cols,
+    padded_cols,  # 0 where the columns are the rows
     num_tiles,  # shares of the forward kernel
     group,
     share,
@@ -42,70 +62,73 @@ def _loss_kernel(
     ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """One program goes through all anchors, BLOCK_ROWS at a time, and adds up their losses in order."""
-    poison = poison_of(valid_ptr, padded_rows, BLOCK_ROWS)
-    poison += poison_of(col_valid_ptr, padded_cols, BLOCK_ROWS)
+    """A program owns BLOCK_ROWS anchors; the last to end adds up what all of them have."""
+    # Every program looks at all rows: one that is not finite makes the loss of every anchor NaN.
+    poison = poison_of(valid_ptr, padded_rows, 8 * BLOCK_ROWS)
+    poison += poison_of(col_valid_ptr, padded_cols, 8 * BLOCK_ROWS)
     step = padded_rows.to(tl.int64)
-    total_loss = tl.zeros((BLOCK_ROWS,), tl.float64)
-    num_counted = tl.zeros((BLOCK_ROWS,), tl.int32)
-    for start in range(0, num_rows, BLOCK_ROWS):
-        i = start + tl.arange(0, BLOCK_ROWS)
-        mask = i < num_rows
-        taken = tl.load(valid_ptr + i, mask=mask, other=0.0) != 0.0
-        num_positives = tl.load(num_positives_ptr + i, mask=mask, other=0)
-        num_pieces = pieces_of(i // ROWS, num_tiles, group, share)
-        total, largest = merged(sums_ptr, i, mask, step, num_pieces, max_pieces)
-        contributes = num_positives > 0
-        if DENOMINATOR == "only_negatives":
-            contributes = contributes & (total > 0.0)
-        num_positives = tl.where(contributes, num_positives, 1).to(tl.float32)
-        total = tl.where(contributes, total, 1.0)
+    program = tl.program_id(0)
+    i = program * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    mask = i < num_rows
+    taken = tl.load(valid_ptr + i, mask=mask, other=0.0) != 0.0
+    num_positives = tl.load(num_positives_ptr + i, mask=mask, other=0)
+    num_pieces = pieces_of(i // ROWS, num_tiles, group, share)
+    total, largest = merged(sums_ptr, i, mask, step, num_pieces, max_pieces)
+    contributes = num_positives > 0
+    if DENOMINATOR == "only_negatives":
+        contributes = contributes & (total > 0.0)
+    num_positives = tl.where(contributes, num_positives, 1).to(tl.float32)
+    total = tl.where(contributes, total, 1.0)
 
-        softmax_weight = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
-        if DENOMINATOR == "one_positive":
-            rest, _ = merged(second_sums_ptr, i, mask, step, num_pieces, max_pieces)
-            pos_sums_ptr = second_sums_ptr
-        else:
-            rest = total
-            pos_sums_ptr = sums_ptr
-        of_positives, pos_largest = merged(
-            pos_sums_ptr + 2 * step, i, mask, step, num_pieces, max_pieces
-        )
-        if OUT:
-            normaliser = num_positives
-            loss = -of_positives / num_positives
-        else:
-            normaliser = tl.where(contributes, of_positives, 1.0)
-            loss = tl.log2(num_positives) - log_sum(normaliser, pos_largest)
-        if DENOMINATOR == "one_positive":
-            softmax_weight = rest / normaliser
-        else:
-            loss += log_sum(total, largest)
-        if OUT and DENOMINATOR == "all":  # all hold what positives hold: below 0 it is roundings
-            loss = tl.where(loss < 0.0, 0.0, loss)
+    softmax_weight = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
+    if DENOMINATOR == "one_positive":
+        rest, _ = merged(second_sums_ptr, i, mask, step, num_pieces, max_pieces)
+        pos_sums_ptr = second_sums_ptr
+    else:
+        rest = total
+        pos_sums_ptr = sums_ptr
+    of_positives, pos_largest = merged(
+        pos_sums_ptr + 2 * step, i, mask, step, num_pieces, max_pieces
+    )
+    if OUT:
+        normaliser = num_positives
+        loss = -of_positives / num_positives
+    else:
+        normaliser = tl.where(contributes, of_positives, 1.0)
+        loss = tl.log2(num_positives) - log_sum(normaliser, pos_largest)
+    if DENOMINATOR == "one_positive":
+        softmax_weight = rest / normaliser
+    else:
+        loss += log_sum(total, largest)
+    if OUT and DENOMINATOR == "all":  # all hold what positives hold: below 0 it is roundings
+        loss = tl.where(loss < 0.0, 0.0, loss)
 
-        loss = tl.where(contributes, loss * LN2, 0.0) + poison
-        loss = tl.where(taken, loss, 0.0)
-        if REDUCTION == "none":
-            tl.store(loss_ptr + i, loss, mask=mask)
-        total_loss += loss.to(tl.float64)
-        counted = contributes if REDUCTION == "positive_mean" else taken
-        num_counted += counted.to(tl.int32)
+    loss = tl.where(contributes, loss * LN2, 0.0) + poison
+    loss = tl.where(taken, loss, 0.0)
+    if REDUCTION == "none":
+        tl.store(loss_ptr + i, loss, mask=mask)
 
-        stride = num_rows.to(tl.int64)
-        tl.store(stats_ptr + i, total, mask=mask)
-        normaliser = tl.where(contributes, normaliser, float("inf"))
-        tl.store(stats_ptr + stride + i, normaliser, mask=mask)
-        tl.store(stats_ptr + 2 * stride + i, softmax_weight, mask=mask)
-        tl.store(stats_ptr + 3 * stride + i, largest, mask=mask)
-        tl.store(stats_ptr + 4 * stride + i, pos_largest, mask=mask)
+    stride = num_rows.to(tl.int64)
+    tl.store(stats_ptr + i, total, mask=mask)
+    normaliser = tl.where(contributes, normaliser, float("inf"))
+    tl.store(stats_ptr + stride + i, normaliser, mask=mask)
+    tl.store(stats_ptr + 2 * stride + i, softmax_weight, mask=mask)
+    tl.store(stats_ptr + 3 * stride + i, largest, mask=mask)
+    tl.store(stats_ptr + 4 * stride + i, pos_largest, mask=mask)
 
-    count = 1.0
-    if REDUCTION == "mean" or REDUCTION == "positive_mean":
-        count = tl.maximum(tl.sum(num_counted, axis=0), 1).to(tl.float64)
-    tl.store(count_ptr, count)
-    if REDUCTION != "none":
-        tl.store(loss_ptr, (tl.sum(total_loss, axis=0) / count).to(tl.float32))
+    counted = contributes if REDUCTION == "positive_mean" else taken
+    num_programs = tl.num_programs(0)
+    tl.store(partials_ptr + program, tl.sum(loss.to(tl.float64), axis=0))
+    num_counted = tl.sum(counted.to(tl.int32), axis=0)
+    tl.store(partials_ptr + num_programs + program, num_counted.to(tl.float64))
+    if is_last(num_positives_ptr + padded_rows):
+        count = 1.0
+        if REDUCTION == "mean" or REDUCTION == "positive_mean":
+            count = tl.maximum(added(partials_ptr + num_programs, num_programs, BLOCK_ROWS), 1.0)
+        tl.store(count_ptr, count)
+        if REDUCTION != "none":
+            total_loss = added(partials_ptr, num_programs, BLOCK_ROWS)
+            tl.store(loss_ptr, (total_loss / count).to(tl.float32))
 
 
 @triton.jit
