@@ -39,6 +39,9 @@ SORTED_PAIRS = 2**26
 LOSS_ROWS = 1024
 # Rows of a block of H, from which on its columns may be cut: a product of fewer is slow.
 WIDE_BLOCK = 1024
+# Rows of a side, from which on a program that prepares them has more of them, and its warps.
+MANY_ROWS = 4096
+PREPARE_WARPS = 8
 # The offset of a side of which no row is among the other: below every row's number.
 NOT_AMONG = -(2**30)
 # Down to the first, sums of 2^x over unit rows stay within half of float32's exponents; up to the
@@ -200,15 +203,16 @@ class Plan:
     @_remembered
     def prepare(self, num_rows: int) -> Launch:
         """Normalises, scales, rounds and pads a side, and makes its labels small numbers."""
+        block = self._prepare_block(num_rows)
         return self._launch(
             "_prepare_kernel",
             "features labels anchor_labels contrast_labels sorted_begin sorted_end temperature "
             "rows valid num_positives padded_rows num_rows num_samples num_anchors num_contrasts "
             "num_contrast_views own_offset dim sample_stride view_stride ignore_index "
             "padded_dim host_temperature on_device has_anchors is_square is_sorted",
-            {"NORMALIZE": self.normalize, "TF32": self.tf32, **self._row_block},
-            padded_rows(num_rows) // self._row_block["BLOCK_ROWS"],
-            num_warps=self._row_warps,
+            {"NORMALIZE": self.normalize, "TF32": self.tf32, **block},
+            padded_rows(num_rows) // block["BLOCK_ROWS"],
+            num_warps=max(self._row_warps, PREPARE_WARPS),
         )
 
     @_remembered
@@ -379,6 +383,13 @@ class Plan:
             "BLOCK_ROWS": max(512 // width, 1),
             "BLOCK_DIM": width,
         }
+
+    def _prepare_block(self, num_rows: int) -> dict[str, int]:
+        """More rows than in ``_row_block`` where there are many: a program reads the labels of all."""
+        width = self._row_width
+        rows = min(max((2048 if num_rows >= MANY_ROWS else 512) // width, 1), 16)
+        labels = 32 * 32 * PREPARE_WARPS // rows  # 32 comparisons in a thread
+        return {"BLOCK_ROWS": rows, "BLOCK_DIM": width, "WIDTH": min(labels, 2048)}
 
     def _launch(
         self,

@@ -18,7 +18,8 @@ def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, L
 
     Returns:
         (label, launch) pairs, the default loss first, one for each that compiles to a kernel of
-        its own. Sizes stand in grids alone, so that one number of rows stands for all.
+        its own. Sizes stand in grids alone, so that one number of rows stands for all, but where
+        they are prepared: few of them have a kernel of their own.
     """
     launches: dict[object, tuple[str, Launch]] = {}
     options = itertools.product(
@@ -74,6 +75,7 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
     return [
         *found,
         (f"prepare{given}", plan.prepare(n)),
+        (f"prepare few{given}", plan.prepare(1)),
         (f"weights {loss}{given}", plan.weights(n)),
         (f"gradient{given}", plan.gradient(n, dots=False)),
         (f"gradient{given}, dots", plan.gradient(n, dots=True)),

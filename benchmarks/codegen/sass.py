@@ -22,6 +22,8 @@ MATRIX = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
 GLOBAL_LOAD = re.compile(r"LDG|UTMALDG|UBLKCP")
 # Atomics on shared memory are not meant: they hand out tensor memory on sm_100.
 GLOBAL_ATOMIC = re.compile(r"(ATOM|ATOMG|RED|REDG|UBLKRED|UTMAREDG)(\.|$)")
+# Adds to a 32-bit integer, and returns what it was: programs that count themselves.
+COUNT = re.compile(r"ATOMG\.E\.ADD\.STRONG\.GPU$")
 
 
 @dataclass(frozen=True)

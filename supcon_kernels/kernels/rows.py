@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from supcon_kernels.kernels.tiles import (
+    INTERPRETED,
     LN2,
     classes_of,
     fits,
@@ -50,19 +51,55 @@ def features_of(features_ptr, i, d, taken, num_samples, dim, sample_stride, view
 
 
 @triton.jit
+def counted(labels, others, j, last, count):
+    """``last`` becomes ``j`` where labels are equal, and ``count`` one more.
+
+    Without a choice of instructions the compiler selects, and selections run at half the rate of
+    float32 operations, as comparisons do. So ``j`` is 0 · last + j on its bits, which are a tiny
+    float32 and stay what they are, and the count is a float32.
+    """
+    if INTERPRETED:
+        equal = labels == others
+        return tl.where(equal, j, last), count + equal.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+                .reg .pred equal;
+                setp.eq.s64 equal, $2, $3;
+                mov.b32 $0, $5;
+                mov.b32 $1, $6;
+                @equal fma.rn.f32 $0, $0, 0f00000000, $4;
+                @equal add.f32 $1, $1, 0f3f800000;
+            }""",
+            "=&r,=&f,l,l,r,r,f",
+            [labels, others, j, last, count],
+            dtype=(tl.int32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
 def equal_labels(
     labels, others_ptr, num_others, nobody, BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """For each label the last of ``others`` that equals it, -1 where none does, and how many do."""
-    last = tl.full((BLOCK_ROWS, WIDTH), -1, tl.int32)
-    count = tl.zeros((BLOCK_ROWS, WIDTH), tl.int32)
+    """For each label the last of ``others`` that equals it, -1 where none does, and how many do.
+
+    What it says of a label that is ``nobody`` has no meaning.
+    """
+    j = tl.arange(0, WIDTH)
+    last = tl.zeros((BLOCK_ROWS, WIDTH), tl.int32)  # counted from 1
+    count = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
+    others = tl.load(others_ptr + j, mask=j < num_others, other=nobody)
     for start in range(0, num_others, WIDTH):
-        j = start + tl.arange(0, WIDTH)
-        others = tl.load(others_ptr + j, mask=j < num_others, other=nobody)
-        equal = (labels[:, None] == others[None, :]) & (j < num_others)[None, :]
-        last = tl.where(equal, j[None, :], last)
-        count += equal.to(tl.int32)
-    return tl.max(last, axis=1), tl.sum(count, axis=1)
+        # On their way while those before are compared.
+        following_ptr = others_ptr + start + WIDTH
+        is_there = j < num_others - start - WIDTH
+        following = tl.load(following_ptr + j, mask=is_there, other=nobody)
+        at = start + 1 + j
+        last, count = counted(labels[:, None], others[None, :], at[None, :], last, count)
+        others = following
+    return tl.max(last, axis=1) - 1, tl.sum(count.to(tl.int32), axis=1)
 
 
 @triton.jit
@@ -76,7 +113,7 @@ def _prepare_kernel(
     temperature_ptr,
     rows_ptr,  # out: (padded rows, padded_dim), and the classes, ABSENT for what takes no part
     valid_ptr,  # out: (padded rows,) float32: 1, 0 for what takes no part, NaN for what is not finite
-    num_positives_ptr,  # out: (padded rows + 1,) int32, if has_anchors: behind the rows a 0, see the loss kernel
+    num_positives_ptr,  # out: (padded rows + 1,) int32, if has_anchors: and a 0 behind them
     padded_rows,
     num_rows,
     num_samples,
@@ -98,6 +135,7 @@ def _prepare_kernel(
     TF32: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,  # labels that are compared with the rows' at a time
 ):
     """A program owns BLOCK_ROWS rows; ignored ones and padding become zeros."""
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -119,8 +157,6 @@ def _prepare_kernel(
         count = tl.load(sorted_end_ptr + i % num_samples, mask=taken, other=0) - begin
         ids = tl.where(count > 0, begin, -1)
     else:
-        # Few enough labels at a time for a thread's registers, however wide a row is.
-        WIDTH: tl.constexpr = BLOCK_DIM if BLOCK_DIM < 1024 else 1024
         ids, count = equal_labels(
             labels, anchor_labels_ptr, num_anchors, ignore_index, BLOCK_ROWS, WIDTH
         )

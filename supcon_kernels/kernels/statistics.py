@@ -11,12 +11,12 @@ from supcon_kernels.kernels.tiles import LN2, fits, log_sum, merged, pieces_of, 
 
 @triton.jit
 def poison_of(valid_ptr, padded_rows, WIDTH: tl.constexpr):
-    """0, or NaN where a row that takes part is not finite."""
+    """(WIDTH,) numbers whose sum is 0, or NaN where a row that takes part is not finite."""
     poison = tl.zeros((WIDTH,), tl.float32)
     for start in range(0, padded_rows, WIDTH):
         i = start + tl.arange(0, WIDTH)
         poison += tl.load(valid_ptr + i, mask=i < padded_rows, other=0.0) * 0.0
-    return tl.sum(poison, axis=0)
+    return poison
 
 
 @triton.jit
@@ -28,8 +28,9 @@ def is_last(num_ended_ptr):
 
 
 @triton.jit
-def added(partials_ptr, num_partials, WIDTH: tl.constexpr):
+def added(partials_ptr, num_partials):
     """Their sum, in an order that depends on nothing but their number."""
+    WIDTH: tl.constexpr = 32  # a warp's
     total = tl.zeros((WIDTH,), tl.float64)
     for start in range(0, num_partials, WIDTH):
         k = start + tl.arange(0, WIDTH)
@@ -65,7 +66,7 @@ def _loss_kernel(
     """A program owns BLOCK_ROWS anchors; the last to end adds up what all of them have."""
     # Every program looks at all rows: one that is not finite makes the loss of every anchor NaN.
     poison = poison_of(valid_ptr, padded_rows, 8 * BLOCK_ROWS)
-    poison += poison_of(col_valid_ptr, padded_cols, 8 * BLOCK_ROWS)
+    poison = tl.sum(poison + poison_of(col_valid_ptr, padded_cols, 8 * BLOCK_ROWS), axis=0)
     step = padded_rows.to(tl.int64)
     program = tl.program_id(0)
     i = program * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -124,10 +125,10 @@ def _loss_kernel(
     if is_last(num_positives_ptr + padded_rows):
         count = 1.0
         if REDUCTION == "mean" or REDUCTION == "positive_mean":
-            count = tl.maximum(added(partials_ptr + num_programs, num_programs, BLOCK_ROWS), 1.0)
+            count = tl.maximum(added(partials_ptr + num_programs, num_programs), 1.0)
         tl.store(count_ptr, count)
         if REDUCTION != "none":
-            total_loss = added(partials_ptr, num_programs, BLOCK_ROWS)
+            total_loss = added(partials_ptr, num_programs)
             tl.store(loss_ptr, (total_loss / count).to(tl.float32))
 
 
