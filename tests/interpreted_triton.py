@@ -115,6 +115,44 @@ def test_columns_split_among_programs(name, variant, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+@pytest.fixture
+def small_programs(monkeypatch):
+    """Row kernels own few rows and look at few at a time, as they do of many; memory is dirty."""
+
+    def dirty(call, shape, dtype=torch.float32):
+        return torch.full(shape if isinstance(shape, tuple) else (shape,), 3, dtype=dtype)
+
+    monkeypatch.setattr(triton_launch, "LOSS_ROWS", 32)
+    monkeypatch.setattr(triton_launch, "MANY_ROWS", 1)
+    monkeypatch.setattr(triton_launch, "PREPARE_WARPS", 1)
+    monkeypatch.setattr(triton_call.Call, "new", dirty)
+    triton_launch.plan_of.cache_clear()
+    yield
+    triton_launch.plan_of.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["ragged", "self_in_memory", "soft_labels"])
+def test_rows_split_among_programs(name, small_programs):
+    for reduction in ("mean", "none"):
+        arguments = {**arguments_of(name, ("out", "all")), "reduction": reduction}
+        assert_close(triton_loss, arguments, torch.float32)
+    values = [value_and_gradients(arguments_of(name, ("out", "all"))) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*values))  # the count of programs begins again
+
+
+@pytest.mark.parametrize("where", ["features", "contrast_features"])
+def test_a_row_that_is_not_finite_reaches_the_losses_of_all_programs(where, small_programs):
+    g = torch.Generator().manual_seed(0)
+    arguments = {
+        "features": torch.randn(140, 8, generator=g),
+        "labels": torch.arange(140) % 7,
+        "contrast_features": torch.randn(300, 8, generator=g),
+        "contrast_labels": torch.arange(300) % 7,
+    }
+    arguments[where][-1, 3] = torch.nan
+    assert triton_loss(**arguments, reduction="none").isnan().all()
+
+
 def value_and_gradients(arguments: dict) -> list[torch.Tensor]:
     """The loss and the gradients, as bits may be compared."""
     arguments = as_float32(arguments)

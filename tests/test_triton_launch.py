@@ -84,6 +84,22 @@ def test_grids_cover_all_rows(num_rows):
         assert shares.num_tiles * launch.constexprs["COLS"] == padded
 
 
+@pytest.mark.parametrize("num_rows, programs", [(0, 1), (1024, 1), (4096, 4), (65536, 64)])
+def test_anchors_have_several_programs(num_rows, programs):
+    assert plan(num_rows=num_rows).loss("mean").grid == (programs, 1, 1)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_many_rows_read_all_labels_less_often(dim):
+    few, many = (plan(dim=dim).prepare(num_rows) for num_rows in (256, 4096))
+    for launch in (few, many):
+        rows, width = launch.constexprs["BLOCK_ROWS"], launch.constexprs["WIDTH"]
+        assert triton_tiles.ROW_PADDING % rows == 0
+        assert rows * width <= 32 * 32 * launch.num_warps  # comparisons
+    assert many.constexprs["BLOCK_ROWS"] >= few.constexprs["BLOCK_ROWS"]
+    assert dim != 128 or (many.constexprs["BLOCK_ROWS"], few.constexprs["BLOCK_ROWS"]) == (16, 4)
+
+
 def pieces_by_block(shares: Shares) -> list[int]:
     """In how many pieces each block is done, by going through the programs as the kernels do."""
     done = [[] for _ in range(shares.num_blocks)]

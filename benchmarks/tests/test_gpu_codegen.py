@@ -16,7 +16,7 @@ import triton.language as tl
 import gpu_codegen
 from codegen import compiler, sass
 from codegen.compiler import compile_all
-from codegen.kernels import Compiled, Source
+from codegen.kernels import Compiled, Source, shipped
 from reporting.documents import update_document
 from reporting.rows import read_rows, write_rows
 from supcon_kernels.triton_launch import Launch
@@ -189,6 +189,14 @@ def test_an_atomic_is_a_fault() -> None:
     for arch in (80, 90):
         row = compiled(with_atomic, arch)
         assert any("atomics" in fault for fault in row.faults), row
+
+
+def test_only_the_loss_kernel_may_count_its_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = shipped(["bfloat16"], [128], [90])
+    loss = next(each for each in found if each.label == "loss out/all, mean")
+    assert compile_all([loss], 1)[0].faults == []
+    monkeypatch.setattr(compiler, "COUNTED", ())
+    assert compile_all([loss], 1)[0].faults == ["holds 1 atomics"]
 
 
 def test_16_bits_without_tensor_cores_are_a_fault() -> None:
