@@ -4,7 +4,8 @@ Every kernel that the backend may launch is compiled ahead of time for each arch
 disassembly is read (codegen/sass.py says what a main loop is). A kernel that serves several widths or
 dtypes is compiled once; those of the default loss have a row for each width.
 Exits 1 where a kernel spills registers, needs more shared memory than the architecture has, multiplies
-16-bit numbers without tensor cores, or holds an atomic on global memory.
+16-bit numbers without tensor cores, or holds an atomic on global memory other than the loss kernel's
+count of its programs.
 """
 
 from __future__ import annotations
