@@ -47,9 +47,7 @@ class Launched:
     @property
     def compiled(self) -> Any:
         """The compiled kernel; None under the interpreter."""
-        kernel, _ = triton_run._compiled.get(
-            (self.launch.code, self.device.index), (None, None)
-        )
+        kernel, _ = triton_run._compiled.get((self.launch.code, self.device.index), (None, None))
         return kernel
 
 
@@ -90,7 +88,7 @@ def tiles(phase: str, dtype: str = "bfloat16", dim: int = 128) -> list[Tile]:
     """The shipped tile, then those around it whose operands fit, and whose sums fit a thread's registers."""
     shipped_one, padded = shipped_tile(phase, dtype, dim), padded_dim(dim)
     shallow, *deeper = (16, 32) if dtype == "float32" else (64, 128)
-    depths = {shallow: (3, 4), **{depth: (2, 3) for depth in deeper}}
+    depths: dict[int, tuple[int, ...]] = {shallow: (3, 4), **{depth: (2, 3) for depth in deeper}}
     depths = {depth: stages for depth, stages in depths.items() if depth < padded}
     if padded <= 256 and dtype != "float32":
         depths = (depths if phase != "backward" else {}) | {padded: (1, 2, 3, 4)}

@@ -38,8 +38,7 @@ class Compared:
         return f"{self.phase} {self.dtype} D={self.dim}"
 
     def workload(self, place: Place, num_rows: int) -> Workload:
-        if place.is_tiny:
-            return Workload(64, 16, num_classes=4, dtype="float16", device=place.device)
+        num_rows = 64 if place.is_tiny else num_rows
         return Workload(num_rows, self.dim, dtype=self.dtype, device=place.device)
 
 
@@ -56,11 +55,20 @@ COMPARED = (
     Compared("backward", "bfloat16", 64, (16384,)),
 )
 
+TINY = (
+    Compared("forward", "float16", 16, (64,)),
+    Compared("backward", "float16", 16, (64,)),
+    Compared("derivatives", "float32", 136, (64,)),
+)
+
 
 def items(place: Place) -> Items:
     if reason := available_backends()["triton"]:
         raise Skipped(reason)
-    return {each.name: functools.partial(_compare, place, each) for each in COMPARED}
+    return {
+        each.name: functools.partial(_compare, place, each)
+        for each in (TINY if place.is_tiny else COMPARED)
+    }
 
 
 def _step(workload: Workload) -> tuple[torch.Tensor, ...]:
@@ -83,7 +91,7 @@ def _compare(place: Place, compared: Compared) -> Iterator[Row]:
         yield row | {"compile_s": answer.seconds} | (answer.result or {})
         if status == "ok":
             sound.append(tile)
-    for num_rows in compared.num_rows[:1] if place.is_tiny else compared.num_rows:
+    for num_rows in compared.num_rows:
         yield from _time(place, compared, sound, compared.workload(place, num_rows))
 
 
@@ -113,9 +121,7 @@ def try_tile(place: Place, call: tuple[Compared, Tile]) -> Row:
     }
 
 
-def _time(
-    place: Place, compared: Compared, sound: list[Tile], workload: Workload
-) -> Iterator[Row]:
+def _time(place: Place, compared: Compared, sound: list[Tile], workload: Workload) -> Iterator[Row]:
     calls = {}
     for tile in sound:
         with backend.using_tiles(compared.phase, tile):
