@@ -133,7 +133,8 @@ def main(argv: list[str] | None = None) -> Path:
     options = parse(PaperOptions, argv, prog="train/paper.py", description=DESCRIPTION)
     if options.jobs > 1:
         share_threads(options.jobs)
-    local: dict[str, Any] = {"log": "csv"}
+    # The accuracy in the middle of a run is not asked for.
+    local: dict[str, Any] = {"log": "csv", "knn_every": 0}
     local |= {"workers": options.workers, "device": options.device}
     if options.data_root is not None:
         local["data_root"] = options.data_root
