@@ -133,8 +133,8 @@ def main(argv: list[str] | None = None) -> Path:
     options = parse(PaperOptions, argv, prog="train/paper.py", description=DESCRIPTION)
     if options.jobs > 1:
         share_threads(options.jobs)
-    # The accuracy in the middle of a run is not asked for.
-    local: dict[str, Any] = {"log": "csv", "knn_every": 0}
+    # Nobody looks at a run while it is made, nor at each of so many.
+    local: dict[str, Any] = {"log": "csv", "pictures": False, "knn_every": 0}
     local |= {"workers": options.workers, "device": options.device}
     if options.data_root is not None:
         local["data_root"] = options.data_root
