@@ -1,9 +1,9 @@
-"""How far the CPU kernel would go with more threads than this machine has: a simulation.
+"""How far the CPU kernel goes with more threads: measured up to the machine's cores, simulated beyond.
 
 python benchmarks/bench_threads.py writes threads_cpu_float32.csv. The core lists the jobs of its own
 schedule, with what each waits for; a job costs what it took on one thread here; what threads do
 not share is counted, too, and all of it stays. Memory traffic is capped, as if nothing were in a
-cache, so that small tiles are not rewarded. Wall times of one and two threads check the model.
+cache, so that small tiles are not rewarded. Wall times check the model, of as many threads as there are cores.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -129,15 +130,21 @@ def simulate(jobs: list[Job], costs: Costs, threads: int) -> float:
 
 @dataclass
 class Measured:
-    """Seconds of one pass: on one thread, the part of it that others could share, and on two threads."""
+    """Seconds of one pass: the part of it that threads cannot share, and all of it by number of threads."""
 
-    alone: float
     serial: float
-    by_two: float
+    by: dict[int, float]
+
+    @property
+    def alone(self) -> float:
+        """On one thread."""
+        return self.by[1]
 
 
-def measure(num_rows: int, num_cols: int | None, dim: int) -> tuple[Measured, Measured]:
-    """The forward and the backward."""
+def measure(
+    num_rows: int, num_cols: int | None, dim: int, threads: list[int]
+) -> tuple[Measured, Measured]:
+    """The forward and the backward, on one thread and on others."""
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(num_rows, dim, generator=g)
     labels = torch.randint(10, (num_rows,), generator=g)
@@ -156,32 +163,36 @@ def measure(num_rows: int, num_cols: int | None, dim: int) -> tuple[Measured, Me
         lambda: native.forward(problem, "mean", Wanted()),
         lambda: native.backward(problem, anchors, None, wanted),
     ]
-    forward, backward = (_measure_pass(run) for run in passes)
+    forward, backward = (_measure_pass(run, threads) for run in passes)
     return forward, backward
 
 
-def _measure_pass(run: Callable[[], object]) -> Measured:
-    seconds: dict[int, list[float]] = {0: [], 1: [], 2: []}
+def _measure_pass(run: Callable[[], object], threads: list[int]) -> Measured:
+    # Once more on one thread, with what it could share left out.
+    seconds: dict[int, list[float]] = {count: [] for count in (0, 1, *threads)}
     serial: list[float] = []
     start = time.perf_counter()
     while len(serial) < 3 or time.perf_counter() - start < SECONDS:
-        for threads, times in seconds.items():
-            native.num_threads = lambda threads=threads: threads  # type: ignore[misc]
+        for count, times in seconds.items():
+            native.num_threads = lambda count=count: count  # type: ignore[misc]
             native.core.take_shared_seconds()
             begin = time.perf_counter()
             run()
             times.append(time.perf_counter() - begin)
-            if threads == 0:
+            if count == 0:
                 serial.append(times[-1] - native.core.take_shared_seconds())
     native.num_threads = torch.get_num_threads
-    return Measured(median(seconds[1]), median(serial), median(seconds[2]))
+    return Measured(median(serial), {count: median(times) for count, times in seconds.items()})
 
 
 def rows_of(
     num_rows: int, num_cols: int | None, dim: int, threads: list[int]
 ) -> list[dict[str, Any]]:
     """A row for each number of threads, with the machine left out."""
-    forward, backward = measure(num_rows, num_cols, dim)
+    cores = os.cpu_count() or 1
+    forward, backward = measure(
+        num_rows, num_cols, dim, [count for count in threads if count <= cores]
+    )
     found = []
     for count in threads:
         seconds = 0.0
@@ -208,8 +219,8 @@ def rows_of(
                 "dim": dim,
                 "threads": count,
                 "simulated_speed_up": round(alone / seconds, 2),
-                "measured_speed_up": round(alone / (forward.by_two + backward.by_two), 2)
-                if count == 2
+                "measured_speed_up": round(alone / (forward.by[count] + backward.by[count]), 2)
+                if count in forward.by
                 else "",
                 "serial_share": round((forward.serial + backward.serial) / alone, 5),
                 "one_thread_ms": round(alone * 1e3, 3),

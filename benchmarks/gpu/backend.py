@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -19,11 +20,13 @@ import torch
 from codegen.kernels import Source, shipped
 from supcon_kernels import triton_launch, triton_run, triton_shipped
 from supcon_kernels.triton_launch import Launch, Plan
-from supcon_kernels.triton_tiles import BACKWARD, FORWARD, Tile
+from supcon_kernels.triton_tiles import BACKWARD, DERIVATIVES, FORWARD, Tile, padded_dim
 
 PAIR_KERNELS = {"forward": "_forward_kernel", "backward": "_backward_kernel"}
 """The kernel over all pairs of each phase: nearly all of the time at large N."""
-TABLES = {"forward": FORWARD, "backward": BACKWARD}
+TILED_KERNELS = {**PAIR_KERNELS, "derivatives": "_derivatives_kernel"}
+"""With that of H in blocks, which wide rows have instead of the second."""
+TABLES = {"forward": FORWARD, "backward": BACKWARD, "derivatives": DERIVATIVES}
 """Where a plan finds the tile of each phase."""
 SHARED_KIB = 227
 """Of a program on an H100 or H200."""
@@ -44,7 +47,7 @@ class Launched:
     @property
     def compiled(self) -> Any:
         """The compiled kernel; None under the interpreter."""
-        kernel, _ = self.launch.loaded.get(self.device.index, (None, None))
+        kernel, _ = triton_run._compiled.get((self.launch.code, self.device.index), (None, None))
         return kernel
 
 
@@ -64,7 +67,7 @@ def launches_of(step: Callable[[], object]) -> list[Launched]:
 
 def pair_kernel(step: Callable[[], object], phase: str) -> Launched:
     """The launch of a step's pair kernel."""
-    return next(x for x in launches_of(step) if x.launch.kernel == PAIR_KERNELS[phase])
+    return next(x for x in launches_of(step) if x.launch.kernel == TILED_KERNELS[phase])
 
 
 def shipped_tile(phase: str, dtype: str, dim: int, arch: int = 90) -> Tile:
@@ -82,31 +85,43 @@ def shipped_tile(phase: str, dtype: str, dim: int, arch: int = 90) -> Tile:
 
 
 def tiles(phase: str, dtype: str = "bfloat16", dim: int = 128) -> list[Tile]:
-    """The shipped tile, then about thirty around it: operands fit, and a warp has 16 rows of its own."""
-    shipped_one = shipped_tile(phase, dtype, dim)
+    """The shipped tile, then those around it whose operands fit, and whose sums fit a thread's registers."""
+    shipped_one, padded = shipped_tile(phase, dtype, dim), padded_dim(dim)
+    shallow, *deeper = (16, 32) if dtype == "float32" else (64, 128)
+    depths: dict[int, tuple[int, ...]] = {shallow: (3, 4), **{depth: (2, 3) for depth in deeper}}
+    depths = {depth: stages for depth, stages in depths.items() if depth < padded}
+    if padded <= 256 and dtype != "float32":
+        depths = (depths if phase != "backward" else {}) | {padded: (1, 2, 3, 4)}
     found = [
-        _sized(shipped_one, dim, rows, cols, num_warps, num_stages)
-        for rows in (64, 128)
-        for cols in (32, 64, 128)
-        for num_warps in (4, 8)
-        for num_stages in (1, 2, 3, 4)
-        if _kib(dim, rows, cols, num_stages) <= SHARED_KIB
-        and rows >= 16 * num_warps
+        _resident(Tile(rows, cols, depth, num_warps, num_stages), dtype, padded)
+        for rows, cols, depth, num_warps in itertools.product(
+            (64, 128), (32, 64, 128, 256) if phase == "backward" else (64, 128, 256), depths, (4, 8)
+        )
+        for num_stages in depths[depth]
+        if rows >= 16 * num_warps
         and rows * cols >= 512 * num_warps
+        and rows * cols <= 128 * 32 * num_warps
+        and _sums(phase, rows, cols, padded) <= 224 * 32 * num_warps
+        and _kib(dtype, padded, rows, cols, depth, num_stages) <= SHARED_KIB
     ]
     return list(dict.fromkeys([shipped_one, *found]))
 
 
-def _sized(tile: Tile, dim: int, rows: int, cols: int, num_warps: int, num_stages: int) -> Tile:
-    sizes = {"rows": rows, "cols": cols, "num_warps": num_warps, "num_stages": num_stages}
-    kib = _kib(dim, rows, cols, num_stages)
-    residents = max(1, min(3, int((SHARED_KIB + 1) // (kib + 1)), 16 // num_warps))
-    return dataclasses.replace(tile, residents=residents, **sizes)
+def _sums(phase: str, rows: int, cols: int, padded: int) -> int:
+    """Numbers that a program adds to."""
+    return rows * (cols + padded if phase == "backward" else cols)
 
 
-def _kib(dim: int, rows: int, cols: int, num_stages: int) -> float:
-    """Shared memory of a program's operands in 16 bits."""
-    return 2 * dim * (rows + num_stages * cols) / 1024
+def _resident(tile: Tile, dtype: str, padded: int) -> Tile:
+    kib = _kib(dtype, padded, tile.rows, tile.cols, tile.chunk, tile.num_stages)
+    residents = max(1, min(3, int((SHARED_KIB + 1) // (kib + 1)), 16 // tile.num_warps))
+    return dataclasses.replace(tile, residents=residents)
+
+
+def _kib(dtype: str, padded: int, rows: int, cols: int, chunk: int, num_stages: int) -> float:
+    """Shared memory of a program's operands."""
+    streamed = num_stages * cols + rows * (1 if chunk == padded else num_stages)
+    return (4 if dtype == "float32" else 2) * chunk * streamed / 1024
 
 
 def using_tiles(phase: str, tile: Tile) -> contextlib.AbstractContextManager[None]:
@@ -169,4 +184,5 @@ def sources(dtype: str, dim: int, arch: int, *, with_tiles: bool) -> list[Source
 
 
 def describe(tile: Tile) -> str:
-    return f"{tile.rows}×{tile.cols} warps={tile.num_warps} stages={tile.num_stages}"
+    sizes = f"{tile.rows}×{tile.cols}×{tile.chunk}"
+    return f"{sizes} warps={tile.num_warps} stages={tile.num_stages}"

@@ -17,7 +17,7 @@ from codegen.kernels import read_compiled
 from codegen.model import SCHEMES, bound, find_card, with_rates
 from gpu.journal import read_rows
 from gpu.place import Row
-from gpu.summary import Cells, speed_cells, three, timed
+from gpu.summary import Cells, by_tile, speed_cells, three, timed
 from measuring.machine import REPOSITORY
 from measuring.providers import OURS
 from measuring.results import Report, Result
@@ -201,14 +201,13 @@ def _kernels(newest: Rows) -> str:
 
 def _tiles(rows: Rows) -> str:
     found = [row for row in rows if "kernel_ms" in row]
-    cells: Cells = [["kernel", "N", "tile", "ms", "TFLOP/s", "shipped"]]
-    for phase, num_rows in dict.fromkeys((row["phase"], row["num_rows"]) for row in found):
-        same = [row for row in found if (row["phase"], row["num_rows"]) == (phase, num_rows)]
+    cells: Cells = [["kernel", "dtype", "D", "N", "tile", "ms", "TFLOP/s", "shipped"]]
+    for told_apart, same in by_tile(found).items():
         best = sorted(same, key=lambda row: row["kernel_ms"])
-        for row in best[:5] + [row for row in best[5:] if row["is_shipped"]]:
+        for row in best[:3] + [row for row in best[3:] if row["is_shipped"]]:
             numbers = [three(row["kernel_ms"]), f"{row['tflops']:.0f}"]
             is_shipped = "yes" if row["is_shipped"] else ""
-            cells.append([phase, str(num_rows), row["tile"], *numbers, is_shipped])
+            cells.append([*map(str, told_apart), row["tile"], *numbers, is_shipped])
     return f"Tiles, fastest first:\n\n{render_table(cells, markdown=True)}" if found else ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from gpu.place import Row
 from reporting.documents import render_table
@@ -126,10 +127,10 @@ def timed(rows: Sequence[Row]) -> list[Row]:
 def _tiles(rows: Sequence[Row]) -> str:
     found = [row for row in rows if "kernel_ms" in row]
     lines = []
-    for phase, num_rows in dict.fromkeys((row["phase"], row["num_rows"]) for row in found):
-        same = [row for row in found if (row["phase"], row["num_rows"]) == (phase, num_rows)]
+    for told_apart, same in by_tile(found).items():
         best = sorted(same, key=lambda row: row["kernel_ms"])
-        lines.append(f"{phase} kernel, N={num_rows}, of {len(same)} tiles:")
+        phase, dtype, dim, num_rows = told_apart
+        lines.append(f"{phase} kernel, {dtype}, D={dim}, N={num_rows}, of {len(same)} tiles:")
         shown = best[:4] + [row for row in best[4:] if row["is_shipped"]]
         lines += [
             f"  {row['tile']}: {three(row['kernel_ms'])} ms, {row['tflops']:.0f} TFLOP/s"
@@ -137,6 +138,15 @@ def _tiles(rows: Sequence[Row]) -> str:
             for row in shown
         ]
     return "\n".join(lines)
+
+
+def by_tile(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows of the tiles that are compared with each other."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        told_apart = tuple(row[name] for name in ("phase", "dtype", "dim", "num_rows"))
+        found.setdefault(told_apart, []).append(row)
+    return found
 
 
 def _driver(rows: Sequence[Row]) -> str:

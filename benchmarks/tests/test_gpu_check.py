@@ -152,7 +152,7 @@ def test_the_rehearsal_finds_a_launch_that_must_not_ship(
     monkeypatch.setattr(rehearse, "compile_all", compiled)
     monkeypatch.setattr(kernels, "GOALS", {})
     tiles = [len(backend.tiles(phase)) for phase in backend.PAIR_KERNELS]
-    assert all(30 <= count <= 40 for count in tiles)
+    assert all(30 <= count <= 50 for count in tiles)
     in_blocks = [
         source
         for dtype in ("bfloat16", "float32")
