@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -14,12 +16,15 @@ import pytest
 import torch
 
 import train_fixtures  # noqa: F401  puts train/ on the path
+from reproduction import processes
 from reproduction.claims import METRICS, SEVERITIES, TABLES, Claim
 from reproduction.methods import METHODS, SETTINGS
 from reproduction.pictures import FIGURES, OVERVIEW, pictures
 from reproduction.runs import EVALUATION, RECORD, Job, Study, jobs_of
 from reproduction.scales import SCALES
+from reproduction.schedule import make
 from reproduction.verdicts import judge, value
+from run.atomic_write import replace_text
 from run.errors import UserError
 from run.saved_run import open_run
 from train_fixtures import TRAIN
@@ -29,8 +34,9 @@ paper = import_module("paper")
 SHORT = "--table 2 --methods supcon cross_entropy --seeds 1 --trials 1 --epochs 2 --device cpu"
 
 
-def start(folder: Path) -> subprocess.Popen:
+def start(folder: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, str(TRAIN / "paper.py"), *SHORT.split(), "--output_dir", str(folder)]
+    command += options
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
 
 
@@ -44,8 +50,8 @@ def kill_once(folder: Path, found: str, count: int) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
-def test_killed_twice_gives_the_report_of_one_never_stopped(tmp_path):
-    whole = start(tmp_path / "whole")
+def test_killed_twice_gives_the_report_of_two_jobs_never_stopped(tmp_path):
+    whole = start(tmp_path / "whole", "--jobs", "2")
     killed = tmp_path / "killed"
     kill_once(killed, "last.pt", 1)  # in the middle of the first run
     [checkpoint] = killed.glob("*/last.pt")
@@ -146,6 +152,127 @@ def test_a_linear_stage_is_tuned_on_the_encoder_of_the_best_trial(tmp_path):
     assert (
         resolved["linear"] | {"optimizer": "rmsprop", "learning_rate": 0.15} == resolved["linear"]
     )
+
+
+class Pretended(Study):
+    """Runs that a function stands for; each is noted when it starts, and needs a record to be done."""
+
+    def __init__(self, root: Path, trials: int, run: Callable[[Job], object] = lambda job: None):
+        super().__init__(SCALES["digits"], root, trials)
+        self.run, self.started = run, []
+
+    def do(self, job: Job) -> None:
+        self.started.append(job)
+        self.run(job)
+        folder = self.folder(job)
+        if folder is None:
+            super().do(job)
+        folder.mkdir(exist_ok=True)
+        done = {"accuracy": 0.5, "cost": self.cost(job), "seconds": 60 * self.cost(job)}
+        replace_text(folder / RECORD, json.dumps(done))
+
+
+def test_a_job_that_waits_for_another_blocks_none_behind_it(tmp_path):
+    behind, waiting = Job("cross_entropy", trial=1), Job("supcon")
+    others_run = threading.Event()
+
+    def run(job: Job) -> None:
+        if job == Job("supcon", trial=1):
+            assert others_run.wait(60)  # all others that can be made are made beside it
+        if job == behind:
+            assert waiting not in study.started
+            others_run.set()
+
+    trials = [Job(name, trial=k) for name in ("supcon", "cross_entropy") for k in (0, 1)]
+    two_stages, first_stage = Job("cross_entropy_two_stages"), Job("cross_entropy")
+    jobs = [trials[0], trials[1], waiting, trials[2], trials[3], two_stages, first_stage]
+    study = Pretended(tmp_path, 2, run)
+    make(study, jobs, float("inf"), at_once=2)
+    assert study.started[:2] == trials[:2] and set(study.started) == set(jobs)
+    assert study.started.index(two_stages) > study.started.index(first_stage)
+    make(study, jobs, float("inf"), at_once=2)
+    assert len(study.started) == len(jobs)  # nothing is left
+
+
+def test_runs_of_the_same_options_are_one(tmp_path):
+    """At once they would write to the same folder."""
+    study = Pretended(tmp_path, 1)
+    make(study, [Job("supcon"), Job("supcon_momentum"), Job("simclr")], float("inf"), at_once=3)
+    assert sorted(map(str, study.started)) == ["simclr seed 0", "supcon seed 0"]
+
+
+def test_a_run_that_fails_ends_no_other(tmp_path, capsys):
+    def run(job: Job) -> None:
+        if job == Job("supcon", trial=0):
+            raise UserError("out of luck")
+
+    study = Pretended(tmp_path, 2, run)
+    jobs = jobs_of(["2"], ["supcon", "simclr"], study.scale, seeds=1, trials=2)
+    make(study, jobs, float("inf"), at_once=2)
+    output = capsys.readouterr().out
+    assert "supcon trial 0 failed: out of luck\n" in output
+    assert "supcon seed 0 failed: its learning rate is not chosen" in output
+    # Last comes what needs the one that failed.
+    assert study.started[-1] == Job("supcon") and study.started.count(Job("supcon", trial=0)) == 1
+    assert [job for job in jobs if study.record(job) is None] == [
+        Job("supcon", trial=0),
+        Job("supcon"),
+    ]
+
+
+def test_the_budget_and_the_time_left_of_several_jobs(tmp_path, capsys):
+    done, *jobs = [Job("supcon", seed) for seed in range(5)]
+    study = Pretended(tmp_path, 1)
+    study.do(done)  # in two hours: 60 epochs of two views, a minute a pass
+    make(study, [done, *jobs], 3600.0, at_once=2)
+    assert study.started == [done]
+    assert "left out, the budget is too small: 4 runs, the first supcon seed 1" in (
+        capsys.readouterr().out
+    )
+    make(study, [done, *jobs], float("inf"), at_once=2)
+    assert "supcon seed 1 (about 4 h 0 min left, then supcon seed 2)" in capsys.readouterr().out
+
+
+def test_an_interrupt_kills_what_runs(tmp_path, monkeypatch):
+    (tmp_path / "sleep.py").write_text("import time; print('on', flush=True); time.sleep(600)")
+    monkeypatch.setattr(processes, "TRAIN", tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    found = []
+
+    def run(job: Job) -> None:
+        folder = study.folder(job)
+        folder.mkdir()
+        if job.seed < 2:
+            processes.start("sleep.py", folder)
+        while len([*tmp_path.glob("*/output.txt")]) < 2:
+            time.sleep(0.01)
+        while not all(path.read_text() for path in tmp_path.glob("*/output.txt")):
+            time.sleep(0.01)
+        found.extend(processes._running.processes)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    study = Pretended(tmp_path, 1, run)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            make(study, [Job("supcon", seed) for seed in range(4)], float("inf"), at_once=3)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [process.poll() for process in found] == [-signal.SIGKILL] * 2
+    assert Job("supcon", 3) not in study.started
+    with pytest.raises(UserError, match="stopped"):  # its next stage does not start either
+        processes.start("sleep.py", tmp_path)
+
+
+def test_jobs_share_the_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    before = torch.get_num_threads()
+    try:
+        for jobs, threads in ((2, 3), (4, 1), (12, 1)):
+            torch.set_num_threads(6)
+            processes.share_threads(jobs)
+            assert os.environ["OMP_NUM_THREADS"] == str(threads) == str(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -140,6 +140,11 @@ def test_without_csv_there_is_no_table_and_no_curve(tmp_path):
     assert not {"metrics.csv", "timings.csv", "curves.png"} & {path.name for path in run.iterdir()}
 
 
+def test_pictures_are_not_drawn_where_they_are_not_wanted(tmp_path):
+    run = pretrain(tmp_path, *QUICK, "--log=csv", "--no_pictures")
+    assert (run / "metrics.csv").is_file() and not list(run.glob("*.png"))
+
+
 def test_unknown_logger_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         pretrain(tmp_path, "--log=csv,tensorbord")

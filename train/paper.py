@@ -12,7 +12,6 @@ import run.quiet_interrupt  # noqa: F401  before all that takes long to import
 # isort: split
 
 import re
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, Literal
 from reproduction.claims import FIGURES, TABLES, option_of
 from reproduction.methods import METHODS
 from reproduction.pictures import Row, pictures
+from reproduction.processes import share_threads
 from reproduction.report import (
     CLAIM_COLUMNS,
     RUN_COLUMNS,
@@ -30,12 +30,12 @@ from reproduction.report import (
     rows_of_runs,
     write_rows,
 )
-from reproduction.runs import Job, Study, jobs_of
+from reproduction.runs import Study, jobs_of
 from reproduction.scales import SCALES
+from reproduction.schedule import make
 from run.atomic_write import replace_file, replace_text
 from run.command_line import parse, run_script
 from run.device import Device
-from run.errors import UserError
 from run.rules import broken, out_of_range
 
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
@@ -62,6 +62,8 @@ class PaperOptions:
             times the one before. 1: only that of the recipe.
         epochs: Another number than that of the scale, for a quick look.
         budget: Do not start a run that would end later, such as 90s, 150min or 8h. Default: no limit.
+        jobs: Runs at the same time, which share the device and the CPU threads: for a GPU that a small
+            run does not fill. On a CPU give the same number again to resume.
         data_root: As in pretrain.py.
         output_dir: Folder for the runs and the report.
         workers: As in pretrain.py.
@@ -78,6 +80,7 @@ class PaperOptions:
     trials: int = 3
     epochs: int | None = None
     budget: str | None = None
+    jobs: int = 1
     data_root: str | None = None
     output_dir: str = "runs/paper"
     workers: int = 0
@@ -104,7 +107,7 @@ class PaperOptions:
                 f"--budget {self.budget}: a number of s, min or h is needed, such as 150min",
             ),
         ]
-        at_least = {"seeds": 1, "trials": 1, "epochs": 2, "workers": 0}
+        at_least = {"seeds": 1, "trials": 1, "epochs": 2, "jobs": 1, "workers": 0}
         return broken(rules) + out_of_range(self, at_least=at_least)
 
     @property
@@ -128,7 +131,10 @@ _BUDGET = re.compile(r"(\d+\.?\d*)(s|min|h)")
 def main(argv: list[str] | None = None) -> Path:
     """Run what the command line asks for; returns the report."""
     options = parse(PaperOptions, argv, prog="train/paper.py", description=DESCRIPTION)
-    local: dict[str, Any] = {"log": "csv"}
+    if options.jobs > 1:
+        share_threads(options.jobs)
+    # Nobody looks at a run while it is made, nor at each of so many.
+    local: dict[str, Any] = {"log": "csv", "pictures": False, "knn_every": 0}
     local |= {"workers": options.workers, "device": options.device}
     if options.data_root is not None:
         local["data_root"] = options.data_root
@@ -142,49 +148,8 @@ def main(argv: list[str] | None = None) -> Path:
         seeds=options.seeds,
         trials=options.trials,
     )
-    make(study, jobs, options.seconds)
+    make(study, jobs, options.seconds, at_once=options.jobs)
     return report(study, options)
-
-
-def make(study: Study, jobs: list[Job], budget: float) -> None:
-    """Make the runs that are not done, in order, as far as a number of seconds reaches."""
-    began, left = time.monotonic(), [job for job in jobs if study.record(job) is None]
-    print(f"{len(jobs) - len(left)} of {len(jobs)} runs are done", flush=True)
-    left_out = []
-    rate = seconds_per_pass(study, jobs)
-    while left:
-        job, *left = left
-        if study.record(job) is not None:
-            continue  # it has the options of another, which was made meanwhile
-        spent = time.monotonic() - began
-        if budget == 0 or spent + rate * study.cost(job) > budget:
-            left_out.append(job)
-            continue
-        remaining = rate * sum(map(study.cost, [job, *left]))
-        said = f"about {duration(remaining)} left" if rate else "time left not known yet"
-        following = f", then {left[0]}" if left else ""
-        print(f"{job} ({said}{following})", flush=True)
-        try:
-            study.do(job)
-        except UserError as error:
-            print(f"  failed: {error}", flush=True)
-        rate = seconds_per_pass(study, jobs)
-    if left_out:
-        print(f"left out, the budget is too small: {len(left_out)} runs, the first {left_out[0]}")
-
-
-def seconds_per_pass(study: Study, jobs: list[Job]) -> float:
-    """What a pass over the training images has taken so far; 0: nothing is known."""
-    records = [study.record(job) for job in jobs if not job.corrupted]
-    done = [record for record in records if record is not None and record["cost"] > 1]
-    passes = sum(record["cost"] for record in done)
-    return sum(record["seconds"] for record in done) / passes if passes else 0.0
-
-
-def duration(seconds: float) -> str:
-    """As it is read."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def report(study: Study, options: PaperOptions) -> Path:

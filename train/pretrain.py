@@ -215,7 +215,8 @@ def train(run: Run) -> None:
         report.end_training()
         tested = evaluator.at_the_end(num_drawn=MAX_POINTS)
         if ranks.is_rank_0:
-            draw(folder, data, state, tested, options.logging)
+            if options.logging.pictures:
+                draw(folder, data, state, tested, options.logging)
             write_encoder(folder, trainer.measured.encoder, options.network, data)
             write_results(folder, data, state, tested, trainer.method.figures())
             say_what_is_next(folder, options.data.dataset)

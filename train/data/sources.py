@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, FashionMNIST, ImageFolder, VisionDataset
@@ -190,6 +189,9 @@ def evenly_drawn(num_images: int, count: int) -> list[int]:
 
 
 def _digits() -> tuple[Split, Split, list[str]]:
+    # Imported where it is needed: it takes a second.
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     # 8x8 in 17 grey levels; upsampled here, so that views are cut from a smooth image.
     images = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)

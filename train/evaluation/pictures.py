@@ -12,7 +12,6 @@ from matplotlib import colormaps, rc_context
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager, get_font
-from sklearn.manifold import TSNE
 from torch import Tensor
 
 from run.atomic_write import replace_file
@@ -104,6 +103,9 @@ def draw_embedding(
     features: Tensor, labels: Tensor, classes: list[str], picture: Path, title: str
 ) -> None:
     """Draw the t-SNE of L2-normalised (N, F) features, coloured by (N,) labels."""
+    # Imported where it is needed: it takes a second.
+    from sklearn.manifold import TSNE
+
     features = F.normalize(features, dim=1).cpu()
     map_ = np.zeros((len(features), 2))
     if len(features) > 1:

@@ -1,15 +1,18 @@
-"""The scripts of train/ as processes, and what machine and commit they ran on."""
+"""The scripts of train/ as processes, several at once, and what machine and commit they ran on."""
 
 import ctypes
 import json
+import os
 import platform
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import IO, Any
 
 import torch
 
@@ -20,6 +23,60 @@ TRAIN = Path(__file__).resolve().parents[1]
 # Loaded before a process is forked.
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PARENT_DEATH_SIGNAL = 1
+
+
+class _Running:
+    """The processes that run. Once they were killed none is started any more."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.killed = False
+
+    def call(self, command: list[str], output: IO[str]) -> int:
+        """As subprocess.call."""
+        with self.lock:
+            if self.killed:
+                raise UserError("stopped")
+            process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=_end_with_parent if LIBC else None,
+            )
+            self.processes.add(process)
+        try:
+            return process.wait()
+        finally:
+            self.processes.discard(process)
+
+    def kill(self) -> None:
+        with self.lock:
+            self.killed = True
+            for process in list(self.processes):
+                process.kill()
+
+
+_running = _Running()
+
+
+@contextmanager
+def killed_on_error() -> Iterator[None]:
+    """Kill what `start` has started in any thread when the block is left by an error or by Ctrl-C."""
+    _running.killed = False
+    try:
+        yield
+    except BaseException:
+        _running.kill()
+        raise
+
+
+def share_threads(num_runs: int) -> None:
+    """Give this process, and those that it starts, their share of the CPU threads."""
+    threads = max(torch.get_num_threads() // num_runs, 1)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def start(script: str, folder: Path, **options: Any) -> None:
@@ -37,13 +94,7 @@ def start(script: str, folder: Path, **options: Any) -> None:
         )
     )
     with open(folder / "output.txt", "a") as output:
-        code = subprocess.run(
-            [sys.executable, str(TRAIN / script), *words],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=_end_with_parent if LIBC else None,
-        ).returncode
+        code = _running.call([sys.executable, str(TRAIN / script), *words], output)
     if code == EXIT_CODE:
         raise SystemExit(EXIT_CODE)
     if code != 0:

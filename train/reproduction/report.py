@@ -49,6 +49,7 @@ python train/paper.py --table 2 1 5 --figure 3 4 --scale fmnist10k --data_root D
 - Without `--table` and `--figure` everything is run, what settles most first.
 - Runs are kept in `runs/paper/`. To resume after a stop, give the same command again.
 - A run uses one process and one device. Several GPUs are not used yet.
+- `--jobs 12` makes twelve runs at the same time, for a GPU that a small run does not fill.
 - Tables 2 and 7 and Figure 3 need `pip install -e ".[evaluate]"`: for max-margin, N-pairs and triplet, and for the
   corruptions.
 

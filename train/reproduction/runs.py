@@ -12,6 +12,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,8 @@ VALIDATION_FRACTION = 0.1
 FACTOR = 3.0
 # A pass without gradient, of one view, beside a pass with it.
 FORWARD = 1 / 3
+# Threads share torch's random generator, which a new network takes its weights from.
+ONE_AT_A_TIME = Lock()
 # Where and how a run is made, which does not change what it ends with.
 PLACES = FREE_OPTIONS - {"epochs", "max_steps"}
 
@@ -164,6 +167,16 @@ class Study:
         if mistakes := options.mistakes():
             raise UserError(f"{job}: {'; '.join(mistakes)}")
         return options
+
+    def ready(self, job: Job) -> bool:
+        """Whether the runs that a job needs are made: trials, its encoder, those that it corrupts."""
+        needed: list[Job | None] = []
+        if job.corrupted:
+            needed = [Job(job.method, job.seed), Job(REFERENCE, job.seed)]
+        elif _compared(job).encoder is not None:
+            needed = [self._encoder_of(job)]
+        made = (other is not None and self.record(other) is not None for other in needed)
+        return self.folder(job) is not None and all(made)
 
     def _best_trial(self, method: str) -> int | None:
         """The first of the best on the validation images, once all are made."""
@@ -283,7 +296,9 @@ class Study:
             return
         record: dict[str, Any] = {"job": str(job), "options": self.resolved(job), **machine()}
         try:
-            scores, labels = self._make(job, folder)
+            self._make(job, folder)
+            with ONE_AT_A_TIME:
+                scores, labels = self._score(job, folder)
             content = io.BytesIO()
             np.savez(content, scores=scores.numpy(), labels=labels.numpy())
             replace_file(folder / SCORES, lambda file: file.write(content.getvalue()))
@@ -295,11 +310,11 @@ class Study:
         record |= {"cost": self.cost(job), "seconds": time.monotonic() - began}
         replace_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
-    def _make(self, job: Job, folder: Path) -> tuple[Tensor, Tensor]:
+    def _make(self, job: Job, folder: Path) -> None:
         options, linear = self.options(job), self._linear(job)
         assert options is not None and linear is not None
         if job.method in BASELINES:
-            return scores_of_baseline(folder, options, untrained=job.method == UNTRAINED)
+            return
         has_encoder = METHODS[job.method].encoder is not None
         if has_encoder:
             self._take_encoder(job, folder)
@@ -309,6 +324,12 @@ class Study:
         has_classifier = options.method.method in WITH_CLASSIFIER and not has_encoder
         if not has_classifier and not (folder / "linear.pt").is_file():
             start("linear.py", folder, checkpoint=folder, **self._device(), **linear)
+
+    def _score(self, job: Job, folder: Path) -> tuple[Tensor, Tensor]:
+        options = self.options(job)
+        assert options is not None
+        if job.method in BASELINES:
+            return scores_of_baseline(folder, options, untrained=job.method == UNTRAINED)
         return scores_of_run(folder, options)
 
     def _take_encoder(self, job: Job, folder: Path) -> None:

@@ -43,12 +43,12 @@ SCALES = {
         "fashion_mnist.yaml",
         {
             "train_images": 10_000, "image_size": 16, "width": 16, "batch_size": 128,
-            "epochs": 30, "warmup_epochs": 4, "knn_every": 0,
+            "epochs": 30, "warmup_epochs": 4,
         },
         6,
         corruption_images=1000,
     ),
-    "fmnist": Scale("fashion_mnist.yaml", {"width": 64, "precision": "bf16", "knn_every": 0}, 10),
+    "fmnist": Scale("fashion_mnist.yaml", {"width": 64, "precision": "bf16"}, 10),
     "cifar10": Scale("cifar10.yaml", {}, 50, "cifar10.yaml", augments=AUGMENTS[1]),
     "imagenet": Scale("imagenet_rn50.yaml", {}, 20, "imagenet_rn50.yaml", augments=AUGMENTS[1]),
 }  # fmt: skip

@@ -28,9 +28,11 @@ class LogOptions:
             timings.csv and, at the end, curves.png. tensorboard: event files in tensorboard/.
             wandb: Weights & Biases, after pip install wandb; WANDB_PROJECT names the project.
             torchrun has options that begin with --log, too: write -- before the script there.
+        pictures: Draw curves.png, embedding.png and confusion.png at the end.
     """
 
     log: str = "csv,tensorboard"
+    pictures: bool = True
 
     @property
     def chosen(self) -> set[str]:

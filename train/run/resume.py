@@ -24,7 +24,7 @@ from training.trainer import Trainer
 # other option has shaped the steps that it has made.
 FREE_OPTIONS = {
     "data_root", "epochs", "max_steps", "workers", "device", "timeout_minutes", "knn_every",
-    "save_every", "keep", "log", "output_dir", "name", "resume",
+    "save_every", "keep", "log", "pictures", "output_dir", "name", "resume",
 }  # fmt: skip
 # Where images are, which may have moved.
 PLACES = {"dataset", "val_shards"}
