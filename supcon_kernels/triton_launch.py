@@ -34,7 +34,7 @@ from supcon_kernels.triton_tiles import (
 # Rows times columns: tiles are counted in 32 bits.
 MAX_PAIRS = 2**40
 # Pairs of anchor and contrast, from which on labels are sorted and not compared each with each.
-SORTED_PAIRS = 2**26
+SORTED_PAIRS = 2**29
 # Anchors of a program of the loss kernel.
 LOSS_ROWS = 1024
 # Rows of a block of H, from which on its columns may be cut: a product of fewer is slow.
@@ -329,8 +329,7 @@ class Plan:
             "first_row first_col padded_width own_offset padded_dim "
             "host_temperature on_device either",
             {**self._pairs(running, tile), "COLS_ANCHOR": self.square or both_anchor},
-            cols // tile.cols,
-            rows // tile.rows,
+            cols // tile.cols * (rows // tile.rows),
             tile=tile,
         )
 
@@ -396,7 +395,7 @@ class Plan:
         kernel: str,
         arguments: str,
         constexprs: dict[str, Constexpr],
-        *grid: int,
+        num_programs: int,
         tile: Tile | None = None,
         num_warps: int = 4,
     ) -> Launch:
@@ -410,9 +409,8 @@ class Plan:
             if name.startswith("padded")
             or (kind.startswith("*") and name.removesuffix("_ptr") not in _UNALIGNED.split())
         )
-        whole_grid = (grid[0], grid[1] if grid[1:] else 1, 1)
         depth = (tile.num_warps, tile.num_stages) if tile else (num_warps, 1)
-        return Launch(kernel, signature, constexprs, aligned, *depth, whole_grid)
+        return Launch(kernel, signature, constexprs, aligned, *depth, (num_programs, 1, 1))
 
     def _type_of(self, name: str) -> str:
         if name in ("features", "gradient", "rows", "cols", "derivatives"):

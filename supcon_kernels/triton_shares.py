@@ -11,6 +11,8 @@ from supcon_kernels.triton_tiles import Tile, cdiv
 MIN_SHARE = 4
 # Pieces of a block, each written and read again, and how much longer than ideal that may take.
 MAX_PIECES, MAX_SLOWDOWN = 4, 1.15
+# How much longer than ideal whole blocks may take: all programs then read the same columns at a time.
+WHOLE_SLOWDOWN = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Shares:
 
     @staticmethod
     def of(num_rows: int, num_cols: int, tile: Tile, num_slots: int) -> Shares:
-        """The fastest in ``MAX_PIECES``, or in any number where these take too long.
+        """Whole blocks, or the fastest in ``MAX_PIECES``, or in any number where these take too long.
 
         Args:
             num_rows, num_cols: padded.
@@ -49,6 +51,10 @@ class Shares:
             share = max(cdiv(group * num_tiles, runs), MIN_SHARE)
             return Shares(num_blocks, num_tiles, group, share)
 
+        rounds = cdiv(num_blocks, num_slots)
+        whole = Shares(num_blocks, num_tiles, num_blocks, rounds * num_tiles)
+        if whole.slowdown(num_slots) <= WHOLE_SLOWDOWN:
+            return whole
         # With 3 + 1/g runs a block, a group of g blocks has no block of more than four pieces.
         groups = {min(group, num_blocks) for group in (num_blocks, 1, 2, 3)}
         few = [cut(group, (MAX_PIECES - 1) * group + 1) for group in groups]

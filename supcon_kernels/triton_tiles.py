@@ -96,15 +96,18 @@ SHORT, TF32X3, TF32 = "16 bits", "tf32x3", "tf32"
 
 FORWARD = (
     Row(SHORT, 128, (90,), Tile(128, 128, 128, 4, 2, 2), "fastest of 46 on an H200", lean=True),
-    Row(SHORT, 128, (90,), Tile(64, 64, 128, 4, 3, 2), "fastest whose other losses fit"),
+    Row(SHORT, 128, (90,), Tile(128, 64, 128, 8, 3, 2), "as many rows as the fastest"),
     Row(SHORT, 128, _ALL, Tile(64, 64, 128, 4, 2, 2), "two programs, of two exponentials too"),
     Row(SHORT, 256, (90,), Tile(128, 64, 256, 4, 1, 2), "fastest of 51 on an H200", lean=True),
+    Row(SHORT, 256, (90,), Tile(128, 64, 64, 8, 3, 2), "as many rows as the fastest"),
     Row(SHORT, MAX_DIM, (90,), Tile(128, 128, 64, 4, 3, 2), "fastest of 30 on an H200", lean=True),
     Row(SHORT, MAX_DIM, (90,), Tile(128, 128, 64, 8, 3, 2), "of 4 warps other losses spill"),
     Row(SHORT, MAX_DIM, _ALL, Tile(64, 64, 64, 4, 3, 2), "two programs"),
     Row(TF32X3, MAX_DIM, (90,), Tile(128, 128, 32, 8, 3, 2), "fastest of 33 on an H200", lean=True),
     Row(TF32X3, MAX_DIM, (90,), Tile(128, 64, 32, 8, 3, 2), "128 columns of other losses spill"),
     Row(TF32X3, MAX_DIM, _ALL, Tile(64, 64, 16, 4, 2), "TF32's parts are in registers"),
+    Row(TF32, MAX_DIM, (90,), Tile(128, 128, 32, 8, 3, 2), "as in three products", lean=True),
+    Row(TF32, MAX_DIM, (90,), Tile(128, 64, 32, 8, 3, 2), "as in three products"),
     Row(TF32, MAX_DIM, (100,), Tile(64, 64, 32, 4, 3, 2), "two stages spill"),
     Row(TF32, MAX_DIM, _ALL, Tile(64, 64, 32, 4, 2, 2), "two programs"),
 )
@@ -130,6 +133,7 @@ DERIVATIVES = (
     Row(TF32X3, MAX_DIM, (90,), Tile(64, 64, 32, 4, 2, 3), "128 columns of other losses spill"),
     Row(TF32X3, MAX_DIM, (100,), Tile(64, 32, 16, 4, 2), "64 columns of some losses spill"),
     Row(TF32X3, MAX_DIM, _ALL, Tile(64, 64, 16, 4, 2), "TF32's parts are in registers"),
+    Row(TF32, MAX_DIM, (90,), Tile(64, 128, 32, 4, 3, 3), "as in three products", lean=True),
     Row(TF32, MAX_DIM, (100,), Tile(64, 32, 32, 4, 3, 2), "64 columns of some losses spill"),
     Row(TF32, MAX_DIM, _ALL, Tile(64, 64, 32, 4, 2, 2), "two programs"),
 )

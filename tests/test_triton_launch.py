@@ -150,10 +150,12 @@ def test_every_multiprocessor_has_as_much_to_do(capability):
             (p.backward_shares(False), p.backward_tile(False)),
         ):
             slots = target.num_multiprocessors * tile.residents
-            assert shares.slowdown(slots, piece_tiles=1.4 * 128 / tile.cols) <= 1.15, num_rows
+            # Of an H200's 128×128 pairs a forward of few rows has too few for every program.
+            most = 1.22 if tile.rows == 128 and num_rows <= 5120 else 1.15
+            assert shares.slowdown(slots, piece_tiles=1.4 * 128 / tile.cols) <= most, num_rows
             fewest = -(-shares.num_tiles // 4) * slots / (shares.num_blocks * shares.num_tiles)
             assert shares.max_pieces <= 4 or fewest > 1.15, num_rows
-            assert shares.max_pieces <= 4 or num_rows <= 4224
+            assert shares.max_pieces <= 4 or num_rows <= tile.rows * 66
 
 
 def test_few_tiles_are_not_torn_apart():
@@ -167,10 +169,13 @@ def test_few_tiles_are_not_torn_apart():
 
 def test_who_writes_blocks():
     assert [plan(dim=dim).is_wide for dim in (256, 257)] == [False, True]
-    assert [plan(dim=dim, dtype="float32").is_wide for dim in (128, 129)] == [False, True]
+    assert plan(dtype="float32").is_wide
+    ampere = Target(80, 108)
+    for dim in (128, 129):
+        assert plan(dim=dim, dtype="float32", target=ampere).is_wide == (dim == 129)
     launch = plan(dim=8192).derivatives(False, 1024, 512)
     tile = launch.constexprs
-    assert launch.grid == (512 // tile["COLS"], 1024 // tile["ROWS"], 1)
+    assert launch.grid == (512 // tile["COLS"] * (1024 // tile["ROWS"]), 1, 1)
     assert plan(dim=8192).prepare(64).num_warps == 32
 
 

@@ -213,6 +213,10 @@ def _backward_kernel(
         tl.store(out, gradient)
 
 
+# Blocks of rows, which lie in the L2 cache while all columns go by.
+GROUP = tl.constexpr(32)
+
+
 @triton.jit
 def _derivatives_kernel(
     rows_ptr,  # (padded rows, padded_dim), and their classes
@@ -240,13 +244,20 @@ def _derivatives_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program owns one tile of a block of H, whose products with the features are made elsewhere."""
+    """A program owns one tile of a block of H, whose products with the features are made elsewhere.
+
+    Tiles are done by GROUP blocks of rows at a time, so that the programs at work share what they read.
+    """
     tau = temperature_of(host_temperature, temperature_ptr, on_device)
     if (either != 0) & (fits(tau) == RUNNING):
         return
     d = tl.arange(0, CHUNK)
-    i = first_row + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    j = first_col + tl.program_id(0) * COLS + tl.arange(0, COLS)
+    num_tiles = padded_width // COLS
+    group = tl.program_id(0) // (GROUP * num_tiles) * GROUP
+    height = tl.minimum(tl.num_programs(0) // num_tiles - group, GROUP)
+    place = tl.program_id(0) % (GROUP * num_tiles)
+    i = first_row + (group + place % height) * ROWS + tl.arange(0, ROWS)
+    j = first_col + place // height * COLS + tl.arange(0, COLS)
     row_id = tl.load(classes_of(rows_ptr, padded_rows, padded_dim) + i)
     col_id = tl.load(classes_of(cols_ptr, padded_cols, padded_dim) + j)
     a_ptrs = rows_ptr + i.to(tl.int64)[:, None] * padded_dim + d[None, :]
