@@ -133,7 +133,6 @@ DERIVATIVES = (
     Row(TF32X3, MAX_DIM, (90,), Tile(64, 64, 32, 4, 2, 3), "128 columns of other losses spill"),
     Row(TF32X3, MAX_DIM, (100,), Tile(64, 32, 16, 4, 2), "64 columns of some losses spill"),
     Row(TF32X3, MAX_DIM, _ALL, Tile(64, 64, 16, 4, 2), "TF32's parts are in registers"),
-    Row(TF32, MAX_DIM, (90,), Tile(64, 128, 32, 4, 3, 3), "as in three products", lean=True),
     Row(TF32, MAX_DIM, (100,), Tile(64, 32, 32, 4, 3, 2), "64 columns of some losses spill"),
     Row(TF32, MAX_DIM, _ALL, Tile(64, 64, 32, 4, 2, 2), "two programs"),
 )

@@ -69,8 +69,8 @@ def shapes(place: Place) -> list[Shape]:
         Shape(replace(bf16, num_rows=16384, dim=768), peers),
         Shape(replace(bf16, num_rows=16384, dim=256), (*BRIEF, IN_BLOCKS)),
         Shape(replace(bf16, num_rows=16384, num_cols=16384, dim=768)),
-        Shape(replace(bf16, num_rows=65536), ("chunked", "memeff", "siglip-kernel")),
-        Shape(replace(bf16, num_rows=65536, dim=768), ("chunked", "siglip-kernel")),
+        Shape(replace(bf16, num_rows=65536), ("memeff", "siglip-kernel")),
+        Shape(replace(bf16, num_rows=65536, dim=768), ("siglip-kernel",)),
         Shape(replace(bf16, dtype="float32")),
         Shape(replace(bf16, num_classes=4096)),  # SimCLR: two views of each
         Shape(replace(bf16, num_classes=1000)),
