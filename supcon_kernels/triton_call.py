@@ -164,7 +164,7 @@ class Call:
         """Fill the sides' rows and classes, and count the positives of anchors."""
         rows, cols, plan = self.rows, self.cols, self.plan
         most = max(cols.num_samples, rows.num_samples)
-        by_order = self.soft is None and rows.num_samples * most > triton_launch.SORTED_PAIRS
+        by_order = self.soft is None and plan.sorts_labels(rows.num_samples * most)
         num_anchors, num_contrasts, ignore_index = (
             (rows.labels.shape[0], cols.labels.shape[0], self.problem.ignore_index)
             if self.soft is None

@@ -33,8 +33,9 @@ from supcon_kernels.triton_tiles import (
 
 # Rows times columns: tiles are counted in 32 bits.
 MAX_PAIRS = 2**40
-# Pairs of anchor and contrast, from which on labels are sorted and not compared each with each.
-SORTED_PAIRS = 2**29
+# Pairs of anchor and contrast, from which on labels are sorted and not compared each with each, where a
+# program prepares up to two rows; of more rows each two allow so many pairs.
+SORTED_PAIRS = 2**26
 # Anchors of a program of the loss kernel.
 LOSS_ROWS = 1024
 # Rows of a block of H, from which on its columns may be cut: a product of fewer is slow.
@@ -170,6 +171,11 @@ class Plan:
     def is_wide(self) -> bool:
         """Whether the backward writes H in blocks, and multiplies these by torch's own product."""
         return is_wide(self.dim, self.dtype, self.target.capability)
+
+    def sorts_labels(self, num_pairs: int) -> bool:
+        """Whether sorting labels takes less than comparing so many pairs."""
+        rows: int = self._prepare_block(self.num_rows)["BLOCK_ROWS"]
+        return num_pairs > SORTED_PAIRS * max(rows // 2, 1)
 
     def blocks(self, workspace: int) -> tuple[int, int]:
         """Padded rows and columns of a block of H that takes at most so many bytes: whole rows if it can."""
@@ -342,7 +348,8 @@ class Plan:
     def _find(self, table: tuple[Row, ...], running: bool) -> Tile:
         lean = not running and self.summation == "out" and self.denominator == "all"
         padded = padded_dim(self.dim)
-        return tile_of(table, self.products, padded, self.target.capability, lean)
+        capability, num_rows = self.target.capability, self.num_rows
+        return tile_of(table, self.products, padded, capability, lean, num_rows)
 
     def _shares(self, table: tuple[Row, ...], running: bool, owners: int, streamed: int) -> Shares:
         first = self._find(table, self.running[0])

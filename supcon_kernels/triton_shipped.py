@@ -7,6 +7,8 @@ import itertools
 from supcon_kernels.triton_launch import Launch, Plan
 from supcon_kernels.triton_tiles import Target
 
+FEW, MANY = 1024, 8192
+
 
 def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, Launch]]:
     """Every launch that the backend may choose for features of this dtype, width and architecture.
@@ -18,8 +20,8 @@ def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, L
 
     Returns:
         (label, launch) pairs, the default loss first, one for each that compiles to a kernel of
-        its own. Sizes stand in grids alone, so that one number of rows stands for all, but where
-        they are prepared: few of them have a kernel of their own.
+        its own. Sizes stand in grids alone, so that two numbers of rows stand for all: few rows have
+        tiles and blocks of their own.
     """
     launches: dict[object, tuple[str, Launch]] = {}
     options = itertools.product(
@@ -28,11 +30,13 @@ def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, L
         ((True, True), (True, False), (False, False)),
         (None, 16384),
     )
-    for summation, denominator, (normalize, fits), num_cols in options:
+    for few, (summation, denominator, (normalize, fits), num_cols) in itertools.product(
+        (False, True), list(options)
+    ):
         plan = Plan(
             dtype="float32" if dtype == "tf32" else dtype,
             dim=dim,
-            num_rows=8192,
+            num_rows=FEW if few else MANY,
             num_cols=num_cols,
             target=Target(capability, 100),
             fits=fits,
@@ -42,7 +46,7 @@ def shipped_launches(dtype: str, dim: int, capability: int) -> list[tuple[str, L
             tf32=dtype == "tf32",
         )
         for label, launch in _launches_of(plan):
-            launches.setdefault(launch.code, (label, launch))
+            launches.setdefault(launch.code, (label + ", few rows" * few, launch))
     return list(launches.values())
 
 
@@ -75,7 +79,6 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
     return [
         *found,
         (f"prepare{given}", plan.prepare(n)),
-        (f"prepare few{given}", plan.prepare(1)),
         (f"weights {loss}{given}", plan.weights(n)),
         (f"gradient{given}", plan.gradient(n, dots=False)),
         (f"gradient{given}, dots", plan.gradient(n, dots=True)),

@@ -79,6 +79,7 @@ class Row:
         tile: the tile; a chunk wider than the rows is all of a row.
         why: what decided.
         lean: only for the default loss, whose powers fit.
+        min_rows: fewest anchors, whose large tiles keep all multiprocessors at work.
     """
 
     products: str
@@ -87,6 +88,7 @@ class Row:
     tile: Tile
     why: str
     lean: bool = False
+    min_rows: int = 0
 
 
 _INTERPRETED = Tile(32, 32, 64, 4, 1)  # small enough for several tiles of 100 rows
@@ -95,11 +97,12 @@ _ALL, _MMA = (80, 86, 90, 100), (80, 86)
 SHORT, TF32X3, TF32 = "16 bits", "tf32x3", "tf32"
 
 FORWARD = (
-    Row(SHORT, 128, (90,), Tile(128, 128, 128, 4, 2, 2), "fastest of 46 on an H200", lean=True),
-    Row(SHORT, 128, (90,), Tile(128, 64, 128, 8, 3, 2), "as many rows as the fastest"),
+    Row(SHORT, 128, (90,), Tile(128, 128, 128, 4, 2, 2), "fastest of 46 on an H200", True, 4096),
+    Row(SHORT, 128, (90,), Tile(128, 64, 128, 8, 3, 2), "as many rows", min_rows=4096),
+    Row(SHORT, 128, (90,), Tile(64, 128, 128, 4, 2, 2), "fewest instructions", lean=True),
     Row(SHORT, 128, _ALL, Tile(64, 64, 128, 4, 2, 2), "two programs, of two exponentials too"),
     Row(SHORT, 256, (90,), Tile(128, 64, 256, 4, 1, 2), "fastest of 51 on an H200", lean=True),
-    Row(SHORT, 256, (90,), Tile(128, 64, 64, 8, 3, 2), "as many rows as the fastest"),
+    Row(SHORT, 256, (90,), Tile(128, 64, 64, 8, 3, 2), "as many rows"),
     Row(SHORT, MAX_DIM, (90,), Tile(128, 128, 64, 4, 3, 2), "fastest of 30 on an H200", lean=True),
     Row(SHORT, MAX_DIM, (90,), Tile(128, 128, 64, 8, 3, 2), "of 4 warps other losses spill"),
     Row(SHORT, MAX_DIM, _ALL, Tile(64, 64, 64, 4, 3, 2), "two programs"),
@@ -139,9 +142,9 @@ DERIVATIVES = (
 
 
 def tile_of(
-    table: tuple[Row, ...], products: str, padded: int, capability: int, lean: bool
+    table: tuple[Row, ...], products: str, padded: int, capability: int, lean: bool, num_rows: int
 ) -> Tile:
-    """The tile of the first row that applies, for rows of ``padded`` features."""
+    """The tile of the first row that applies, for ``num_rows`` anchors of ``padded`` features."""
     tile = _INTERPRETED
     if capability:
         tile = next(
@@ -151,6 +154,7 @@ def tile_of(
             and padded <= row.max_dim
             and capability in row.capabilities
             and (lean or not row.lean)
+            and num_rows >= row.min_rows
         )
     return dataclasses.replace(tile, chunk=min(tile.chunk, padded))
 

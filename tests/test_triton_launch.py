@@ -153,9 +153,11 @@ def test_every_multiprocessor_has_as_much_to_do(capability):
             # Of an H200's 128×128 pairs a forward of few rows has too few for every program.
             most = 1.22 if tile.rows == 128 and num_rows <= 5120 else 1.15
             assert shares.slowdown(slots, piece_tiles=1.4 * 128 / tile.cols) <= most, num_rows
-            fewest = -(-shares.num_tiles // 4) * slots / (shares.num_blocks * shares.num_tiles)
-            assert shares.max_pieces <= 4 or fewest > 1.15, num_rows
-            assert shares.max_pieces <= 4 or num_rows <= tile.rows * 66
+            pieces = 4 * tile.rows // 64  # of sums alone; a forward's of 128 rows are small
+            fewest = -(-shares.num_tiles // pieces) * slots
+            fewest /= shares.num_blocks * shares.num_tiles
+            assert shares.max_pieces <= pieces or fewest > 1.15, num_rows
+            assert shares.max_pieces <= pieces or num_rows <= 4224
 
 
 def test_few_tiles_are_not_torn_apart():
@@ -259,7 +261,7 @@ def test_float32_is_multiplied_in_one_product_of_tf32_only_where_asked():
         for launch in (p.forward(False), p.backward(False)):
             assert launch.constexprs["PRECISION"] == precision
     assert fast.backward_tile(False).cols > exact.backward_tile(False).cols
-    shipped = launches("tf32", 128, 80).values()
+    shipped = launches("tf32", 128, 90).values()
     assert fast.forward(False).constexprs in [launch.constexprs for launch in shipped]
 
 

@@ -165,6 +165,7 @@ def _read(blank: Compiled, kernel: Any, log: str) -> Compiled:
         ex2_per_pair=main.ex2,
         rcp_per_pair=main.rcp,
         compares_per_pair=main.compares,
+        spills_per_pair=main.spills,
         global_loads_per_trip=main.global_loads_per_trip,
         exponentials_in_flight=main.in_flight,
     )

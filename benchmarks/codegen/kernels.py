@@ -24,6 +24,8 @@ GOALS = {
 holds two programs. Kernels of ten lines that compare labels reach 7.7 forward, in 128×64, and 9.4
 backward, in 64×128, on sm_90: five and six of them for the pair itself, which are hidden where
 one program's products run beside the other's exponentials."""
+MOST_SPILLS = 0.03
+"""Of a main loop's instructions: an H200 found tiles the fastest that spill so few, and more outside."""
 TOLD_APART = ("package", "label", "dtype", "dim", "arch")
 
 
@@ -73,6 +75,7 @@ class Compiled:
     ex2_per_pair: float | None = None
     rcp_per_pair: float | None = None
     compares_per_pair: float | None = None
+    spills_per_pair: float | None = None
     global_loads_per_trip: float | None = None
     exponentials_in_flight: float | None = None
     programs_per_multiprocessor: int = 0
@@ -100,12 +103,19 @@ class Compiled:
         return max(products, beside * others) + (1 - beside) * others
 
     @property
+    def spills_little(self) -> bool:
+        """Whether what is spilled is nearly all outside of the main loop."""
+        if self.spills_per_pair is None or self.instructions_per_pair is None:
+            return False
+        return self.spills_per_pair <= MOST_SPILLS * self.instructions_per_pair
+
+    @property
     def faults(self) -> list[str]:
         """Why the kernel must not ship."""
         if self.failure:
             return [f"cannot be compiled or read: {self.failure}"]
         found = []
-        if self.spilled_bytes:
+        if self.spilled_bytes and not self.spills_little:
             found.append(f"spills {self.spilled_bytes} bytes")
         if self.shared_bytes > SHARED_KIB[self.arch] * 1024:
             found.append(f"needs {self.shared_bytes / 1024:.1f} of {SHARED_KIB[self.arch]} KiB")

@@ -19,6 +19,8 @@ WARP = 32
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)([^;]*);")
 TARGET = re.compile(r"(?:^|[ ,])0x([0-9a-f]+)\s*$")
 MATRIX = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
+# To and from a thread's own memory.
+SPILL = re.compile(r"LDL|STL")
 GLOBAL_LOAD = re.compile(r"LDG|UTMALDG|UBLKCP")
 # Atomics on shared memory are not meant: they hand out tensor memory on sm_100.
 GLOBAL_ATOMIC = re.compile(r"(ATOM|ATOMG|RED|REDG|UBLKRED|UTMAREDG)(\.|$)")
@@ -315,6 +317,7 @@ class PairCost:
     ex2: float
     rcp: float
     compares: float
+    spills: float
     pairs_per_trip: float
     global_loads_per_trip: float
     in_flight: float | None
@@ -391,6 +394,7 @@ def _pair_cost(
         ex2=each * count(lambda i: i.opcode.startswith("MUFU.EX2")),
         rcp=each * count(lambda i: i.opcode.startswith("MUFU.RCP")),
         compares=each * count(lambda i: re.match(r"[IF]SETP", i.opcode)),
+        spills=each * count(lambda i: SPILL.match(i.opcode)),
         pairs_per_trip=pairs,
         global_loads_per_trip=count(
             lambda i: GLOBAL_LOAD.match(i.opcode) and "DEPBAR" not in i.opcode

@@ -13,7 +13,7 @@ from reporting.documents import render_table
 
 def full_table(rows: Sequence[Compiled]) -> str:
     header = ["kernel", "dtype", "D", "sm", "regs", "spilled", "KiB", "tensor cores", "atomics"]
-    header += ["instr/pair", "peeled", "ex2", "rcp", "compares", "loads/trip"]
+    header += ["instr/pair", "peeled", "ex2", "rcp", "compares", "spills", "loads/trip"]
     cells = [
         [
             *(row.label, row.dtype, str(row.dim), str(row.arch), str(row.registers)),
@@ -21,7 +21,7 @@ def full_table(rows: Sequence[Compiled]) -> str:
             *(str(row.num_atomics), digits(row.instructions_per_pair)),
             *(digits(row.peeled_instructions_per_pair), digits(row.ex2_per_pair)),
             *(digits(row.rcp_per_pair), digits(row.compares_per_pair)),
-            digits(row.global_loads_per_trip),
+            *(digits(row.spills_per_pair), digits(row.global_loads_per_trip)),
         ]
         for row in rows
     ]
