@@ -19,7 +19,6 @@ from gpu.journal import read_rows
 from gpu.place import Row
 from gpu.summary import Cells, by_tile, speed_cells, three, timed
 from measuring.machine import REPOSITORY
-from measuring.providers import OURS
 from measuring.results import Report, Result
 from measuring.workloads import Workload
 from reporting.documents import DOCS, render_table, update_document
@@ -28,6 +27,16 @@ from reporting.rows import RESULTS
 NOT_MEASURED = "Not yet measured on a GPU."
 IN_README = {"dim": 128, "num_cols": 0, "num_classes": 10, "dtype": "bfloat16"}
 """The shapes of README's table, and of the picture."""
+PROVIDERS = {
+    "dense": "dense",
+    "dense-compiled": "dense, compiled",
+    "inf-cl": "Inf-CL",
+    "memeff": "memeff",
+    "siglip-kernel": "siglip-kernel",
+    "supcon_kernels[triton]": "supcon_kernels",
+}
+"""Those of README's table, and their titles there."""
+IN_MEMORY = ("dense", "memeff", "supcon_kernels[triton]")
 Rows = Sequence[Row]
 
 
@@ -93,24 +102,29 @@ def card_stem(card: str) -> str:
 
 
 def readme_block(card: str, rows: Rows, picture: Path, readme: Path) -> str:
-    shown = list(_newest(rows, IN_README).values())
-    providers = list(dict.fromkeys(row["provider"] for row in shown))
-    ours = [name for name in providers if name.startswith(OURS)]
-    cells = [["N", *providers, *(f"{name.removeprefix(OURS[:-1])} share" for name in ours)]]
-    by_key = {(row["num_rows"], row["provider"]): row for row in shown}
-    for num_rows in sorted({row["num_rows"] for row in shown}):
-        found = [by_key.get((num_rows, name)) for name in providers]
-        shares = [by_key.get((num_rows, name), {}).get("both_share") for name in ours]
-        cells.append([str(num_rows), *map(_time, found), *map(_percent, shares)])
+    by_key = {(row["num_rows"], row["provider"]): row for row in _newest(rows, IN_README).values()}
+    measured = {provider for _, provider in by_key}
+    shown = [name for name in PROVIDERS if name in measured]
+    in_memory = [name for name in IN_MEMORY if name in measured]
+    titles = [f"{PROVIDERS[name]}, ms" for name in shown]
+    cells = [["N", *titles, *(f"{PROVIDERS[name]}, MiB" for name in in_memory)]]
+    for num_rows in sorted({num_rows for num_rows, _ in by_key}):
+        times = [by_key.get((num_rows, name), {}).get("both_ms") for name in shown]
+        sizes = [by_key.get((num_rows, name), {}).get("peak_mib") for name in in_memory]
+        cells.append([f"{num_rows:,}", *map(three, times), *map(_size, sizes)])
     link = os.path.relpath(picture.resolve(), readme.resolve().parent)
     return "\n\n".join(
         [
-            f"{_origin(card, rows)}; D=128, 10 classes, τ=0.1, bfloat16. Forward and backward in ms, "
-            "median (quartiles); share: of the rate that this card has for products.",
+            f"{_origin(card, rows)}; D=128, 10 classes, τ=0.1, bfloat16. Forward and backward: the device's "
+            "median time, and peak memory above the inputs.",
             render_table(cells, markdown=True),
             f"![Time and peak memory against the number of rows on {card}]({link})",
         ]
     )
+
+
+def _size(mib: float | None) -> str:
+    return f"{mib:,.0f}" if mib and mib >= 100 else three(mib)
 
 
 def _newest(rows: Rows, wanted: Row) -> dict[tuple[object, ...], Row]:
@@ -121,16 +135,6 @@ def _newest(rows: Rows, wanted: Row) -> dict[tuple[object, ...], Row]:
         for row in timed(rows)
         if all(row[name] == value for name, value in wanted.items())
     }
-
-
-def _time(row: Row | None) -> str:
-    if row is None:
-        return ""
-    return f"{three(row['both_ms'])} ({three(row['q25_ms'])}–{three(row['q75_ms'])})"
-
-
-def _percent(share: float | None) -> str:
-    return f"{share:.0%}" if share else ""
 
 
 def _origin(card: str, rows: Rows) -> str:
@@ -201,7 +205,7 @@ def _kernels(newest: Rows) -> str:
 
 def _tiles(rows: Rows) -> str:
     found = [row for row in rows if "kernel_ms" in row]
-    cells: Cells = [["kernel", "dtype", "D", "N", "tile", "ms", "TFLOP/s", "shipped"]]
+    cells: Cells = [["kernel", "dtype", "D", "N", "tile", "ms", "TFLOP/s", "in use then"]]
     for told_apart, same in by_tile(found).items():
         best = sorted(same, key=lambda row: row["kernel_ms"])
         for row in best[:3] + [row for row in best[3:] if row["is_shipped"]]:
@@ -216,12 +220,23 @@ def _checks(rows: Rows) -> str:
     compared = [row["status"] for row in rows if "case" in row or "call" in row]
     counts = ", ".join(f"{compared.count(s)} {s}" for s in dict.fromkeys(compared))
     ended = [row for row in rows if row.get("event") == "end"]
-    good = [f"{r['stage']}: {r['item']}" for r in ended if r["status"] == "ok"]
-    bad = [f"- {r['stage']}: {r['item']}: {r['status']} {r['detail']}" for r in ended]
-    bad = [line for line, row in zip(bad, ended) if row["status"] != "ok"]
-    behaviour = [name for name in good if name.startswith("behaviour")]
-    lines = [f"Comparisons with float64: {counts}." if counts else "", *behaviour, *bad]
-    return "\n".join(f"- {x}" if x in behaviour else x for x in lines if x)
+    held: dict[str, list[str]] = {}
+    for row in ended:
+        if row["stage"] == "behaviour" and row["status"] == "ok":
+            name, _, dtype = row["item"].rpartition(", ")
+            held.setdefault(name, []).append(dtype)
+    lines = [f"- {name}: {', '.join(dtypes)}" for name, dtypes in held.items()]
+    lines += [
+        f"- not ok: {row['stage']}, {row['item']}: {row['status']} {row['detail']}".rstrip()
+        for row in ended
+        if row["status"] != "ok"
+    ]
+    wrong = [row for row in rows if row.get("status") == "wrong" and "case" in row]
+    lines += [
+        f"- wrong: {row['case']}, {row['dtype']}, {row['variant']}, {row['ratio']} of its bound"
+        for row in wrong
+    ]
+    return "\n".join([f"Comparisons with float64: {counts}." if counts else "", "", *lines]).strip()
 
 
 # --- the picture
@@ -230,7 +245,8 @@ def _checks(rows: Rows) -> str:
 def _draw(rows: Rows, path: Path) -> None:
     from reporting.picture import draw_picture
 
-    shown = _newest(rows, IN_README).values()
+    found = _newest(rows, IN_README).values()
+    shown = [row for row in found if row["provider"] in PROVIDERS]
     if not shown:
         return
     results = [
