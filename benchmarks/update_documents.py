@@ -174,6 +174,13 @@ def rows_of(name: str) -> Rows:
 
 
 # The blocks of docs/results.md, by the name of their markers.
+THREADS = {
+    "num_rows": "N",
+    "num_cols": "M",
+    "threads": "threads",
+    "simulated_speed_up": "simulated",
+    "measured_speed_up": "measured",
+}
 PAGE: dict[str, Callable[[], str]] = {
     "loss": loss,
     "scaling": scaling,
@@ -198,16 +205,8 @@ PAGE: dict[str, Callable[[], str]] = {
             "time_over_one_call": "of one call",
         },
     ),
-    "threads": table_of(
-        "threads_cpu_float32",
-        {
-            "num_rows": "N",
-            "num_cols": "M",
-            "threads": "threads",
-            "simulated_speed_up": "simulated",
-            "measured_speed_up": "measured",
-        },
-    ),
+    "threads": table_of("threads_cpu_float32", THREADS),
+    "threads_16": table_of("threads_16_cores_cpu_float32", THREADS),
     "training": table_of(
         "train_cpu",
         {

@@ -84,6 +84,7 @@ def _start(place: Place, folder: str, name: str, *more: str) -> subprocess.Popen
         *_data(place),
     ]
     command += ["--device", place.device, "--precision", "bf16", "--max_steps", str(steps)]
+    command += ["--deterministic"]
     command += ["--save_every", str(save_every), "--warmup_epochs", "0", "--knn_every", "0"]
     command += ["--output_dir", folder, "--name", name, *small, *more]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL)

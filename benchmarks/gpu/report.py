@@ -167,6 +167,7 @@ def measured_block(card: str, rows: Rows) -> str:
         _beside_model(card, rows, {name: row["value"] for name, row in rates.items()}),
         _kernels(newest),
         _tiles(rows),
+        _training(rows),
         _checks(rows),
     ]
     return "\n\n".join(filter(None, parts))
@@ -213,6 +214,30 @@ def _tiles(rows: Rows) -> str:
             is_shipped = "yes" if row["is_shipped"] else ""
             cells.append([*map(str, told_apart), row["tile"], *numbers, is_shipped])
     return f"Tiles, fastest first:\n\n{render_table(cells, markdown=True)}" if found else ""
+
+
+def _training(rows: Rows) -> str:
+    found = [row for row in rows if "loop" in row]
+    if not found:
+        return ""
+    cells = [["loop", "images/s", "of the bare loop", "share of the loss"]]
+    for row in found:
+        share = float(row["loss_share"]) if row["loss_share"] else None
+        cells.append(
+            [
+                row["loop"].replace("_", " "),
+                f"{float(row['images_per_second']):,.0f}",
+                f"{float(row['over_bare']):.0%}",
+                f"{share:.1%}" if share else "",
+            ]
+        )
+    one = found[0]
+    title = (
+        f"Training {one['model']} of width {one['width']}, {one['image_size']} px, "
+        f"{one['batch_size']} images of {one['num_views']} views, float32; *plain* is a loop in the manner "
+        f"of SupContrast's script with {one['plain_workers']} workers:"
+    )
+    return f"{title}\n\n{render_table(cells, markdown=True)}"
 
 
 def _checks(rows: Rows) -> str:
