@@ -68,6 +68,8 @@ def canned() -> list[Row]:
     tile = {
         "stage": "tiles",
         "phase": "forward",
+        "dtype": "bfloat16",
+        "dim": 128,
         "num_rows": 8192,
         "tile": "128×64",
         "tflops": 410.0,
@@ -76,6 +78,9 @@ def canned() -> list[Row]:
     rows.append(
         {"stage": "cases", "item": "ragged", "case": "ragged", "status": "ok", "ratio": 0.3}
     )
+    loop = {"stage": "driver", "model": "resnet18", "width": "64", "image_size": "28"}
+    loop |= {"batch_size": "256", "num_views": "2", "plain_workers": "8", "over_bare": "0.85"}
+    rows.append({**loop, "loop": "driver_simclr", "images_per_second": "5609", "loss_share": ".01"})
     end = {"stage": "behaviour", "item": "the same bits three times, bfloat16", "event": "end"}
     return [*rows, {**end, "status": "ok", "detail": ""}]
 
@@ -94,8 +99,8 @@ def test_rows_become_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert gpu_check.main(run) == 0
     assert gpu_check.main([*run, "--check"]) == 0
     text = readme.read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("| 8192 ")]
-    assert [cell.strip() for cell in line.split("|")[2:5]] == ["2 (1.8–2)", "0.2 (0.18–0.2)", "51%"]
+    (line,) = [line for line in text.splitlines() if line.startswith("| 8,192 ")]
+    assert [cell.strip() for cell in line.split("|")[2:6]] == ["2", "0.2", "81.9", "8.19"]
     assert (
         "NVIDIA H200, driver 580.1, torch 2.11.0, Triton 3.6.0" in text and "gpu_h200.png" in text
     )
@@ -103,7 +108,8 @@ def test_rows_become_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str
     text = document.read_text()
     for part in ("bfloat16 product 790 TFLOP/s", "Beside the model", "`_forward_kernel`", "128×64"):
         assert part in text
-    assert "1 ok" in text and "- behaviour: the same bits three times, bfloat16" in text
+    assert "1 ok" in text and "- the same bits three times: bfloat16" in text
+    assert "5,609" in text and "85%" in text
     # Without rows there is nothing to say of a GPU.
     empty = ["report", *options, str(tmp_path / "none.jsonl")]
     (tmp_path / "none.jsonl").write_text("")

@@ -133,5 +133,6 @@ def test_narrow_rows_can_be_measured_with_their_derivatives_in_blocks() -> None:
     measured = [s for s in speed.shapes(Place()) if speed.IN_BLOCKS in s.others]
     assert {s.workload.dim for s in measured} == {128, 256}
     assert all("chunked" in s.others for s in measured)
-    wide = [s for s in speed.shapes(Place()) if s.workload.dim > 256]
+    shapes = speed.shapes(Place())
+    wide = [s for s in shapes if s.workload.dim > 256 and s.workload.num_rows < 65536]
     assert all("chunked" in s.others for s in wide)
