@@ -1,7 +1,7 @@
 """Measures everything that needs a GPU, in minutes: is it right, how fast, where does the time go.
 
 python benchmarks/gpu_check.py                          facts, speed, tiles, counters, behaviour: 9 minutes
-python benchmarks/gpu_check.py cases driver sanitizers  the rest, in a second command: 9 minutes
+python benchmarks/gpu_check.py cases driver sanitizers choices  the rest, in a second command: 10 minutes
 python benchmarks/gpu_check.py report FOLDER...         README's table, docs/gpu.md's section, pictures
 python benchmarks/gpu_check.py rehearse                 without a card: compile all that would be launched
 
@@ -39,6 +39,7 @@ STAGES = (
     Stage("tiles", 110),
     Stage("counters", 50),
     Stage("behaviour", 80),
+    Stage("choices", 40),
     Stage("cases", 320, in_parallel=True),
     Stage("driver", 140, patience_s=140),
     Stage("sanitizers", 80),

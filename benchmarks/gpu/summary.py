@@ -17,7 +17,15 @@ Cells = list[list[str]]
 def summary(rows: Sequence[Row]) -> str:
     """Of each stage the last run, in at most LIMIT characters; of many failures the first."""
     rows = _last_runs(rows)
-    parts = [_stages(rows), _rates(rows), _cases(rows), _speed(rows), _tiles(rows), _driver(rows)]
+    parts = [
+        _stages(rows),
+        _rates(rows),
+        _cases(rows),
+        _speed(rows),
+        _tiles(rows),
+        _choices(rows),
+        _driver(rows),
+    ]
     text = "\n\n".join(part for part in parts if part)
     failures = _failures(rows)
     room = LIMIT - len(text) - 100
@@ -147,6 +155,15 @@ def by_tile(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
         told_apart = tuple(row[name] for name in ("phase", "dtype", "dim", "num_rows"))
         found.setdefault(told_apart, []).append(row)
     return found
+
+
+def _choices(rows: Sequence[Row]) -> str:
+    return "\n".join(
+        f"{row['item']}: {row['choice']}: {three(row['forward_ms'])} + {three(row['backward_ms'])} ms, "
+        f"from Python {three(row['eager_ms'])}"
+        for row in rows
+        if "choice" in row
+    )
 
 
 def _driver(rows: Sequence[Row]) -> str:
