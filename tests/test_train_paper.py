@@ -20,6 +20,7 @@ from reproduction import processes
 from reproduction.claims import METRICS, SEVERITIES, TABLES, Claim
 from reproduction.methods import METHODS, SETTINGS
 from reproduction.pictures import FIGURES, OVERVIEW, pictures
+from reproduction.report import summary
 from reproduction.runs import EVALUATION, RECORD, Job, Study, jobs_of
 from reproduction.scales import SCALES
 from reproduction.schedule import make
@@ -201,6 +202,29 @@ def test_runs_of_the_same_options_are_one(tmp_path):
     assert sorted(map(str, study.started)) == ["simclr seed 0", "supcon seed 0"]
 
 
+def test_who_writes_to_the_same_folder_takes_turns(tmp_path):
+    """Corruptions are measured of the reference, too; and the first run of a study gets the data."""
+    running, most = [], []
+
+    def run(job: Job) -> None:
+        running.append(job)
+        time.sleep(0.05)
+        most.append([*running])
+        running.remove(job)
+
+    class Corrupted(Pretended):
+        def record(self, job: Job) -> dict | None:
+            done = super().record(replace(job, corrupted=False))
+            return done if not job.corrupted or job in self.started else None
+
+    study = Corrupted(tmp_path, 1, run)
+    names = ("cross_entropy", "supcon", "simclr", "max_margin")
+    jobs = [Job(name) for name in names] + [Job(name, corrupted=True) for name in names[1:]]
+    make(study, jobs, float("inf"), at_once=3)
+    assert most[0] == jobs[:1] and max(map(len, most)) > 1
+    assert all(sum(job.corrupted for job in at_once) <= 1 for at_once in most)
+
+
 def test_a_run_that_fails_ends_no_other(tmp_path, capsys):
     def run(job: Job) -> None:
         if job == Job("supcon", trial=0):
@@ -252,9 +276,12 @@ def test_an_interrupt_kills_what_runs(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     study = Pretended(tmp_path, 1, run)
+    done = Job("untrained")
+    Pretended(tmp_path, 1).do(done)
     try:
         with pytest.raises(KeyboardInterrupt):
-            make(study, [Job("supcon", seed) for seed in range(4)], float("inf"), at_once=3)
+            jobs = [done, *(Job("supcon", seed) for seed in range(4))]
+            make(study, jobs, float("inf"), at_once=3)
     finally:
         signal.signal(signal.SIGINT, before)
     assert [process.poll() for process in found] == [-signal.SIGKILL] * 2
@@ -427,5 +454,7 @@ def test_figures_are_drawn_of_the_rows(tmp_path):
 def test_the_page_is_that_of_the_committed_results():
     page = paper.page(*paper.committed_rows())
     assert paper.PAGE.read_text() == page, "python train/paper.py --update_docs --budget 0min"
+    readme = paper.README.read_text()
+    assert paper.between_marks(readme, summary(*paper.committed_rows())) == readme
     drawn = {path.name for path in paper.PAGE.parent.glob("paper*.png")}
     assert drawn == pictures(*paper.committed_rows()).keys()

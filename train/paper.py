@@ -28,6 +28,7 @@ from reproduction.report import (
     read_rows,
     rows_of_claims,
     rows_of_runs,
+    summary,
     write_rows,
 )
 from reproduction.runs import Study, jobs_of
@@ -41,6 +42,7 @@ from run.rules import broken, out_of_range
 DESCRIPTION = (__doc__ or "").split("\n", 1)[0]
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = REPOSITORY / "benchmarks" / "results", REPOSITORY / "docs" / "paper.md"
+README, MARKS = REPOSITORY / "README.md", ("<!-- paper:begin -->\n", "<!-- paper:end -->")
 # The figures have an option of their own.
 NAMED = [name for name in TABLES if option_of(name) == f"--table {name}"]
 SECONDS = {"s": 1, "min": 60, "h": 3600}
@@ -68,8 +70,8 @@ class PaperOptions:
         output_dir: Folder for the runs and the report.
         workers: As in pretrain.py.
         device: As in pretrain.py.
-        update_docs: Copy the results of this scale to benchmarks/results, and write docs/paper.md from
-            all results there.
+        update_docs: Copy the results of this scale to benchmarks/results, and write docs/paper.md and
+            README's table from all results there.
     """
 
     table: list[str] = field(default_factory=list)
@@ -164,6 +166,7 @@ def report(study: Study, options: PaperOptions) -> Path:
         write_rows(folder / f"paper_{options.scale}_claims.csv", claims, CLAIM_COLUMNS)
     if options.update_docs:
         replace_text(PAGE, page(*committed_rows()))
+        replace_text(README, between_marks(README.read_text(), summary(*committed_rows())))
         draw(*committed_rows(), PAGE.parent)
         print(f"written to {PAGE}")
     for row in claims:
@@ -178,6 +181,13 @@ def draw(runs: list[Row], claims: list[Row], folder: Path) -> None:
     """Write the pictures of what is done to a folder."""
     for name, figure in pictures(runs, claims).items():
         replace_file(folder / name, partial(figure.savefig, dpi=150))
+
+
+def between_marks(text: str, content: str) -> str:
+    """A document with other content between the marks."""
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}{content}{MARKS[1]}{after}"
 
 
 def committed_rows() -> tuple[list[Row], list[Row]]:

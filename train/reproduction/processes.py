@@ -20,8 +20,8 @@ from run.errors import UserError
 from run.requeue import EXIT_CODE
 
 TRAIN = Path(__file__).resolve().parents[1]
-# Loaded before a process is forked.
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+# Looked up before a process is forked.
+PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 PARENT_DEATH_SIGNAL = 1
 
 
@@ -36,14 +36,13 @@ class _Running:
     def call(self, command: list[str], output: IO[str]) -> int:
         """As subprocess.call."""
         with self.lock:
-            if self.killed:
-                raise UserError("stopped")
+            refuse_if_stopped()
             process = subprocess.Popen(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                preexec_fn=_end_with_parent if LIBC else None,
+                preexec_fn=_end_with_parent if PRCTL else None,
             )
             self.processes.add(process)
         try:
@@ -59,6 +58,16 @@ class _Running:
 
 
 _running = _Running()
+
+
+def refuse_if_stopped() -> None:
+    """Begin nothing after the processes were killed.
+
+    Raises:
+        UserError: they were.
+    """
+    if _running.killed:
+        raise UserError("stopped")
 
 
 @contextmanager
@@ -104,8 +113,8 @@ def start(script: str, folder: Path, **options: Any) -> None:
 
 def _end_with_parent() -> None:
     """Have Linux kill this process when its parent ends: else a killed paper.py left a run behind."""
-    assert LIBC is not None
-    LIBC.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    assert PRCTL is not None
+    PRCTL(PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 @cache

@@ -141,6 +141,18 @@ def page(runs: list[Row], claims: list[Row]) -> str:
     return "".join(parts)
 
 
+def summary(runs: list[Row], claims: list[Row]) -> str:
+    """README's table and picture: Table 2 at the last scale that has a verdict on it; empty: none has."""
+    judged = [row for row in claims if row["table"] == "2" and row["verdict"] != NOT_RUN]
+    if not judged:
+        return ""
+    scale = judged[-1]["scale"]
+    reached = [row for row in runs if row["scale"] == scale]
+    about = "Top-1 on test images, mean and standard deviation over seeds, beside the paper's"
+    picture = f"![The difference of each claim with its interval](docs/{OVERVIEW})"
+    return f"{about} (`{scale}`):\n\n{_table(TABLES['2'], scale, reached)}\n{picture}\n"
+
+
 def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -33,7 +33,7 @@ from reproduction.methods import (
     Compared,
     tuned_for,
 )
-from reproduction.processes import machine, start
+from reproduction.processes import machine, refuse_if_stopped, start
 from reproduction.scales import RECIPES, TRAINED_LINEAR, Scale
 from reproduction.scores import copy_encoder, scores_of_baseline, scores_of_run
 from run.atomic_write import replace_file, replace_text
@@ -234,6 +234,12 @@ class Study:
             self._folders[job] = self.root / hashlib.sha256(text.encode()).hexdigest()[:12]
         return self._folders[job]
 
+    def written(self, job: Job) -> set[Path | None]:
+        """The folders that making a job writes to: corruptions are measured of the reference, too."""
+        return {self.folder(job)} | (
+            {self.folder(Job(REFERENCE, job.seed))} if job.corrupted else set()
+        )
+
     def record(self, job: Job) -> dict[str, Any] | None:
         """What was written of a job when it was done."""
         folder = self.folder(job)
@@ -298,11 +304,14 @@ class Study:
         try:
             self._make(job, folder)
             with ONE_AT_A_TIME:
+                refuse_if_stopped()
                 scores, labels = self._score(job, folder)
             content = io.BytesIO()
             np.savez(content, scores=scores.numpy(), labels=labels.numpy())
             replace_file(folder / SCORES, lambda file: file.write(content.getvalue()))
             record["accuracy"] = (scores.argmax(1) == labels).double().mean().item()
+        except torch.OutOfMemoryError:
+            raise UserError("out of memory while its test images were scored") from None
         except UserError as error:
             if REMEDY not in str(error):
                 raise

@@ -12,9 +12,11 @@ from run.errors import UserError
 def make(study: Study, jobs: list[Job], budget: float, *, at_once: int = 1) -> None:
     """Make the runs that are not done, as far as a number of seconds reaches.
 
-    They start in order. One that waits for another lets those behind it start first.
+    They start in order. One that waits for another lets those behind it start first. The first of a
+    study runs alone: it may have to download the data.
     """
     began, left = time.monotonic(), [job for job in jobs if study.record(job) is None]
+    has_data = len(left) < len(jobs)
     print(f"{len(jobs) - len(left)} of {len(jobs)} runs are done", flush=True)
     left_out = []
     running: dict[Future[None], Job] = {}
@@ -23,9 +25,11 @@ def make(study: Study, jobs: list[Job], budget: float, *, at_once: int = 1) -> N
         while left or running:
             # One may have the options of another, which was made meanwhile.
             left = [job for job in left if study.record(job) is None]
-            job = _next(study, left, running.values()) if len(running) < at_once else None
+            is_full = len(running) >= (at_once if has_data else 1)
+            job = None if is_full else _next(study, left, running.values())
             if job is None:
                 _finish(running)
+                has_data = True
                 continue
             left.remove(job)
             spent, rate = time.monotonic() - began, seconds_per_pass(study, jobs)
@@ -43,9 +47,9 @@ def make(study: Study, jobs: list[Job], budget: float, *, at_once: int = 1) -> N
 
 def _next(study: Study, left: list[Job], running: Collection[Job]) -> Job | None:
     """The first that can start beside those that run; None: all wait for them."""
-    folders = set(map(study.folder, running))
+    written = {folder for job in running for folder in study.written(job)}
     for job in left:
-        if study.ready(job) and study.folder(job) not in folders:
+        if study.ready(job) and written.isdisjoint(study.written(job)):
             return job
     # What the first one waits for has failed or was left out: it is for the study to say which.
     return left[0] if left and not running else None
@@ -59,6 +63,9 @@ def _finish(running: dict[Future[None], Job]) -> None:
             future.result()
         except UserError as error:
             print(f"{job} failed: {error}", flush=True)
+        except SystemExit:  # it was asked to stop, as the others were, which save as well
+            wait(running)
+            raise
 
 
 def seconds_per_pass(study: Study, jobs: list[Job]) -> float:
