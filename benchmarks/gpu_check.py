@@ -1,9 +1,10 @@
 """Measures everything that needs a GPU, in minutes: is it right, how fast, where does the time go.
 
-python benchmarks/gpu_check.py                          facts, speed, tiles, counters, behaviour: 9 minutes
-python benchmarks/gpu_check.py cases driver sanitizers choices  the rest, in a second command: 10 minutes
-python benchmarks/gpu_check.py report FOLDER...         README's table, docs/gpu.md's section, pictures
-python benchmarks/gpu_check.py rehearse                 without a card: compile all that would be launched
+python benchmarks/gpu_check.py                                  facts, speed, counters, behaviour: 9 minutes
+python benchmarks/gpu_check.py cases driver sanitizers choices  is all of it right, and training: 9 minutes
+python benchmarks/gpu_check.py tiles                            which tiles are the fastest: 7 minutes
+python benchmarks/gpu_check.py report FOLDER...                 README's table, docs/gpu.md's section, pictures
+python benchmarks/gpu_check.py rehearse                         without a card: compile all that would be launched
 
 It needs no install. Rows are appended to rows.jsonl in the output folder as they are found, and the
 summary comes last, also after SIGTERM: of each stage the last run in that folder. A stage that raises,
@@ -35,16 +36,16 @@ from gpu.summary import BAD, summary
 BENCHMARKS = Path(__file__).resolve().parent
 STAGES = (
     Stage("facts", 70),
-    Stage("speed", 230),
-    Stage("tiles", 110),
+    Stage("speed", 300),
+    Stage("tiles", 400),
     Stage("counters", 50),
     Stage("behaviour", 80),
     Stage("choices", 40),
-    Stage("cases", 320, in_parallel=True),
+    Stage("cases", 240, in_parallel=True),
     Stage("driver", 140, patience_s=140),
     Stage("sanitizers", 80),
 )
-FIRST_COMMAND = ("facts", "speed", "tiles", "counters", "behaviour")
+FIRST_COMMAND = ("facts", "speed", "counters", "behaviour")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

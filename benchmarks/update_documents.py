@@ -173,7 +173,6 @@ def rows_of(name: str) -> Rows:
         return list(csv.DictReader(file))
 
 
-# The blocks of docs/results.md, by the name of their markers.
 THREADS = {
     "num_rows": "N",
     "num_cols": "M",
@@ -181,6 +180,7 @@ THREADS = {
     "simulated_speed_up": "simulated",
     "measured_speed_up": "measured",
 }
+# The blocks of docs/results.md, by the name of their markers.
 PAGE: dict[str, Callable[[], str]] = {
     "loss": loss,
     "scaling": scaling,

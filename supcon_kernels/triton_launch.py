@@ -17,6 +17,7 @@ from supcon_kernels.triton_tiles import (
     BACKWARD,
     DERIVATIVES,
     FORWARD,
+    MANY_ROWS,
     ROW_PADDING,
     SHORT,
     TF32,
@@ -40,8 +41,7 @@ SORTED_PAIRS = 2**26
 LOSS_ROWS = 1024
 # Rows of a block of H, from which on its columns may be cut: a product of fewer is slow.
 WIDE_BLOCK = 1024
-# Rows of a side, from which on a program that prepares them has more of them, and its warps.
-MANY_ROWS = 4096
+# Of a program that prepares rows. From MANY_ROWS of a side on it has more of them.
 PREPARE_WARPS = 8
 # The offset of a side of which no row is among the other: below every row's number.
 NOT_AMONG = -(2**30)

@@ -37,7 +37,7 @@ class Shares:
 
     @staticmethod
     def of(num_rows: int, num_cols: int, tile: Tile, num_slots: int) -> Shares:
-        """Whole blocks, or the fastest in ``MAX_PIECES``, or in any number where these take too long.
+        """Whole blocks where these take little longer, else the fastest in ``MAX_PIECES``, or in more.
 
         Args:
             num_rows, num_cols: padded.

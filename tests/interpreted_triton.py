@@ -235,6 +235,7 @@ def test_pairs_that_have_nearly_converged(dtype, has_memory):
 @pytest.mark.parametrize("has_memory", [False, True])
 def test_wide_rows(has_memory, labels, variant, monkeypatch):
     monkeypatch.setattr(triton_call, "workspace_bytes", 4 * 128**2)  # a part of rows and columns
+    monkeypatch.setattr("supcon_kernels.kernels.backward.GROUP", 3)  # of four blocks of rows
     g = torch.Generator().manual_seed(0)
     leaves = {"features": torch.randn(140, 130, generator=g)}
     options = {"labels": torch.arange(140) % 7, "temperature": torch.tensor(0.1)}

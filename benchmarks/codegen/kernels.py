@@ -24,8 +24,9 @@ GOALS = {
 holds two programs. Kernels of ten lines that compare labels reach 7.7 forward, in 128×64, and 9.4
 backward, in 64×128, on sm_90: five and six of them for the pair itself, which are hidden where
 one program's products run beside the other's exponentials."""
-MOST_SPILLS = 0.03
-"""Of a main loop's instructions: an H200 found tiles the fastest that spill so few, and more outside."""
+MOST_SPILLS = 0.6
+"""Reads and writes of spilled registers that a pair may take in the main loop. Tiles that take 0.2 in bfloat16
+and 0.5 in float32 were the fastest on an H200."""
 TOLD_APART = ("package", "label", "dtype", "dim", "arch")
 
 
@@ -104,10 +105,8 @@ class Compiled:
 
     @property
     def spills_little(self) -> bool:
-        """Whether what is spilled is nearly all outside of the main loop."""
-        if self.spills_per_pair is None or self.instructions_per_pair is None:
-            return False
-        return self.spills_per_pair <= MOST_SPILLS * self.instructions_per_pair
+        """Whether the main loop hardly reads or writes what was spilled."""
+        return self.spills_per_pair is not None and self.spills_per_pair <= MOST_SPILLS
 
     @property
     def faults(self) -> list[str]:

@@ -1,6 +1,6 @@
 """A kernel that does nothing but exponentials: the rate that the card has for them."""
 
-# Triton 3.6 looks up the annotations of a kernel's arguments, so that they have none.
+# Triton 3.6 looks up annotations, so that only constants have one.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations

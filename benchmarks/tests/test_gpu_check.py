@@ -93,10 +93,11 @@ def test_without_a_gpu_it_says_what_it_would_do(
     assert "--wheels nowhere: a folder that holds .whl files" in capsys.readouterr().err
 
 
-def test_both_commands_end_within_nine_minutes() -> None:
+def test_each_command_ends_within_nine_minutes() -> None:
     shares = {stage.name: stage.seconds for stage in gpu_check.STAGES}
     first = sum(shares[name] for name in gpu_check.FIRST_COMMAND)
-    assert first <= 540 and sum(shares.values()) - first <= 540
+    tiles = shares["tiles"]
+    assert max(first, tiles, sum(shares.values()) - first - tiles) <= 540
 
 
 def test_asked_to_end_it_prints_what_it_has(tmp_path: Path) -> None:

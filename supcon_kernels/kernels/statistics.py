@@ -20,7 +20,7 @@ def poison_of(valid_ptr, padded_rows, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def is_last(num_ended_ptr):
+def count_as_ended(num_ended_ptr):
     """Counts this program as ended; whether all others are, so that what they wrote can be read."""
     tl.debug_barrier()  # what other threads wrote goes before the count of the one that counts
     num_before = tl.atomic_add(num_ended_ptr, 1, sem="acq_rel", scope="gpu")
@@ -122,7 +122,7 @@ def _loss_kernel(
     tl.store(partials_ptr + program, tl.sum(loss.to(tl.float64), axis=0))
     num_counted = tl.sum(counted.to(tl.int32), axis=0)
     tl.store(partials_ptr + num_programs + program, num_counted.to(tl.float64))
-    if is_last(num_positives_ptr + padded_rows):
+    if count_as_ended(num_positives_ptr + padded_rows):
         count = 1.0
         if REDUCTION == "mean" or REDUCTION == "positive_mean":
             count = tl.maximum(added(partials_ptr + num_programs, num_programs), 1.0)
