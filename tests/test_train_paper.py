@@ -260,6 +260,7 @@ def test_the_budget_and_the_time_left_of_several_jobs(tmp_path, capsys):
 def test_an_interrupt_kills_what_runs(tmp_path, monkeypatch):
     (tmp_path / "sleep.py").write_text("import time; print('on', flush=True); time.sleep(600)")
     monkeypatch.setattr(processes, "TRAIN", tmp_path)
+    monkeypatch.setattr(processes, "_running", processes._Running())
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     found = []
 

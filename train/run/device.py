@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.utils.deterministic
@@ -84,14 +84,5 @@ def set_arithmetic(options: DeviceOptions, device: torch.device) -> None:
             "deterministic: cuDNN, cuBLAS and torch, on the same GPU model and versions; not "
             "deterministic: the operations that torch warns of"
         )
-    _set_tf32(options.tf32)
-
-
-def _set_tf32(is_allowed: bool) -> None:
-    matmul: Any = torch.backends.cuda.matmul
-    cudnn: Any = torch.backends.cudnn
-    if not hasattr(matmul, "fp32_precision"):  # before torch 2.9
-        matmul.allow_tf32 = cudnn.allow_tf32 = is_allowed
-        return
-    for kind in (matmul, cudnn.conv, cudnn.rnn):
-        kind.fp32_precision = "tf32" if is_allowed else "ieee"
+    # Not by fp32_precision, the newer way: torch's compiler and export ask by these, which then raise.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
