@@ -150,7 +150,8 @@ def summary(runs: list[Row], claims: list[Row]) -> str:
     reached = [row for row in runs if row["scale"] == scale]
     about = "Top-1 on test images, mean and standard deviation over seeds, beside the paper's"
     picture = f"![The difference of each claim with its interval](docs/{OVERVIEW})"
-    return f"{about} (`{scale}`):\n\n{_table(TABLES['2'], scale, reached)}\n{picture}\n"
+    table = _table(TABLES["2"], scale, reached, only_run=True)
+    return f"{about} (`--scale {scale}`):\n\n{table}\n{picture}\n"
 
 
 def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -194,14 +195,16 @@ def _verdicts(rows: list[Row]) -> str:
     return _markdown([*titles, "here, points better [95%]", "verdict", "would resolve it"], lines)
 
 
-def _table(table: Table, scale: str, runs: list[Row]) -> str:
-    """The methods of a table: ours, over seeds, beside the paper's."""
+def _table(table: Table, scale: str, runs: list[Row], *, only_run: bool = False) -> str:
+    """The methods of a table, or those that were run: ours, over seeds, beside the paper's."""
     datasets = list(dict.fromkeys(d for numbers in table.published.values() for d in numbers))
     lines = []
     for method in (*table.methods, *BASELINES):
         if not SCALES[scale].has(method):
             continue
         numbers = [of_method(runs, method, metric) for metric in table.columns]
+        if only_run and not any(numbers):
+            continue
         nothing = NOT_RUN if method in METHODS else ""
         published = table.published.get(method, {})
         theirs = [f"{published[data]:.1f}" if data in published else "" for data in datasets]
