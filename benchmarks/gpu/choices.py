@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from unittest import mock
 
 from gpu.place import Items, Place, Row
@@ -17,6 +18,7 @@ MIB = (16, 64, 256, 512)
 BLOCKS = (("bfloat16", 768, 16384), ("bfloat16", 768, 65536), ("float32", 128, 8192))
 LABELS = (("bfloat16", 128, 16384), ("bfloat16", 128, 32768), ("bfloat16", 768, 16384))
 SECONDS = 2.0
+Patch = Callable[[], AbstractContextManager[object]]
 
 
 def items(place: Place) -> Items:
@@ -33,9 +35,6 @@ def items(place: Place) -> Items:
         for what, ways, shapes in (("blocks", blocks, BLOCKS), ("labels", labels, LABELS))
         for dtype, dim, num_rows in shapes
     }
-
-
-Patch = Callable[[], "mock._patch[int]"]
 
 
 def _blocks_of(mib: int) -> Patch:

@@ -116,7 +116,8 @@ def readme_block(card: str, rows: Rows, picture: Path, readme: Path) -> str:
     return "\n\n".join(
         [
             f"{_origin(card, rows)}; D=128, 10 classes, τ=0.1, bfloat16. Forward and backward: the device's "
-            "median time, and peak memory above the inputs.",
+            "median time, and peak memory above the inputs. Inf-CL, memeff and siglip-kernel have other "
+            "losses: no labels, and one positive a row.",
             render_table(cells, markdown=True),
             f"![Time and peak memory against the number of rows on {card}]({link})",
         ]
