@@ -33,10 +33,9 @@ const Variant kVariants[] = {
     {Summation::kOut, Denominator::kOnlyNegatives}, {Summation::kIn, Denominator::kOnlyNegatives},
 };
 
-// Sanitizers look at memory and threads, the release at numbers: they take every third variant, in
-// turn, of each shape.
-#ifdef SUPCON_SMALL_KERNEL
-constexpr int kEvery = 3;
+// Sanitizers and emulators are slow: they may take every third variant, in turn, of each shape.
+#ifdef SUPCON_TEST_EVERY
+constexpr int kEvery = SUPCON_TEST_EVERY;
 #else
 constexpr int kEvery = 1;
 #endif

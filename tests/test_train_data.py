@@ -23,8 +23,6 @@ from run.processes import Ranks
 from train_fixtures import metrics, pretrain, write_images
 from train_parts import load_data, options_of, trainer_of
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-
 
 def write_idx(path, array, *, packed):
     """Write a uint8 array in the idx format: two zeros, type 8, its rank and sizes, its bytes."""
@@ -68,19 +66,6 @@ def test_fashion_mnist_layouts(tmp_path, layout, packed):
     assert data.mean == pytest.approx([train.mean() / 255])
     assert data.std == pytest.approx([train.std() / 255])
     assert sorted(tmp_path.rglob("*")) == files, "the data folder was written to"
-
-
-@pytest.mark.skipif(
-    not FASHION_MNIST.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed"
-)
-def test_real_fashion_mnist_trains(tmp_path):
-    run = pretrain(
-        tmp_path, "--dataset", "fashion_mnist", "--data_root", FASHION_MNIST,
-        "--image_size", 14, "--max_steps", 3, "--knn_bank", 1000, "--batch_size", 64,
-    )  # fmt: skip
-    rows = metrics(run)
-    assert [int(row["step"]) for row in rows if row["loss"]] == [1, 2, 3]
-    assert float(rows[0]["knn_accuracy"]) > 0.3
 
 
 def test_damaged_fashion_mnist_names_the_file(tmp_path):
