@@ -4,7 +4,6 @@ import gzip
 import pickle
 import struct
 from functools import partial
-from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
