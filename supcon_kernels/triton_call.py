@@ -37,7 +37,7 @@ def _workspace_bytes(mib: str) -> int:
 # Where rows are wide, so many bytes of H are written at a time.
 workspace_bytes = _workspace_bytes(os.environ.get("SUPCON_KERNELS_WORKSPACE_MIB", "256"))
 # A gradient in one piece.
-WHOLE = Shares(num_blocks=1, num_tiles=1, group=1, share=1)
+WHOLE = Shares.of_pieces(1)
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -47,7 +47,7 @@ def size_of(features: Tensor) -> int:
     return padded * (triton_tiles.padded_dim(features.shape[-1]) + 4 // features.itemsize)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Side:
     """Anchors or contrasts: as given, and where their prepared rows are.
 
@@ -58,6 +58,7 @@ class Side:
         padded: rows with the zeros behind them.
         rows: (padded, padded D) prepared, and behind them (padded,) int32, equal for equal labels.
         valid: (padded,) 1, 0 where a row takes no part, NaN where it is not finite.
+        num_positives: (padded + 1,) int32 of each row, where they are anchors, and a zero.
     """
 
     features: Tensor
@@ -66,6 +67,7 @@ class Side:
     padded: int
     rows: Tensor
     valid: Tensor
+    num_positives: Tensor
 
     @staticmethod
     def of(features: Tensor, labels: Tensor | None) -> Side:
@@ -77,7 +79,7 @@ class Side:
             features = features.contiguous()
         num_rows = features.shape[:-1].numel()
         padded = triton_tiles.padded_rows(num_rows)
-        return Side(features, labels.contiguous(), num_rows, padded, *[features] * 2)
+        return Side(features, labels.contiguous(), num_rows, padded, *[features] * 3)
 
     def matrix(self, width: int) -> Tensor:
         """The prepared rows (padded, padded D)."""
@@ -132,6 +134,7 @@ class Call:
             problem.denominator,
             problem.normalize,
             problem.tf32 and problem.rows.dtype == torch.float32,
+            problem.symmetric,
         )
         self.padded_dim = triton_tiles.padded_dim(self.plan.dim)
         offset = problem.self_offset
@@ -160,8 +163,8 @@ class Call:
         if not self.plan.square:
             self.cols.rows = prepared[size_of(self.rows.features) :]
 
-    def prepare(self, *, anchors: bool) -> None:
-        """Fill the sides' rows and classes, and count the positives of anchors."""
+    def prepare(self, *, anchors: tuple[Side, ...] = ()) -> None:
+        """Fill the sides' rows and classes, and count the positives of anchors: of the rows, or of both."""
         rows, cols, plan = self.rows, self.cols, self.plan
         most = max(cols.num_samples, rows.num_samples)
         by_order = self.soft is None and plan.sorts_labels(rows.num_samples * most)
@@ -171,13 +174,17 @@ class Call:
             else (0, 0, -1)  # no label is compared, and no row ignored
         )
         contrasts = cols.labels.sort().values if by_order else cols.labels
-        self.num_positives = self.new(rows.padded + 1, torch.int32)
         for side in (rows,) if plan.square else (rows, cols):
+            counts_rows = plan.square or side in anchors[1:]
+            counted = rows if counts_rows else cols
             begin = end = side.labels
             if by_order:
                 begin = torch.searchsorted(contrasts, side.labels, out_int32=True)
                 end = torch.searchsorted(contrasts, side.labels, out_int32=True, right=True)
+                if counts_rows and not plan.square:
+                    end = begin + _occurrences(side.labels, rows.labels)
             side.valid = self.new(side.padded)
+            side.num_positives = self.new(side.padded + 1, torch.int32)
             self.run(
                 plan.prepare(side.num_rows),
                 **side.arguments(),
@@ -189,18 +196,25 @@ class Call:
                 sorted_end_ptr=end,
                 rows_ptr=side.rows,
                 valid_ptr=side.valid,
-                num_positives_ptr=self.num_positives,
+                num_positives_ptr=side.num_positives,
                 padded_rows=side.padded,
                 num_anchors=num_anchors,
                 num_contrasts=num_contrasts,
-                num_contrast_views=cols.num_rows // cols.num_samples,
+                num_contrast_views=counted.num_rows // counted.num_samples,
                 own_offset=self.own_col,
                 ignore_index=ignore_index,
-                has_anchors=int(anchors and side is rows),
-                is_square=int(plan.square),
+                has_anchors=int(side in anchors),
+                is_square=int(counts_rows),
                 is_sorted=int(by_order),
                 padded_dim=self.padded_dim,
             )
+
+    def sums_of_nothing(self, shares: Shares) -> Tensor:
+        """(programs, 4, padded columns) what the forward kernel adds to, of columns that are anchors."""
+        sums = self.new((shares.num_programs, 4, self.cols.padded))
+        sums[:, ::2] = 0.0
+        sums[:, 1::2] = triton_launch.LOWEST
+        return sums
 
     def pairs(self, owner: Side, streamed: Side, shares: Shares, own_offset: int) -> dict[str, Any]:
         """What the pair kernels take of rows ``owner`` and columns ``streamed``."""
@@ -356,17 +370,19 @@ class Call:
 
     # --- soft labels, which the kernels do not see
 
-    def put_soft_means(self, soft: SoftPositives, sums: Tensor) -> Tensor:
-        """Put the positives' mean exponents among the sums of the forward kernel; their weights (N,)."""
+    def put_soft_means(self, soft: SoftPositives, owner: Side, sums: Tensor) -> Tensor:
+        """Put the positives' mean exponents among the sums of a side's anchors; their weights (N,)."""
         tau = self.temperature[
             "temperature_ptr" if self.temperature["on_device"] else "host_temperature"
         ]
         rows, cols = (side.used(self.padded_dim) for side in (self.rows, self.cols))
+        if owner is not self.rows:
+            soft, rows, cols = soft.mirrored(), cols, rows
         products, total = soft.means(rows, cols)
         poison = self.problem.target_poison()
         mean = products * triton_soft.exponent_scale(self.plan, tau) + poison
         total = total + poison
-        triton_soft.put_means(sums, self.num_positives, mean, total)
+        triton_soft.put_means(sums, owner.num_positives, mean, total)
         return total
 
     def take_soft_pull(
@@ -399,6 +415,13 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         if a.dtype == torch.float32 or not a.is_cuda:
             return a.float() @ b.float()
         return accumulated(a, b)
+
+
+def _occurrences(labels: Tensor, among: Tensor) -> Tensor:
+    """(n,) int32: how often each label is among others."""
+    among = among.sort().values
+    begin, end = (torch.searchsorted(among, labels, out_int32=True, right=r) for r in (False, True))
+    return end - begin
 
 
 def _add(sums: dict[int, Tensor], at: int, product: Tensor) -> None:

@@ -17,6 +17,7 @@ from supcon_kernels.triton_tiles import (
     BACKWARD,
     DERIVATIVES,
     FORWARD,
+    FORWARD_BOTH,
     MANY_ROWS,
     ROW_PADDING,
     SHORT,
@@ -48,8 +49,10 @@ NOT_AMONG = -(2**30)
 # Down to the first, sums of 2^x over unit rows stay within half of float32's exponents; up to the
 # second, rows that carry the temperature are not so small that float16 loses their bits.
 FITTING_TEMPERATURES = (0.023, 4.0)
+# Below every exponent, and still a number: differences with it are not NaN.
+LOWEST = -3e38
 
-Constexpr = int | bool | str
+Constexpr = int | bool | str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,7 @@ def powers_fit(temperature: float) -> bool:
 _TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # Runtime arguments by type; those of the features' dtype are not listed, plain integers neither.
 _ARGUMENT_TYPES = {
-    "*fp32": "valid col_valid sums first_sums second_sums loss count stats upstream peak weights "
+    "*fp32": "valid row_valid col_valid sums col_sums first_sums second_sums loss count stats upstream peak weights "
     "row_weights col_weights factor slices temperature temperature_gradient",
     "*fp64": "dots partials",
     "*i64": "labels anchor_labels contrast_labels",
@@ -130,6 +133,7 @@ class Plan:
         fits: whether sums of powers need no maximum; None: the temperature is on the device.
         summation, denominator, normalize: as in ``Problem``.
         tf32: whether one product of TF32 stands for one of float32.
+        both: whether one forward has the sums of rows and columns, which are anchors, too.
     """
 
     dtype: str
@@ -142,6 +146,7 @@ class Plan:
     denominator: str
     normalize: bool
     tf32: bool = False
+    both: bool = False
 
     @property
     def products(self) -> str:
@@ -177,6 +182,11 @@ class Plan:
         rows: int = self._prepare_block(self.num_rows)["BLOCK_ROWS"]
         return num_pairs > SORTED_PAIRS * max(rows // 2, 1)
 
+    @property
+    def bytes_of_both(self) -> int:
+        """What the columns' sums of such a forward take: four numbers for each program."""
+        return 16 * self.forward_shares(self.running[0]).num_programs * padded_rows(self._contrasts)
+
     def blocks(self, workspace: int) -> tuple[int, int]:
         """Padded rows and columns of a block of H that takes at most so many bytes: whole rows if it can."""
         rows, cols = padded_rows(self.num_rows), padded_rows(self._contrasts)
@@ -187,7 +197,7 @@ class Plan:
 
     def forward_tile(self, running: bool) -> Tile:
         """Of the kernel that only multiplies rows with columns."""
-        return self._find(FORWARD, running)
+        return self._find(self._forward, running)
 
     def backward_tile(self, running: bool) -> Tile:
         """Of the kernel that also multiplies with what it made of the products."""
@@ -196,7 +206,7 @@ class Plan:
     @_remembered
     def forward_shares(self, running: bool) -> Shares:
         """The pairs of a forward kernel; its pieces are the same if there is another."""
-        return self._shares(FORWARD, running, self.num_rows, self._contrasts)
+        return self._shares(self._forward, running, self.num_rows, self._contrasts)
 
     @_remembered
     def backward_shares(self, running: bool, *, of_columns: bool = False) -> Shares:
@@ -252,8 +262,8 @@ class Plan:
     # --- statistics
 
     @_remembered
-    def loss(self, reduction: str) -> Launch:
-        """Losses and statistics from the sums."""
+    def loss(self, reduction: str, num_rows: int) -> Launch:
+        """Losses and statistics of so many anchors from the sums."""
         return self._launch(
             "_loss_kernel",
             "sums second_sums valid col_valid num_positives partials loss count stats num_rows "
@@ -264,7 +274,7 @@ class Plan:
                 "ROWS": self.forward_tile(self.running[0]).rows,
                 "BLOCK_ROWS": LOSS_ROWS,
             },
-            cdiv(padded_rows(self.num_rows), LOSS_ROWS),
+            cdiv(padded_rows(num_rows), LOSS_ROWS),
             num_warps=16,  # with fewer, Triton 3.6 spills
         )
 
@@ -292,10 +302,12 @@ class Plan:
             "_forward_kernel",
             "rows cols col_valid first_sums temperature sums padded_rows padded_cols "
             "num_blocks num_tiles group share max_pieces own_offset padded_dim "
-            "host_temperature on_device either",
+            "host_temperature on_device either" + (" row_valid col_sums" if self.both else ""),
             {
                 **self._pairs(running, tile),
                 **variant,
+                **({} if self.both else {"row_valid_ptr": None, "col_sums_ptr": None}),
+                "BOTH": self.both,
                 "ONE_CHUNK": tile.chunk == padded_dim(self.dim),
             },
             self.forward_shares(running).num_programs,
@@ -340,6 +352,10 @@ class Plan:
         )
 
     # --- what they share
+
+    @property
+    def _forward(self) -> tuple[Row, ...]:
+        return FORWARD_BOTH if self.both else FORWARD
 
     @property
     def _contrasts(self) -> int:

@@ -61,6 +61,11 @@ class Shares:
         best = min(few, key=lambda shares: (shares.slowdown(num_slots), shares.max_pieces))
         return best if best.slowdown(num_slots) <= MAX_SLOWDOWN else cut(num_blocks, num_slots)
 
+    @staticmethod
+    def of_pieces(num_pieces: int) -> Shares:
+        """Those of blocks that are each in so many pieces."""
+        return Shares(num_blocks=1, num_tiles=num_pieces, group=1, share=1)
+
     def in_tiles(self, times: int) -> Shares:
         """The same shares, in so many times as many tiles."""
         tiles, share = self.num_tiles * times, self.share * times

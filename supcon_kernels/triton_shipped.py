@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 from supcon_kernels.triton_launch import Launch, Plan
@@ -56,6 +57,7 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
     shape = "" if plan.square else ", memory"
     given = "" if plan.normalize else ", as given"
     n, found = plan.num_rows, []
+    one_forward = dataclasses.replace(plan, both=True)
     for running in plan.running:
         call = f"{loss}{', running maximum' if running else ''}{given}{shape}"
         found.append((f"forward {call}", plan.forward(running)))
@@ -64,6 +66,8 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
         if plan.is_wide:
             n_cols = plan.num_cols or n
             found.append((f"backward {call}", plan.derivatives(running, n, n_cols)))
+            if not plan.square and not plan.looks_twice:
+                found.append((f"forward of both {call}", one_forward.forward(running)))
             if not plan.square:
                 both = plan.derivatives(running, n, n_cols, both_anchor=True)
                 found.append((f"backward of both {call}", both))
@@ -75,7 +79,7 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
                 (f"backward of columns {call}", plan.backward(running, of_columns=True)),
             ]
     for reduction in ("mean", "positive_mean", "sum", "none"):
-        found.append((f"loss {loss}, {reduction}", plan.loss(reduction)))
+        found.append((f"loss {loss}, {reduction}", plan.loss(reduction, n)))
     return [
         *found,
         (f"prepare{given}", plan.prepare(n)),

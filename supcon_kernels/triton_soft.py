@@ -27,7 +27,7 @@ def put_means(sums: Tensor, num_positives: Tensor, mean: Tensor, total: Tensor) 
         num_positives: (padded rows,) for the loss kernel.
         mean, total: (N,) mean exponent of each anchor's positives, and what they weigh.
     """
-    sums[:, _POSITIVES].zero_()
+    sums[:, _POSITIVES:].zero_()  # nothing is shifted
     sums[0, _POSITIVES, : len(mean)] = mean
     num_positives[: len(mean)] = total != 0
 

@@ -116,6 +116,13 @@ FORWARD = (
     Row(TF32, MAX_DIM, (100,), Tile(64, 64, 32, 4, 3, 2), "two stages spill"),
     Row(TF32, MAX_DIM, _ALL, Tile(64, 64, 32, 4, 2, 2), "two programs"),
 )
+# Of a forward that also has the sums of the columns.
+FORWARD_BOTH = (
+    Row(SHORT, MAX_DIM, (90,), Tile(128, 64, 64, 8, 3, 2), "sums of 128 columns spill"),
+    Row(TF32X3, MAX_DIM, (90,), Tile(128, 64, 32, 8, 3, 2), "as 16 bits"),
+    Row(TF32, MAX_DIM, (90,), Tile(128, 64, 32, 8, 3, 2), "as 16 bits"),
+    *(row for row in FORWARD if not row.lean and not row.min_rows),
+)
 BACKWARD = (
     Row(SHORT, 128, (80, 90), Tile(64, 128, 128, 4, 2, 2), "two programs", lean=True),
     Row(SHORT, 128, (86,), Tile(64, 64, 128, 4, 2, 2), "two programs in 99 KiB", lean=True),

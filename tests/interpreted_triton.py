@@ -230,38 +230,6 @@ def test_pairs_that_have_nearly_converged(dtype, has_memory):
         assert (ours - want).abs().max() < 3 * (like - want).abs().max()
 
 
-# --- wide rows, whose derivatives are written in blocks
-
-
-@pytest.mark.parametrize(
-    "labels, variant", [("hard", VARIANTS[0]), ("soft", VARIANTS[0]), ("hard", VARIANTS[4])]
-)
-@pytest.mark.parametrize("has_memory", [False, True])
-def test_wide_rows(has_memory, labels, variant, monkeypatch):
-    monkeypatch.setattr(triton_call, "workspace_bytes", 4 * 128**2)  # a part of rows and columns
-    monkeypatch.setattr("supcon_kernels.kernels.backward.GROUP", 3)  # of four blocks of rows
-    g = torch.Generator().manual_seed(0)
-    leaves = {"features": torch.randn(140, 130, generator=g)}
-    options = {"labels": torch.arange(140) % 7, "temperature": torch.tensor(0.1)}
-    if has_memory:
-        leaves["contrast_features"] = torch.randn(150, 130, generator=g)
-        options["contrast_labels"] = torch.arange(150) % 9
-    if labels == "soft":
-        options |= {k: F.one_hot(x, 9).float() for k, x in options.items() if k.endswith("labels")}
-    options |= {"summation": variant[0], "denominator": variant[1]}
-
-    def gradients(loss_function, dtype):
-        inputs = {k: v.to(dtype).requires_grad_() for k, v in leaves.items()}
-        tau = options["temperature"].clone().requires_grad_()
-        loss = loss_function(**inputs, **{**options, "temperature": tau})
-        return torch.autograd.grad(loss, [*inputs.values(), tau])
-
-    for ours, want in zip(
-        gradients(triton_loss, torch.float32), gradients(reference, torch.float64)
-    ):
-        torch.testing.assert_close(ours.double(), want.double(), rtol=1e-5, atol=1e-7)
-
-
 # --- the rows of a rank among those of all
 
 

@@ -21,10 +21,11 @@ NO_TRITON = "triton is not installed"
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason=NO_TRITON)
 def test_every_case_under_the_interpreter():
-    tests = pathlib.Path(__file__).parent / "interpreted_triton.py"
+    folder = pathlib.Path(__file__).parent
+    tests = [str(folder / f"interpreted_{name}.py") for name in ("triton", "wide_rows")]
     # In two processes: this is the longest test, and may be the last, beside an idle one.
     command = [sys.executable, "-m", "pytest", "-q", "-n2", "--dist=load"]
-    command += ["-p", "no:cacheprovider", str(tests)]
+    command += ["-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout + run.stderr

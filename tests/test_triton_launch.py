@@ -86,7 +86,7 @@ def test_grids_cover_all_rows(num_rows):
 
 @pytest.mark.parametrize("num_rows, programs", [(0, 1), (1024, 1), (4096, 4), (65536, 64)])
 def test_anchors_have_several_programs(num_rows, programs):
-    assert plan(num_rows=num_rows).loss("mean").grid == (programs, 1, 1)
+    assert plan(num_rows=num_rows).loss("mean", num_rows).grid == (programs, 1, 1)
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -245,7 +245,7 @@ def test_the_shipped_launches_are_those_of_every_plan():
             denominator=denominator,
             normalize=normalize,
         )
-        found = [p.loss("mean"), p.weights(77), p.gradient(77, dots=True)]
+        found = [p.loss("mean", 77), p.weights(77), p.gradient(77, dots=True)]
         found += [p.prepare(77), p.temperature_gradient()]
         for running in p.running:
             found += [p.forward(running), p.backward(running)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 from codegen.kernels import Source
-from supcon_kernels.triton_launch import Launch
+from supcon_kernels.triton_launch import Constexpr, Launch
 
 DEFAULT_WARPS, DEFAULT_STAGES = 4, 3  # Triton's own, where a launch names none
 
@@ -90,7 +90,7 @@ def _inf_cl_sources(dim: int, arch: int) -> list[Source]:
     if dim > 256:
         return []
     # One head is a constant: Triton specialises integers that are 1.
-    constexprs: dict[str, int | bool | str] = {"nheads": 1, "BLOCK_HEADDIM": dim}
+    constexprs: dict[str, Constexpr] = {"nheads": 1, "BLOCK_HEADDIM": dim}
     constexprs |= {"BLOCK_M": 64, "BLOCK_N": 64}
     operands = {
         "_prob_fwd_kernel": ("Q", "K", "LSE"),

@@ -13,10 +13,12 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from supcon_kernels import triton_launch, triton_run, triton_soft, triton_tiles
+from supcon_kernels import triton_call, triton_launch, triton_run, triton_soft, triton_tiles
 from supcon_kernels.backends.protocol import Anchors, Gradients, Results, Wanted
 from supcon_kernels.problem import Problem
-from supcon_kernels.triton_call import DTYPES, Call, size_of
+from supcon_kernels.triton_call import DTYPES, Call, Side, size_of
+from supcon_kernels.triton_launch import Plan
+from supcon_kernels.triton_shares import Shares
 
 _INTERPRETED = triton_run.INTERPRETED
 # The first with triton.knobs, by which the kernels know the interpreter.
@@ -97,56 +99,87 @@ def saved(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def forward(problem: Problem, reduction: str, wanted: Wanted) -> Results:
     """The loss, and the rows and columns as the kernels take them."""
-    return Results.of_ways([_forward(way, reduction) for way in problem.ways()])
-
-
-def _forward(problem: Problem, reduction: str) -> Results:
     call = Call(problem)
-    plan, rows, cols = call.plan, call.rows, call.cols
-    loss = call.new(problem.num_rows if reduction == "none" else ())
-    count = call.new(())
-    stats, prepared = saved(problem)
+    if not problem.symmetric or _sums_both(call.plan):
+        return Results.of_ways(_losses(call, reduction))
+    return Results.of_ways([_losses(Call(way), reduction)[0] for way in problem.ways()])
+
+
+def _sums_both(plan: Plan) -> bool:
+    """Whether one forward has time and memory for the sums of the columns, too."""
+    fits = plan.bytes_of_both <= triton_call.workspace_bytes
+    return plan.is_wide and not plan.looks_twice and fits
+
+
+def _losses(call: Call, reduction: str) -> list[Results]:
+    """The rows' loss and, of a symmetric problem, that of the columns, of one set of scores."""
+    problem, plan, rows, cols = call.problem, call.plan, call.rows, call.cols
+    prepared = saved(problem)[1]
+    anchors = (rows, cols) if plan.both else (rows,)
     with call.on_device():
         call.place(prepared)
-        call.prepare(anchors=True)
+        call.prepare(anchors=anchors)
         shares = plan.forward_shares(plan.running[0])
         sums = call.new((shares.max_pieces, 4, rows.padded))
         second_sums = torch.empty_like(sums) if plan.looks_twice else sums
+        of_cols: dict[str, Tensor] = {}
+        if plan.both:
+            of_cols = {"row_valid_ptr": rows.valid, "col_sums_ptr": call.sums_of_nothing(shares)}
         for running in plan.running:
             for first_look in (True, False) if plan.looks_twice else (False,):
                 call.run(
                     plan.forward(running, first_look=first_look),
                     **call.pairs(rows, cols, plan.forward_shares(running), call.own_col),
+                    **of_cols,
                     col_valid_ptr=cols.valid,
                     first_sums_ptr=sums,
                     sums_ptr=sums if first_look else second_sums,
                     max_pieces=shares.max_pieces,
                 )
-        if call.soft is not None:
-            total = call.put_soft_means(call.soft, sums)
-        launch = plan.loss(reduction)
-        call.run(
-            launch,
-            sums_ptr=sums,
-            second_sums_ptr=second_sums,
-            valid_ptr=rows.valid,
-            col_valid_ptr=cols.valid,
-            num_positives_ptr=call.num_positives,
-            partials_ptr=call.new((2, launch.grid[0]), torch.float64),
-            loss_ptr=loss,
-            count_ptr=count,
-            stats_ptr=stats,
-            num_rows=rows.num_rows,
-            padded_rows=rows.padded,
-            padded_cols=0 if plan.square else cols.padded,
-            num_tiles=shares.num_tiles,
-            group=shares.group,
-            share=shares.share,
-            max_pieces=shares.max_pieces,
-        )
-        if call.soft is not None:
-            triton_soft.keep_totals(stats, total)
-    return Results(loss, count, stats, prepared)
+        results = [_loss(call, reduction, rows, cols, (sums, second_sums), shares)]
+        if plan.both:
+            col_sums = of_cols["col_sums_ptr"]
+            pieces = Shares.of_pieces(len(col_sums))
+            results.append(_loss(call, reduction, cols, rows, (col_sums, col_sums), pieces))
+    return [result._replace(prepared=prepared) for result in results]
+
+
+def _loss(
+    call: Call,
+    reduction: str,
+    owner: Side,
+    others: Side,
+    sums: tuple[Tensor, Tensor],
+    shares: Shares,
+) -> Results:
+    """The loss of a side's anchors, of the sums of both looks, whose pieces are those of ``shares``."""
+    loss = call.new(owner.num_rows if reduction == "none" else ())
+    count, stats = call.new(()), call.new((5, owner.num_rows))
+    if call.soft is not None:
+        total = call.put_soft_means(call.soft, owner, sums[0])
+    launch = call.plan.loss(reduction, owner.num_rows)
+    call.run(
+        launch,
+        sums_ptr=sums[0],
+        second_sums_ptr=sums[1],
+        valid_ptr=owner.valid,
+        col_valid_ptr=others.valid,
+        num_positives_ptr=owner.num_positives,
+        partials_ptr=call.new((2, launch.grid[0]), torch.float64),
+        loss_ptr=loss,
+        count_ptr=count,
+        stats_ptr=stats,
+        num_rows=owner.num_rows,
+        padded_rows=owner.padded,
+        padded_cols=0 if others is owner else others.padded,
+        num_tiles=shares.num_tiles,
+        group=shares.group,
+        share=shares.share,
+        max_pieces=shares.max_pieces,
+    )
+    if call.soft is not None:
+        triton_soft.keep_totals(stats, total)
+    return Results(loss, count, stats, loss)
 
 
 def backward(
@@ -160,7 +193,7 @@ def backward(
     with call.on_device():
         if anchors.prepared is None:
             call.place(saved(problem)[1])
-            call.prepare(anchors=False)
+            call.prepare()
         else:
             call.place(anchors.prepared)
         peak = _peak([anchors] if col_anchors is None else [anchors, col_anchors])

@@ -24,17 +24,49 @@ from supcon_kernels.kernels.tiles import (
 
 
 @triton.jit
-def add_powers(x, total, largest):
-    """Add Σ 2^x of each row to total · 2^largest, of which the new largest is the maximum."""
-    new = tl.maximum(largest, tl.max(x, axis=1))
-    powers = tl.exp2(x - new[:, None])
-    return total * tl.exp2(largest - new) + tl.sum(powers, axis=1), new
+def add_powers(x, total, largest, AXIS: tl.constexpr):
+    """Add Σ 2^x along AXIS to total · 2^largest, of which the new largest is the maximum."""
+    new = tl.maximum(largest, tl.max(x, axis=AXIS))
+    powers = tl.exp2(x - tl.expand_dims(new, AXIS))
+    return total * tl.exp2(largest - new) + tl.sum(powers, axis=AXIS), new
 
 
 @triton.jit
 def add_places(x):
     """Sums (ROWS, 8) over every eighth column: of what one thread holds of a row, no other's."""
     return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), axis=1)
+
+
+@triton.jit
+def add_to_columns(
+    sums_ptr,  # (4, padded cols) of this program, at the tile's columns
+    padded_cols,
+    x,  # exponents (ROWS, COLS), or their powers unless RUNNING, of the pairs in the denominator
+    of_positives,  # what a pair adds to the positives, if it is one
+    positive,
+    RUNNING: tl.constexpr,
+    OUT: tl.constexpr,
+):
+    """Add a tile to the sums of its columns, as the kernel does to those of its rows."""
+    pos_ptr = sums_ptr + 2 * padded_cols
+    total = tl.load(sums_ptr)
+    pos_total = tl.load(pos_ptr)
+    largest = tl.zeros_like(total)
+    pos_largest = largest
+    if RUNNING:
+        total, largest = add_powers(x, total, tl.load(sums_ptr + padded_cols), 0)
+    else:
+        total += tl.sum(x, axis=0)
+    if RUNNING and not OUT:
+        of_positives = tl.where(positive, of_positives, float("-inf"))
+        before = tl.load(pos_ptr + padded_cols)
+        pos_total, pos_largest = add_powers(of_positives, pos_total, before, 0)
+    else:
+        pos_total += tl.sum(tl.where(positive, of_positives, 0.0), axis=0)
+    tl.store(sums_ptr, total)
+    tl.store(sums_ptr + padded_cols, largest)
+    tl.store(pos_ptr, pos_total)
+    tl.store(pos_ptr + padded_cols, pos_largest)
 
 
 @triton.jit
@@ -57,6 +89,8 @@ def _forward_kernel(
     host_temperature,
     on_device,  # whether the temperature is read there
     either,  # whether it decides which of two kernels returns at once: this, or that with other RUNNING
+    row_valid_ptr,  # (padded rows,) as that of columns, if BOTH
+    col_sums_ptr,  # (programs, 4, padded cols) as the rows', if BOTH: sums of nothing, which are added to
     RUNNING: tl.constexpr,
     OUT: tl.constexpr,
     DENOMINATOR: tl.constexpr,
@@ -65,8 +99,11 @@ def _forward_kernel(
     CHUNK: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
+    BOTH: tl.constexpr,  # the columns are anchors, too
 ):
     """A program owns ``share`` tiles, of one block of rows after the other; it keeps their sums.
+
+    Those of columns, if BOTH, wait in memory from one block of rows to the next.
 
     "one_positive" is a second look, once the negatives' sum is known: each positive stands against it
     alone, with q its probability: Σ log₂ q and Σ (1 - q) if OUT, else Σ q and Σ q (1 - q).
@@ -82,6 +119,7 @@ def _forward_kernel(
     row_ids_ptr = classes_of(rows_ptr, padded_rows, padded_dim)
     col_ids_ptr = classes_of(cols_ptr, padded_cols, padded_dim)
     padded_rows = padded_rows.to(tl.int64)
+    padded_cols = padded_cols.to(tl.int64)
     k = tl.arange(0, COLS)
     d = tl.arange(0, CHUNK)
     b_offsets = k[:, None] * padded_dim + d[None, :]
@@ -94,6 +132,8 @@ def _forward_kernel(
         a_ptrs = rows_ptr + i.to(tl.int64)[:, None] * padded_dim + d[None, :]
         a = tl.load(a_ptrs)
         row_id = tl.load(row_ids_ptr + i)
+        if BOTH:
+            row_valid = tl.load(row_valid_ptr + i)
         if SECOND:
             num_pieces = pieces_of(block, num_tiles, group, share)
             negatives, largest = merged(
@@ -156,11 +196,19 @@ def _forward_kernel(
                         pos_total += tl.sum(tl.where(positive, x, 0.0), axis=1)
                     else:
                         of_positives = tl.where(positive, x, float("-inf"))
-                        pos_total, pos_largest = add_powers(of_positives, pos_total, pos_largest)
+                        pos_total, pos_largest = add_powers(of_positives, pos_total, pos_largest, 1)
                     if DENOMINATOR != "all":
                         counts = counts & (positive == 0)
-                    x = tl.where(counts, x, float("-inf"))
-                    total, largest = add_powers(x, total, largest)
+                    total, largest = add_powers(
+                        tl.where(counts, x, float("-inf")), total, largest, 1
+                    )
+                    if BOTH:
+                        counts = (row_valid != 0.0)[:, None] & (positive == 0)
+                        if DENOMINATOR == "all":
+                            counts = (row_valid != 0.0)[:, None]
+                        of_col = tl.where(counts, x, float("-inf"))
+                        col_sums = col_sums_ptr + tl.program_id(0) * 4 * padded_cols + j
+                        add_to_columns(col_sums, padded_cols, of_col, x, positive, RUNNING, OUT)
                 else:
                     power = tl.exp2(x)
                     if part == 1:
@@ -176,6 +224,12 @@ def _forward_kernel(
                         power = tl.where(positive, 0.0, power)
                     pos_total += add_places(tl.where(positive, of_positives, 0.0))
                     total += add_places(power if SECOND else power * valid[None, :])
+                    if BOTH:
+                        of_col = power * row_valid[:, None]
+                        col_sums = col_sums_ptr + tl.program_id(0) * 4 * padded_cols + j
+                        add_to_columns(
+                            col_sums, padded_cols, of_col, of_positives, positive, RUNNING, OUT
+                        )
 
         if not RUNNING:
             total = tl.sum(total, axis=1)
@@ -185,3 +239,5 @@ def _forward_kernel(
         tl.store(out + padded_rows, largest)
         tl.store(out + 2 * padded_rows, pos_total)
         tl.store(out + 3 * padded_rows, pos_largest)
+        if BOTH:
+            tl.debug_barrier()  # what a thread stored of the columns another may load

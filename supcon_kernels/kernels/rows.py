@@ -129,7 +129,7 @@ def _prepare_kernel(
     host_temperature,
     on_device,  # whether the temperature is read there
     has_anchors,
-    is_square,  # whether the contrasts are the anchors
+    is_square,  # whether the anchors are also what each anchor counts its positives among
     is_sorted,
     NORMALIZE: tl.constexpr,
     TF32: tl.constexpr,
@@ -155,7 +155,7 @@ def _prepare_kernel(
     if is_sorted:
         begin = tl.load(sorted_begin_ptr + i % num_samples, mask=taken, other=0)
         count = tl.load(sorted_end_ptr + i % num_samples, mask=taken, other=0) - begin
-        ids = tl.where(count > 0, begin, -1)
+        ids = tl.where((count > 0) | (is_square != 0), begin, -1)
     else:
         ids, count = equal_labels(
             labels, anchor_labels_ptr, num_anchors, ignore_index, BLOCK_ROWS, WIDTH

@@ -15,8 +15,7 @@ from supcon_kernels import triton_launch
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LN2 = tl.constexpr(0.6931471805599453)
-# Below every exponent, and still a number: differences with it are not NaN.
-LOWEST = tl.constexpr(-3e38)
+LOWEST = tl.constexpr(triton_launch.LOWEST)
 COLDEST = tl.constexpr(triton_launch.FITTING_TEMPERATURES[0])
 HOTTEST = tl.constexpr(triton_launch.FITTING_TEMPERATURES[1])
 
