@@ -154,7 +154,7 @@ class Differentiator {
         weighted || (pulls && t_.classes.row != nullptr) ? attraction : Attraction::kNone;
     t_.shifted = sides_.shifted || weighted || t_.attraction == Attraction::kNotQ ||
                  t_.attraction == Attraction::kQTimesNotQ;
-    sides_.set_scratch(i, j, memory_.tile, &t_);
+    sides_.set_memory(i, j, memory_, &t_);
     t_.lse = lines(&U::lse);
     t_.weight = lines(t_.shifted ? &U::shifted_weight : &U::plain_weight);
     t_.normalizer = lines(&U::normalizer);

@@ -36,23 +36,31 @@ struct Segment {
   int64_t begin, end;
 };
 
+// What a side is made of.
+struct SideInput {
+  const void* x;
+  const int64_t* labels;
+  int64_t count;
+  bool is_packed;  // the side has panels of all its rows
+};
+
 // One side of the problem, sorted by label: embeddings scaled so that their products are base-2
-// exponents, in rows of a padded stride and, packed, in the transposed panels of the register
-// kernel.
+// exponents, in rows of a padded stride and, where asked, packed in the transposed panels of the
+// register kernel.
 template <typename Real>
 struct Side {
-  Side(const void* x, const int64_t* labels, int64_t count, const Problem<Real>& problem,
-       const Functions<Real>& functions, const Team& team)
-      : input(x),
+  Side(const SideInput& of, const Problem<Real>& problem, const Functions<Real>& functions,
+       const Team& team)
+      : input(of.x),
         panel(functions.panel),
         dim(round_up(std::max<int64_t>(problem.dim, 1), functions.panel)),
         stride(dim + 16),
-        position(count, -1) {
-    sort(labels, count, problem.ignore_label);
+        position(of.count, -1) {
+    sort(of.labels, of.count, problem.ignore_label);
     tile = tile_rows(size);
     num_tiles = (size + tile - 1) / tile;
     padded = round_up(size, panel);
-    allocate(functions.pack_bfloat16 != nullptr);
+    allocate(functions.pack_bfloat16 != nullptr, of.is_packed);
     embed(problem, functions, team);
   }
 
@@ -111,11 +119,11 @@ struct Side {
     for (int64_t k : unsorted) order[next[labels[k] - lowest]++] = k;
   }
 
-  void allocate(bool as_words) {
+  void allocate(bool as_words, bool is_packed) {
     data = std::make_unique<Array<Real>>(padded * stride);
     if (as_words)
       words = std::make_unique<Array<uint32_t>>(padded * (dim + stride) / 2);
-    else
+    else if (is_packed)
       packed = std::make_unique<Array<Real>>(padded * dim);
     scale.assign(size, 1);
     norm.assign(size, 1);
@@ -138,7 +146,7 @@ struct Side {
         functions.pack_bfloat16(row(begin), stride, dim, packed_words(begin), paired_words(begin));
       for (int64_t k = begin; k < end; ++k)
         if (!embed_row(k, unit, problem, functions)) all_finite = false;
-      if (words == nullptr) functions.pack(row(begin), stride, dim, packed->get() + begin * dim);
+      if (packed != nullptr) functions.pack(row(begin), stride, dim, packed->get() + begin * dim);
     });
     finite = all_finite;
   }
@@ -188,6 +196,19 @@ class KeptTiles {
   Array<Real> memory_;
 };
 
+// What a thread has for the pair of tiles that it computes.
+template <typename Real>
+struct PairMemory {
+  Real* tile;
+  Real* panels;      // of the columns, where no side has them
+  Real* codes;       // of the pairs' weights for their rows, then for their columns
+  double* products;  // of soft labels, and two tiles of these
+};
+
+// Up to so many tiles of anchors, panels of the columns are made in every pass: a second copy of
+// many columns takes longer to write and read than to make again.
+constexpr int64_t kFewTiles = 2;
+
 // Both sides of a problem, and what their tiles have in common.
 template <typename Real>
 struct Sides {
@@ -201,7 +222,7 @@ struct Sides {
     return Sides(supcon::mirrored(problem), functions, doubles, team, col_side, row_side);
   }
 
-  // The pair of tiles I and J, without what a pass writes.
+  // The pair of tiles I and J, without what a pass writes or packs.
   TilePair<Real> pair(int64_t i, int64_t j) const {
     TilePair<Real> t = {};
     t.num_rows = rows.tile_size(i);
@@ -210,7 +231,7 @@ struct Sides {
     t.stride = rows.stride;
     t.a = rows.row(rows.tile_begin(i));
     t.b = cols.row(cols.tile_begin(j));
-    if (!multiplies_bfloat16()) t.b_packed = cols.packed_tile(j);
+    if (cols.packed != nullptr) t.b_packed = cols.packed_tile(j);
     t.triangle = square && i == j;
     t.square = both_anchor;
     t.shifted = shifted;
@@ -225,15 +246,20 @@ struct Sides {
     if (problem.mask.data != nullptr || problem.row_soft.data != nullptr) return;
     kept_ = std::make_unique<KeptTiles<Real>>(rows.num_tiles, cols.num_tiles, rows.tile);
   }
-  void set_scratch(int64_t i, int64_t j, Real* of_thread, TilePair<Real>* t) const {
-    t->scratch = kept_ ? kept_->of(i, j) : of_thread;
+  void set_memory(int64_t i, int64_t j, const PairMemory<Real>& of_thread,
+                  TilePair<Real>* t) const {
+    t->scratch = kept_ ? kept_->of(i, j) : of_thread.tile;
     t->kept = kept_ && kept_->filled;
     t->keeps = kept_ && !kept_->filled;
+    if (packs_in_passes() && !t->kept) pack(of_thread.panels, t);
   }
   // To be called after a pass over all pairs.
   void have_kept() const {
     if (kept_) kept_->filled = true;
   }
+
+  // Whether a tile's columns are packed when they are multiplied: few tiles of anchors meet them.
+  bool packs_in_passes() const { return cols.packed == nullptr && cols.words == nullptr; }
 
   // Whether tiles are multiplied in bfloat16. What H holds of a positive, less what it attracts, is
   // then rounded once: all positives are looked at one by one.
@@ -324,15 +350,16 @@ struct Sides {
         team(team),
         square(problem.square),
         both_anchor(square || problem.symmetric),
-        row_side(of_rows
-                     ? of_rows
-                     : std::make_shared<Side<Real>>(problem.rows, problem.row_labels,
-                                                    problem.num_rows, problem, functions, team)),
-        col_side(of_cols ? of_cols
-                 : square
-                     ? row_side
-                     : std::make_shared<Side<Real>>(problem.cols, problem.col_labels,
-                                                    problem.num_cols, problem, functions, team)),
+        row_side(of_rows ? of_rows
+                         : std::make_shared<Side<Real>>(SideInput{problem.rows, problem.row_labels,
+                                                                  problem.num_rows, square},
+                                                        problem, functions, team)),
+        col_side(of_cols  ? of_cols
+                 : square ? row_side
+                          : std::make_shared<Side<Real>>(
+                                SideInput{problem.cols, problem.col_labels, problem.num_cols,
+                                          row_side->num_tiles > kFewTiles},
+                                problem, functions, team)),
         rows(*row_side),
         cols(*col_side),
         schedule(rows.num_tiles, cols.num_tiles, square),
@@ -340,6 +367,12 @@ struct Sides {
         finite(rows.finite && cols.finite) {
     find_own();
     number_classes();
+  }
+
+  void pack(Real* panels, TilePair<Real>* t) const {
+    for (int k = 0; k < t->num_cols; k += cols.panel)
+      functions.pack(t->b + k * t->stride, t->stride, t->dim, panels + k * t->dim);
+    t->b_packed = panels;
   }
 
   static Segment segment_of(const Side<Real>& side, int64_t label) {

@@ -51,7 +51,7 @@ class Reducer {
     t_.pairs = pairs_;
     t_.term = term_;
     t_.shifted = sides_.shifted || (term_ != Term::kMaximum && term_ != Term::kExp);
-    sides_.set_scratch(i, j, memory_.tile, &t_);
+    sides_.set_memory(i, j, memory_, &t_);
     if (inputs_.lse != nullptr) t_.lse = sides_.lines(*inputs_.lse, i, j);
     if (inputs_.shifts != nullptr) t_.shifts = sides_.lines(*inputs_.shifts, i, j);
     t_.row_out = row_out_;

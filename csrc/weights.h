@@ -47,14 +47,6 @@ struct AnchorWeights {
   std::vector<double> own;  // of soft labels: their product with themselves
 };
 
-// A thread's memory for a pair of tiles.
-template <typename Real>
-struct PairMemory {
-  Real* tile;
-  Real* codes;       // of the pairs' weights for their rows, then for their columns
-  double* products;  // of soft labels, and two tiles of these
-};
-
 template <typename Real>
 class Weights {
  public:
@@ -318,13 +310,17 @@ class PairMemories {
   explicit PairMemories(const Weights<Real>& weights)
       : tiles_(weights.sides().team,
                weights.sides().multiplies_bfloat16() ? 2 * kScratch : kScratch),
+        panels_(weights.sides().team,
+                weights.sides().packs_in_passes() ? kMaxTile * weights.sides().cols.dim : 0),
         codes_(weights.sides().team, weights.any() ? 2 * kScratch : 0),
         products_(weights.sides().team, weights.any() ? 3 * kScratch : 0) {}
 
-  PairMemory<Real> claim() { return {tiles_.claim(), codes_.claim(), products_.claim()}; }
+  PairMemory<Real> claim() {
+    return {tiles_.claim(), panels_.claim(), codes_.claim(), products_.claim()};
+  }
 
  private:
-  PerThread<Real> tiles_, codes_;
+  PerThread<Real> tiles_, panels_, codes_;
   PerThread<double> products_;
 };
 

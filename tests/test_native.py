@@ -490,6 +490,7 @@ def test_gradients_made_in_the_forward_have_the_bits_of_the_backward(dtype, redu
     results = []
     for limit in (native.MAX_PAIRS_AT_ONCE, 0):
         monkeypatch.setattr(native, "MAX_PAIRS_AT_ONCE", limit)
+        monkeypatch.setattr(native, "MAX_ANCHORS_AT_ONCE", limit)
         for k, case in enumerate(CASES):
             arguments = arguments_of(case, VARIANTS[k % len(VARIANTS)])
             if takes("native", arguments) and arguments["features"].numel():
@@ -515,6 +516,54 @@ def test_one_entry_into_the_core_makes_loss_and_gradient(monkeypatch):
     with torch.no_grad():
         native_loss(features, labels)
     native_loss(features, labels, reduction="none")
+
+
+@pytest.mark.parametrize("of_contrasts", [False, True])
+def test_few_anchors_are_prepared_with_their_contrasts_once(of_contrasts, monkeypatch):
+    monkeypatch.setattr(native, "MAX_PAIRS_AT_ONCE", 0)
+    entered, call_of = [], native._call
+    monkeypatch.setattr(
+        native, "_call", lambda problem: entered.append(problem) or call_of(problem)
+    )
+    features, contrasts = torch.randn(8, 4, requires_grad=True), torch.randn(16, 4)
+    contrasts.requires_grad_(of_contrasts)  # a gradient as large as they are is not kept
+    labels = {"labels": torch.arange(8) % 2, "contrast_labels": torch.arange(16) % 2}
+    native_loss(features, contrast_features=contrasts, **labels).backward()
+    assert len(entered) == 1 + of_contrasts
+
+
+MANY_CONTRASTS = """
+import re
+from pathlib import Path
+
+import torch
+from supcon_kernels import supcon_loss
+
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+def step(num_contrasts):
+    anchors, contrasts = torch.ones(8, 64, requires_grad=True), torch.ones(num_contrasts, 64)
+    labels = torch.zeros(8, dtype=torch.long), torch.zeros(num_contrasts, dtype=torch.long)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    loss = supcon_loss(
+        anchors, labels[0], contrast_features=contrasts, contrast_labels=labels[1], backend="native"
+    )
+    loss.backward()
+    return (peak() - before) / contrasts.nbytes
+
+step(8)
+print(step(200_000))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_few_anchors_hold_one_copy_of_their_contrasts():
+    ran = subprocess.run(
+        [sys.executable, "-c", MANY_CONTRASTS], capture_output=True, text=True, check=True
+    )
+    assert 1 < float(ran.stdout) < 1.8  # of which a quarter is padding of rows
 
 
 def test_gradients_are_narrowed_after_they_are_scaled():

@@ -21,6 +21,8 @@ from supcon_kernels.problem import Problem
 INTERFACE = 5
 # Up to so many pairs a preparation saved is worth keeping a gradient for.
 MAX_PAIRS_AT_ONCE = 2**22
+# Of so few anchors it takes longer than the pairs, and a gradient of theirs alone is small.
+MAX_ANCHORS_AT_ONCE = 256
 
 
 def _load_core() -> tuple[Any, str]:
@@ -78,14 +80,13 @@ def saved(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def forward(problem: Problem, reduction: str, wanted: Wanted) -> Results:
-    """The loss; of few pairs the gradients too, of the same preparation in one entry into the core."""
+    """The loss; of few pairs or anchors the gradients too, of one preparation in one entry."""
     if problem.symmetric:
         return _forward_both_ways(problem, reduction)
     by_rows, grads = problem.by_rows(), None
     results = _empty_results(by_rows)
     addresses = [x.data_ptr() for x in results]
-    few_pairs = problem.num_rows * problem.num_cols <= MAX_PAIRS_AT_ONCE
-    if any(wanted) and few_pairs and reduction != "none":
+    if _is_at_once(problem, wanted) and reduction != "none":
         rows, cols, temperature = made = _empty_gradients(by_rows, wanted)
         counts = results[2]
         count = 0
@@ -96,6 +97,13 @@ def forward(problem: Problem, reduction: str, wanted: Wanted) -> Results:
     else:
         _call(by_rows).forward(*addresses)
     return _asked(by_rows, results, reduction, grads)
+
+
+def _is_at_once(problem: Problem, wanted: Wanted) -> bool:
+    """Whether the forward makes the gradients, too."""
+    few_pairs = problem.num_rows * problem.num_cols <= MAX_PAIRS_AT_ONCE
+    few_anchors = problem.num_rows <= MAX_ANCHORS_AT_ONCE and not wanted.cols
+    return any(wanted) and (few_pairs or few_anchors)
 
 
 def _forward_both_ways(problem: Problem, reduction: str) -> Results:
