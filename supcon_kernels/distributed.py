@@ -220,7 +220,8 @@ def gradients(
     # The weight is of the sum of all losses, of which no count is taken any more.
     anchors = Anchors(weight, torch.ones_like(weight), stats, prepared)
     others = anchors._replace(stats=other_stats, prepared=None)
-    of_backend = _gradients_at_once if backend == "triton" else _gradients
+    # The CPU kernel makes use of the symmetry of a rank's own pairs.
+    of_backend = _gradients if backend == "native" else _gradients_at_once
     return of_backend(problem, gathered, anchors, others, wanted, backend)
 
 

@@ -10,8 +10,10 @@ import torch
 
 from cases import by_id
 from compare import assert_close
-from supcon_kernels import products, supcon_loss
+from supcon_kernels import distributed, op, products, supcon_loss
 from supcon_kernels.backends import tiled
+from supcon_kernels.backends.protocol import Wanted
+from supcon_kernels.problem import Problem
 
 tiled_loss = functools.partial(supcon_loss, backend="tiled")
 SHORT = [torch.float16, torch.bfloat16]
@@ -47,6 +49,29 @@ def multiplied(monkeypatch):
 def test_features_are_multiplied_in_16_bits(name, variant, dtype, multiplied):
     options = dict(zip(("summation", "denominator"), variant))
     assert_close(tiled_loss, {**by_id(name).arguments(), **options}, dtype)
+    assert multiplied and set(multiplied) == {dtype}
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+def test_among_the_rows_of_other_ranks_they_are_too(dtype, multiplied):
+    g = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(40, 8, generator=g).to(dtype), torch.arange(40) % 5
+
+    def problem_of(rows, of_rows, *columns):
+        cols, of_cols = columns or (None, None)
+        options = (0.1, 0, "out", "all", True, -100, False, False)
+        return Problem(rows, cols, of_rows, of_cols, None, None, *options)
+
+    whole = problem_of(features, labels)
+    found = op.results_of(whole, "tiled", "sum")
+    of_whole = op.Anchors(torch.ones(()), torch.ones(()), found.stats)
+    expected = op.gradients_of(whole, of_whole, None, Wanted(rows=True), "tiled").rows
+    multiplied.clear()
+    saved = found.stats[:, :24], found.stats[:, 24:], found.prepared
+    gathered = features, labels, features[:0], labels[:0]
+    own = problem_of(features[:24], labels[:24])
+    grads = distributed.gradients(own, gathered, torch.ones(()), saved, Wanted(rows=True), "tiled")
+    torch.testing.assert_close(grads.rows, expected[:24].float(), rtol=2**-7, atol=1e-4)
     assert multiplied and set(multiplied) == {dtype}
 
 

@@ -310,16 +310,18 @@ class _Classes:
         return x.new_zeros(self.num_classes, *x.shape[1:]).index_add_(0, self.of_col, x)
 
 
-def _own(problem: Problem, classes: _Classes) -> tuple[slice, Tensor] | None:
-    """The columns that are the anchors themselves, and (N,) 1 where such a column is in its class.
+def _own(problem: Problem, classes: _Classes) -> tuple[slice, slice, Tensor] | None:
+    """Rows, the columns that they themselves are, and (n, 1) 1 where such a column is in its class.
 
     It is not where a memory holds the anchor under another label, or ignores it.
     """
-    if problem.self_offset is None:
+    offset = problem.self_offset
+    if offset is None:
         return None
-    own = slice(problem.self_offset, problem.self_offset + problem.rows.shape[0])
-    same = classes.of_col[own] == classes.of_row
-    return own, same * classes.col_counts[own]
+    rows = slice(max(-offset, 0), problem.rows.shape[0])
+    cols = slice(rows.start + offset, rows.stop + offset)
+    same = classes.of_col[cols] == classes.of_row[rows]
+    return rows, cols, (same * classes.col_counts[cols])[:, None]
 
 
 def _softmax_chunks(problem: Problem, rows: Tensor, cols: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -359,9 +361,9 @@ def _class_statistics(
     counts = classes.col_sums(classes.col_counts)[classes.of_row]
     sums = classes.col_sums(cols.to(exact))[classes.of_row]
     if (found := _own(problem, classes)) is not None:
-        own, in_class = found
-        counts -= in_class
-        sums -= in_class[:, None] * cols[own]
+        own_rows, own_cols, in_class = found
+        counts[own_rows] -= in_class[:, 0]
+        sums[own_rows] -= in_class * cols[own_cols]
     mean = (rows.to(exact) * sums).sum(dim=1) / problem.tau / counts.clamp(min=1.0)
     contributes = (counts * classes.row_counts) > 0
 
@@ -381,27 +383,29 @@ def _class_gradient(
     grad_loss, lse = anchors.grad_loss, anchors.stats[0].to(rows.dtype)
     exact = accumulation_dtype(rows)
     classes = _Classes.of(problem)
-    found = _own(problem, classes)
+    # Positives pull by the row's weight and by the column's, where this is an anchor, too.
     pull = (grad_loss / anchors.stats[1]).to(exact)[:, None]
-
-    grad_rows = classes.col_sums(cols.to(exact))[classes.of_row]
-    if found is not None:
-        own, in_class = found
-        grad_rows -= in_class[:, None] * cols[own]
-    grad_rows = grad_rows * -pull
+    col_pull = None
     if col_anchors is not None:
         col_pull = (col_anchors.grad_loss / col_anchors.stats[1]).to(exact)[:, None]
-        grad_rows -= classes.col_sums(col_pull * cols)[classes.of_row]
-    grad_rows = grad_rows.to(rows.dtype)
-    grad_cols = rows.new_zeros(0)
+    of_self = None
+    if (found := _own(problem, classes)) is not None:
+        own_rows, own_cols, in_class = found
+        of_self = in_class * (pull[own_rows] + (0 if col_pull is None else col_pull[own_cols]))
+
+    attraction = pull * classes.col_sums(cols.to(exact))[classes.of_row]
+    if col_pull is not None:
+        attraction += classes.col_sums(col_pull * cols)[classes.of_row]
+    if of_self is not None:
+        attraction[own_rows] -= of_self * cols[own_cols]
+    grad_rows, grad_cols = -attraction.to(rows.dtype), rows.new_zeros(0)
     if wants_cols:
-        pulled = pull * rows.to(exact)
-        grad_exact = -classes.row_sums(pulled)[classes.of_col]
-        if found is not None:
-            grad_exact[own] += in_class[:, None] * pulled
-        if col_anchors is not None:
-            grad_exact -= col_pull * classes.row_sums(rows.to(exact))[classes.of_col]
-        grad_cols = grad_exact.to(rows.dtype)
+        attraction = classes.row_sums(pull * rows)[classes.of_col]
+        if col_pull is not None:
+            attraction += col_pull * classes.row_sums(rows.to(exact))[classes.of_col]
+        if of_self is not None:
+            attraction[own_cols] -= of_self * rows[own_rows]
+        grad_cols = -attraction.to(rows.dtype)
 
     weighted = grad_loss[:, None] * rows
     dtype = short_dtype(problem.rows)
