@@ -92,9 +92,14 @@ def saved(problem: Problem) -> tuple[Tensor, Tensor]:
     does not contribute; the weight of the softmax part of its gradient; and the exponents that both
     sums are shifted by.
     """
-    sides = [problem.rows] if problem.cols is None else [problem.rows, problem.cols]
     stats = problem.rows.new_empty(5, problem.num_rows, dtype=torch.float32)
-    return stats, problem.rows.new_empty(sum(size_of(side) for side in sides))
+    return stats, _room(problem)
+
+
+def _room(problem: Problem) -> Tensor:
+    """Where the prepared rows and columns are put."""
+    sides = [problem.rows] if problem.cols is None else [problem.rows, problem.cols]
+    return problem.rows.new_empty(sum(size_of(side) for side in sides))
 
 
 def forward(problem: Problem, reduction: str, wanted: Wanted) -> Results:
@@ -114,7 +119,7 @@ def _sums_both(plan: Plan) -> bool:
 def _losses(call: Call, reduction: str) -> list[Results]:
     """The rows' loss and, of a symmetric problem, that of the columns, of one set of scores."""
     problem, plan, rows, cols = call.problem, call.plan, call.rows, call.cols
-    prepared = saved(problem)[1]
+    prepared = _room(problem)
     anchors = (rows, cols) if plan.both else (rows,)
     with call.on_device():
         call.place(prepared)
@@ -192,7 +197,7 @@ def backward(
     grad_tau = call.new(() if wanted.temperature else 0)
     with call.on_device():
         if anchors.prepared is None:
-            call.place(saved(problem)[1])
+            call.place(_room(problem))
             call.prepare()
         else:
             call.place(anchors.prepared)
