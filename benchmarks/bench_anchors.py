@@ -58,9 +58,10 @@ WAYS: dict[str, Callable[..., Tensor]] = {"native": by_kernel, "matrix of logits
 
 def make_sides(num_rows: int, num_cols: int, dim: int) -> Sides:
     g = torch.Generator().manual_seed(SEED)
-    rows, cols = (torch.randn(n, dim, generator=g) for n in (num_rows, num_cols))
-    labels = (torch.randint(NUM_CLASSES, (n,), generator=g) for n in (num_rows, num_cols))
-    return rows, cols, *labels  # type: ignore[return-value]
+    sizes = num_rows, num_cols
+    rows, cols = (torch.randn(n, dim, generator=g) for n in sizes)
+    of_rows, of_cols = (torch.randint(NUM_CLASSES, (n,), generator=g) for n in sizes)
+    return rows, cols, of_rows, of_cols
 
 
 def step(loss_of: Callable[..., Tensor], sides: Sides) -> list[Tensor]:

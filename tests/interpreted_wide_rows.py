@@ -10,7 +10,14 @@ import torch.nn.functional as F
 
 from cases import VARIANTS
 from compare import reference
-from supcon_kernels import supcon_loss, triton_call, triton_launch, triton_run, triton_shares
+from supcon_kernels import (
+    supcon_loss,
+    triton_call,
+    triton_launch,
+    triton_run,
+    triton_shares,
+    triton_tiles,
+)
 from supcon_kernels.triton_tiles import Target
 
 # The interpreter computes masked lanes too, of which some overflow.
@@ -47,6 +54,37 @@ def test_wide_rows(has_memory, labels, variant, monkeypatch):
         torch.testing.assert_close(ours.double(), want.double(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.fixture
+def forwards(monkeypatch):
+    """The launches of the forward kernel, by three programs which own blocks of rows and parts of them."""
+    found, run = [], triton_run.run
+
+    def recorded(launch, device, given):
+        if launch.kernel == "_forward_kernel":
+            found.append(launch)
+        run(launch, device, given)
+
+    monkeypatch.setattr(triton_run, "run", recorded)
+    monkeypatch.setattr(triton_call, "_target", lambda device: Target(0, 3))
+    monkeypatch.setattr(triton_shares, "MIN_SHARE", 1)
+    return found
+
+
+def gradients_of(loss_function, dtype, leaves, tau, **options):
+    """The loss of both directions, and the gradients of rows, columns and temperature."""
+    rows, cols = (x.to(dtype).requires_grad_() for x in leaves)
+    temperature = torch.tensor(tau, requires_grad=True)
+    inputs = {"features": rows, "contrast_features": cols, "temperature": temperature}
+    loss = loss_function(**inputs, **options, symmetric=True)
+    return [loss.detach(), *torch.autograd.grad(loss, (rows, cols, temperature))]
+
+
+def assert_exact(ours, exact):
+    for found, want in zip(ours, exact):
+        close = {"rtol": 2e-5, "atol": 2e-5 * want.abs().max().item()}
+        torch.testing.assert_close(found.double(), want.double(), **close)
+
+
 @pytest.mark.parametrize("tau, labels, variant", [
     (0.1, "hard", ("out", "all")),
     (0.1, "hard", ("in", "only_negatives")),
@@ -55,21 +93,10 @@ def test_wide_rows(has_memory, labels, variant, monkeypatch):
     (0.1, "soft", ("out", "all")),
     (0.01, "ignored", ("out", "all")),
 ])  # fmt: skip
-def test_both_directions_of_one_set_of_scores(tau, labels, variant, monkeypatch):
-    # Three programs own blocks of rows of which some are whole.
-    monkeypatch.setattr(triton_call, "_target", lambda device: Target(0, 3))
-    monkeypatch.setattr(triton_shares, "MIN_SHARE", 1)
+def test_both_directions_of_one_set_of_scores(tau, labels, variant, forwards, monkeypatch):
     monkeypatch.setattr(triton_call, "_temperature", lambda problem: problem.temperature_tensor)
     if labels == "sorted":
         monkeypatch.setattr(triton_launch, "SORTED_PAIRS", 0)
-    forwards = []
-    run = triton_run.run
-
-    def recorded(launch, device, given):
-        forwards.append(launch) if launch.kernel == "_forward_kernel" else None
-        run(launch, device, given)
-
-    monkeypatch.setattr(triton_run, "run", recorded)
     g = torch.Generator().manual_seed(0)
     leaves = [torch.randn(n, 130, generator=g) for n in (260, 130)]
     of_rows, of_cols = torch.arange(260) % 9, torch.arange(130) % 7  # two classes without a column
@@ -77,20 +104,35 @@ def test_both_directions_of_one_set_of_scores(tau, labels, variant, monkeypatch)
         of_rows[40:170], of_cols[3:100:2] = -100, -100
     if labels == "soft":
         of_rows, of_cols = F.one_hot(of_rows, 9).float(), F.one_hot(of_cols, 9).float()
-    options = {"labels": of_rows, "contrast_labels": of_cols, "symmetric": True}
+    options = {"labels": of_rows, "contrast_labels": of_cols}
     options |= {"summation": variant[0], "denominator": variant[1]}
-
-    def gradients(loss_function, dtype):
-        rows, cols = (x.to(dtype).requires_grad_() for x in leaves)
-        temperature = torch.tensor(tau).requires_grad_()
-        inputs = {"features": rows, "contrast_features": cols, "temperature": temperature}
-        loss = loss_function(**inputs, **options)
-        return [loss, *torch.autograd.grad(loss, (rows, cols, temperature))]
-
-    for ours, want in zip(
-        gradients(triton_loss, torch.float32), gradients(reference, torch.float64)
-    ):
-        close = {"rtol": 2e-5, "atol": 2e-5 * want.abs().max().item()}
-        torch.testing.assert_close(ours.double(), want.double(), **close)
+    exact = gradients_of(reference, torch.float64, leaves, tau, **options)
+    assert_exact(gradients_of(triton_loss, torch.float32, leaves, tau, **options), exact)
     # One without maxima and one with, of which the device chooses.
     assert [launch.constexprs["BOTH"] for launch in forwards] == [True, True]
+
+
+def test_a_column_may_be_far_from_every_row(forwards):
+    g = torch.Generator().manual_seed(0)
+    direction = torch.randn(130, generator=g)
+    rows = direction + 0.1 * torch.randn(140, 130, generator=g)
+    cols = torch.cat([rows[:20] + 0.1 * torch.randn(20, 130, generator=g), -rows[20:24]])
+    options = {"labels": torch.arange(140) % 4, "contrast_labels": torch.arange(24) % 4}
+    exact = gradients_of(reference, torch.float64, (rows, cols), 0.01, **options)
+    ours = gradients_of(triton_loss, torch.float32, (rows, cols), 0.01, **options)
+    # In float32 little is left of the temperature's gradient, whose terms nearly cancel.
+    assert_exact(ours[:3], exact[:3])
+    assert [launch.constexprs["BOTH"] for launch in forwards] == [True]
+
+
+def test_two_forwards_where_the_columns_sums_are_too_large(forwards, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(140, 130, generator=g), torch.randn(40, 130, generator=g)]
+    options = {"labels": torch.arange(140) % 4, "contrast_labels": torch.arange(40) % 4}
+    num_bytes = 16 * 3 * triton_tiles.padded_rows(40)
+    exact = gradients_of(reference, torch.float64, leaves, 0.1, **options)
+    for workspace, both in ((num_bytes, [True]), (num_bytes - 1, [False, False])):
+        monkeypatch.setattr(triton_call, "workspace_bytes", workspace)
+        assert_exact(gradients_of(triton_loss, torch.float32, leaves, 0.1, **options), exact)
+        assert [launch.constexprs["BOTH"] for launch in forwards] == both
+        forwards.clear()

@@ -12,7 +12,7 @@ from cases import by_id
 from compare import assert_close
 from supcon_kernels import distributed, op, products, supcon_loss
 from supcon_kernels.backends import tiled
-from supcon_kernels.backends.protocol import Wanted
+from supcon_kernels.backends.protocol import Anchors, Wanted
 from supcon_kernels.problem import Problem
 
 tiled_loss = functools.partial(supcon_loss, backend="tiled")
@@ -57,14 +57,13 @@ def test_among_the_rows_of_other_ranks_they_are_too(dtype, multiplied):
     g = torch.Generator().manual_seed(0)
     features, labels = torch.randn(40, 8, generator=g).to(dtype), torch.arange(40) % 5
 
-    def problem_of(rows, of_rows, *columns):
-        cols, of_cols = columns or (None, None)
-        options = (0.1, 0, "out", "all", True, -100, False, False)
-        return Problem(rows, cols, of_rows, of_cols, None, None, *options)
+    def problem_of(rows, of_rows):
+        options = (0.1, 0, "out", "all", True, -100)
+        return Problem(rows, None, of_rows, None, None, None, *options)
 
     whole = problem_of(features, labels)
     found = op.results_of(whole, "tiled", "sum")
-    of_whole = op.Anchors(torch.ones(()), torch.ones(()), found.stats)
+    of_whole = Anchors(torch.ones(()), torch.ones(()), found.stats)
     expected = op.gradients_of(whole, of_whole, None, Wanted(rows=True), "tiled").rows
     multiplied.clear()
     saved = found.stats[:, :24], found.stats[:, 24:], found.prepared
