@@ -24,6 +24,7 @@ from supcon_kernels import supcon_loss
 RESULTS = "both_ways_cpu_float32.csv"
 TEMPERATURE = 0.07
 CHECKED_ROWS = 1024
+LossOfSides = Callable[[Tensor, Tensor], Tensor]
 
 
 def in_one_call(images: Tensor, texts: Tensor) -> Tensor:
@@ -42,25 +43,25 @@ def in_two_calls(images: Tensor, texts: Tensor) -> Tensor:
 def by_logits(images: Tensor, texts: Tensor) -> Tensor:
     """The loss in plain PyTorch, with the matrix of all logits."""
     logits = F.normalize(images) @ F.normalize(texts).T / TEMPERATURE
-    numbers = torch.arange(len(logits))
+    numbers = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, numbers) + F.cross_entropy(logits.T, numbers)) / 2
 
 
-WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+WAYS: dict[str, LossOfSides] = {
     "one call": in_one_call,
     "two calls": in_two_calls,
     "matrix of logits": by_logits,
 }
 
 
-def step(loss_of: Callable[[Tensor, Tensor], Tensor], sides: Tensor) -> list[Tensor]:
+def step(loss_of: LossOfSides, sides: Tensor) -> list[Tensor]:
     """The loss and the gradients of both sides."""
     leaves = [side.detach().requires_grad_() for side in sides]
     loss = loss_of(*leaves)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def check(loss_of: Callable[[Tensor, Tensor], Tensor], sides: Tensor) -> float:
+def check(loss_of: LossOfSides, sides: Tensor) -> float:
     """The largest error, relative to the largest number, of a step against the float64 truth."""
     pairs = zip(step(loss_of, sides), step(by_logits, sides.double()))
     errors = [(got.double() - exact).abs().max() / exact.abs().max() for got, exact in pairs]

@@ -133,7 +133,7 @@ class Plan:
         fits: whether sums of powers need no maximum; None: the temperature is on the device.
         summation, denominator, normalize: as in ``Problem``.
         tf32: whether one product of TF32 stands for one of float32.
-        both: whether one forward has the sums of rows and columns, which are anchors, too.
+        symmetric: whether the columns are anchors, too.
     """
 
     dtype: str
@@ -146,7 +146,7 @@ class Plan:
     denominator: str
     normalize: bool
     tf32: bool = False
-    both: bool = False
+    symmetric: bool = False
 
     @property
     def products(self) -> str:
@@ -177,15 +177,15 @@ class Plan:
         """Whether the backward writes H in blocks, and multiplies these by torch's own product."""
         return is_wide(self.dim, self.dtype, self.target.capability)
 
+    @property
+    def both(self) -> bool:
+        """Whether one forward has the sums of the rows and of the columns."""
+        return self.symmetric and self.is_wide and not self.looks_twice
+
     def sorts_labels(self, num_pairs: int) -> bool:
         """Whether sorting labels takes less than comparing so many pairs."""
         rows: int = self._prepare_block(self.num_rows)["BLOCK_ROWS"]
         return num_pairs > SORTED_PAIRS * max(rows // 2, 1)
-
-    @property
-    def bytes_of_both(self) -> int:
-        """What the columns' sums of such a forward take: four numbers for each program."""
-        return 16 * self.forward_shares(self.running[0]).num_programs * padded_rows(self._contrasts)
 
     def blocks(self, workspace: int) -> tuple[int, int]:
         """Padded rows and columns of a block of H that takes at most so many bytes: whole rows if it can."""

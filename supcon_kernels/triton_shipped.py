@@ -57,7 +57,7 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
     shape = "" if plan.square else ", memory"
     given = "" if plan.normalize else ", as given"
     n, found = plan.num_rows, []
-    one_forward = dataclasses.replace(plan, both=True)
+    symmetric = dataclasses.replace(plan, symmetric=True)
     for running in plan.running:
         call = f"{loss}{', running maximum' if running else ''}{given}{shape}"
         found.append((f"forward {call}", plan.forward(running)))
@@ -66,8 +66,8 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
         if plan.is_wide:
             n_cols = plan.num_cols or n
             found.append((f"backward {call}", plan.derivatives(running, n, n_cols)))
-            if not plan.square and not plan.looks_twice:
-                found.append((f"forward of both {call}", one_forward.forward(running)))
+            if symmetric.both and not plan.square:
+                found.append((f"forward of both {call}", symmetric.forward(running)))
             if not plan.square:
                 both = plan.derivatives(running, n, n_cols, both_anchor=True)
                 found.append((f"backward of both {call}", both))

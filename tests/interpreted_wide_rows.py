@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,16 +56,30 @@ def test_wide_rows(has_memory, labels, variant, monkeypatch):
 
 
 @pytest.fixture
-def forwards(monkeypatch):
-    """The launches of the forward kernel, by three programs which own blocks of rows and parts of them."""
-    found, run = [], triton_run.run
+def work(monkeypatch):
+    """The forward's launches, and the multiplications of each product of the whole call.
 
-    def recorded(launch, device, given):
-        if launch.kernel == "_forward_kernel":
-            found.append(launch)
+    Three programs own blocks of rows and parts of them.
+    """
+    found = SimpleNamespace(forwards=[], products=[])
+    run, product = triton_run.run, triton_call._product
+
+    def recorded_run(launch, device, given):
+        if launch.kernel in ("_forward_kernel", "_derivatives_kernel"):
+            num_tiles = launch.grid[0]
+            if launch.kernel == "_forward_kernel":
+                found.forwards.append(launch)
+                num_tiles = given["num_blocks"] * given["num_tiles"]
+            pairs = num_tiles * launch.constexprs["ROWS"] * launch.constexprs["COLS"]
+            found.products.append(pairs * given["padded_dim"])
         run(launch, device, given)
 
-    monkeypatch.setattr(triton_run, "run", recorded)
+    def recorded_product(a, b):
+        found.products.append(a.numel() * b.shape[1])
+        return product(a, b)
+
+    monkeypatch.setattr(triton_run, "run", recorded_run)
+    monkeypatch.setattr(triton_call, "_product", recorded_product)
     monkeypatch.setattr(triton_call, "_target", lambda device: Target(0, 3))
     monkeypatch.setattr(triton_shares, "MIN_SHARE", 1)
     return found
@@ -93,7 +108,7 @@ def assert_exact(ours, exact):
     (0.1, "soft", ("out", "all")),
     (0.01, "ignored", ("out", "all")),
 ])  # fmt: skip
-def test_both_directions_of_one_set_of_scores(tau, labels, variant, forwards, monkeypatch):
+def test_both_directions_of_one_set_of_scores(tau, labels, variant, work, monkeypatch):
     monkeypatch.setattr(triton_call, "_temperature", lambda problem: problem.temperature_tensor)
     if labels == "sorted":
         monkeypatch.setattr(triton_launch, "SORTED_PAIRS", 0)
@@ -109,10 +124,10 @@ def test_both_directions_of_one_set_of_scores(tau, labels, variant, forwards, mo
     exact = gradients_of(reference, torch.float64, leaves, tau, **options)
     assert_exact(gradients_of(triton_loss, torch.float32, leaves, tau, **options), exact)
     # One without maxima and one with, of which the device chooses.
-    assert [launch.constexprs["BOTH"] for launch in forwards] == [True, True]
+    assert [launch.constexprs["BOTH"] for launch in work.forwards] == [True, True]
 
 
-def test_a_column_may_be_far_from_every_row(forwards):
+def test_a_column_may_be_far_from_every_row(work):
     g = torch.Generator().manual_seed(0)
     direction = torch.randn(130, generator=g)
     rows = direction + 0.1 * torch.randn(140, 130, generator=g)
@@ -122,17 +137,18 @@ def test_a_column_may_be_far_from_every_row(forwards):
     ours = gradients_of(triton_loss, torch.float32, (rows, cols), 0.01, **options)
     # In float32 little is left of the temperature's gradient, whose terms nearly cancel.
     assert_exact(ours[:3], exact[:3])
-    assert [launch.constexprs["BOTH"] for launch in forwards] == [True]
+    assert [launch.constexprs["BOTH"] for launch in work.forwards] == [True]
 
 
-def test_two_forwards_where_the_columns_sums_are_too_large(forwards, monkeypatch):
+def test_both_directions_take_four_products(work, monkeypatch):
+    monkeypatch.setattr(triton_call, "workspace_bytes", 4 * 128**2)  # six blocks of H
     g = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(140, 130, generator=g), torch.randn(40, 130, generator=g)]
-    options = {"labels": torch.arange(140) % 4, "contrast_labels": torch.arange(40) % 4}
-    num_bytes = 16 * 3 * triton_tiles.padded_rows(40)
+    leaves = [torch.randn(n, 130, generator=g) for n in (260, 130)]
+    options = {"labels": torch.arange(260) % 9, "contrast_labels": torch.arange(130) % 7}
     exact = gradients_of(reference, torch.float64, leaves, 0.1, **options)
-    for workspace, both in ((num_bytes, [True]), (num_bytes - 1, [False, False])):
-        monkeypatch.setattr(triton_call, "workspace_bytes", workspace)
-        assert_exact(gradients_of(triton_loss, torch.float32, leaves, 0.1, **options), exact)
-        assert [launch.constexprs["BOTH"] for launch in forwards] == both
-        forwards.clear()
+    assert_exact(gradients_of(triton_loss, torch.float32, leaves, 0.1, **options), exact)
+    padded = [triton_tiles.padded_rows(len(leaf)) for leaf in leaves]
+    one_product = padded[0] * padded[1] * triton_tiles.padded_dim(130)
+    # The scores of the forward, those of each block of H, and its product with either side.
+    assert len(work.products) == 1 + 6 * 3
+    assert sum(work.products) == 4 * one_product

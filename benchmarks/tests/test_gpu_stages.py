@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu import backend, behaviour, cases, counters, driver, speed, timing
+from gpu import backend, behaviour, cases, choices, counters, driver, speed, timing
 from gpu.place import Place
 from measuring.workloads import Workload, make_problem
 from supcon_kernels import triton_launch
@@ -136,3 +136,10 @@ def test_narrow_rows_can_be_measured_with_their_derivatives_in_blocks() -> None:
     shapes = speed.shapes(Place())
     wide = [s for s in shapes if s.workload.dim > 256 and s.workload.num_rows < 65536]
     assert all("chunked" in s.others for s in wide)
+
+
+def test_both_directions_are_the_same_loss_by_each_way() -> None:
+    calls = choices.both_ways(Workload(32, 16, num_cols=32))
+    one_call, *others = (call(lambda: None) for call in calls.values())
+    for other in others:
+        torch.testing.assert_close(other, one_call)

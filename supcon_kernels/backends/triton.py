@@ -105,15 +105,9 @@ def _room(problem: Problem) -> Tensor:
 def forward(problem: Problem, reduction: str, wanted: Wanted) -> Results:
     """The loss, and the rows and columns as the kernels take them."""
     call = Call(problem)
-    if not problem.symmetric or _sums_both(call.plan):
+    if not problem.symmetric or call.plan.both:
         return Results.of_ways(_losses(call, reduction))
     return Results.of_ways([_losses(Call(way), reduction)[0] for way in problem.ways()])
-
-
-def _sums_both(plan: Plan) -> bool:
-    """Whether one forward has time and memory for the sums of the columns, too."""
-    fits = plan.bytes_of_both <= triton_call.workspace_bytes
-    return plan.is_wide and not plan.looks_twice and fits
 
 
 def _losses(call: Call, reduction: str) -> list[Results]:
