@@ -1,7 +1,8 @@
 """README and docs/: every program runs, and every command's options exist.
 
-docs/training.md, evaluation.md and export.md are run on folders of images by test_train_docs.py, and
-docs/frameworks.md with the libraries that it names by the tests in integrations/.
+test_train_docs.py runs the commands of train/ on folders of images, and the programs of
+docs/training.md, evaluation.md and export.md; integrations/ runs docs/frameworks.md with the libraries
+that it names.
 """
 
 import re
