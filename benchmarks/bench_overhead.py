@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,20 +41,19 @@ def layers(num_rows: int, dim: int) -> dict[str, Callable[[], object]]:
     labels = torch.randint(10, (num_rows,), generator=g)
     problem = Problem(features, None, labels, None, None, None, 0.1, 0, "out", "all", True, -100)
     leaf = features.clone().requires_grad_()
-    operands = (*problem.operands(), "native", "mean")
+    of_leaf = dataclasses.replace(problem, rows=leaf)
     wanted = Wanted(rows=True)
-    losses, grads = native._empty_results(problem), native._empty_gradients(problem, wanted)
-    written = (*losses, losses[2], grads.rows)
+    loss, gradient = torch.empty(()), torch.empty_like(features)
     call = native._call(problem)
 
     def core() -> None:
-        call.forward_and_backward(*[x.data_ptr() for x in written], 0, 0)
+        call.loss_and_gradients("mean", loss.data_ptr(), gradient.data_ptr(), 0, 0)
 
     def backend() -> None:
-        assert native.forward(problem, "mean", wanted).grads is not None
+        native.loss_and_gradients(problem, "mean", wanted)
 
     def autograd() -> None:
-        torch.autograd.grad(op.forward(leaf, *operands[1:])[0], leaf)
+        torch.autograd.grad(op.loss_of(of_leaf, "native", "mean"), leaf)
 
     def whole() -> None:
         torch.autograd.grad(supcon_loss(leaf, labels, temperature=0.1), leaf)
@@ -80,7 +80,7 @@ def gpu_layers(num_rows: int, dim: int) -> dict[str, Callable[[], object]]:
     wanted = Wanted(rows=True)
 
     def backend() -> None:
-        found = triton.forward(problem, "mean", wanted)
+        found = triton.forward(problem, "mean")
         anchors = Anchors(one, found.divisor, found.stats, found.prepared)
         triton.backward(problem, anchors, None, wanted)
 

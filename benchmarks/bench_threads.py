@@ -156,11 +156,11 @@ def measure(
     problem = Problem(
         rows, cols, labels, col_labels, None, None, 0.1, offset, "out", "all", True, -100
     )
-    results = native.forward(problem, "mean", Wanted())
+    results = native.forward(problem, "mean")
     anchors = Anchors(torch.ones(()), results.divisor, results.stats)
     wanted = Wanted(True, num_cols is not None)
     passes: list[Callable[[], object]] = [
-        lambda: native.forward(problem, "mean", Wanted()),
+        lambda: native.forward(problem, "mean"),
         lambda: native.backward(problem, anchors, None, wanted),
     ]
     forward, backward = (_measure_pass(run, threads) for run in passes)

@@ -176,19 +176,19 @@ void forward_both_ways(const Call& call, uintptr_t loss, uintptr_t total, uintpt
                   results<Real>(call.num_rows, loss, total, counts, statistics), &of_cols);
 }
 
-// As forward, with the address of what the total is divided by, and those of the gradients, 0 where
-// there is none.
+// The addresses of the loss and of the gradients, 0 where there is none.
 template <typename Real>
-void forward_and_backward(const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
-                          uintptr_t statistics, uintptr_t count, uintptr_t rows, uintptr_t cols,
-                          uintptr_t temperature) {
+void loss_and_gradients(const Call& call, const std::string& reduction, uintptr_t loss,
+                        uintptr_t rows, uintptr_t cols, uintptr_t temperature) {
   supcon::Gradients<Real> gradients = {};
   gradients.rows = pointer<Real>(rows);
   gradients.cols = pointer<Real>(cols);
   gradients.temperature = pointer<double>(temperature);
-  supcon::forward_and_backward(call.problem<Real>(), isa_of(call.isa), call.team(),
-                               results<Real>(call.num_rows, loss, total, counts, statistics),
-                               pointer<const Real>(count), gradients);
+  const supcon::Reduction reduces = reduction == "sum"    ? supcon::Reduction::kSum
+                                    : reduction == "mean" ? supcon::Reduction::kMean
+                                                          : supcon::Reduction::kPositiveMean;
+  supcon::loss_and_gradients(call.problem<Real>(), isa_of(call.isa), call.team(), reduces,
+                             pointer<Real>(loss), gradients);
 }
 
 // The addresses of supcon::Gradients, 0 for a gradient that is not wanted and for what is not
@@ -282,13 +282,12 @@ void define(py::module_ module) {
           },
           py::call_guard<py::gil_scoped_release>())
       .def(
-          "forward_and_backward",
-          [](const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
-             uintptr_t statistics, uintptr_t count, uintptr_t rows, uintptr_t cols,
-             uintptr_t temperature) {
+          "loss_and_gradients",
+          [](const Call& call, const std::string& reduction, uintptr_t loss, uintptr_t rows,
+             uintptr_t cols, uintptr_t temperature) {
             const auto run =
-                call.is_double ? forward_and_backward<double> : forward_and_backward<float>;
-            run(call, loss, total, counts, statistics, count, rows, cols, temperature);
+                call.is_double ? loss_and_gradients<double> : loss_and_gradients<float>;
+            run(call, reduction, loss, rows, cols, temperature);
           },
           py::call_guard<py::gil_scoped_release>())
       .def(

@@ -135,15 +135,21 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
 }
 
 template <typename Real>
-void forward_and_backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
-                          const Results<Real>& results, const Real* count,
-                          Gradients<Real> gradients) {
+void loss_and_gradients(const Problem<Real>& problem, const Isa& isa, const Team& team,
+                        Reduction reduction, Real* loss, Gradients<Real> gradients) {
+  const int64_t n = problem.num_rows;
+  std::vector<Real> losses(n);
+  std::vector<double> numbers(3 * n);
+  const RowStatistics statistics = {numbers.data(), &numbers[n], &numbers[2 * n]};
+  Real total, counts[2], count = 1;
   Sides<Real> sides(problem, isa, team);
   sides.keep_similarities();
-  forward<Real>(sides, results, nullptr);
-  const std::vector<Real> weight(problem.num_rows, count == nullptr ? Real(1) : 1 / *count);
-  gradients.loss = weight.data();
-  gradients.statistics = results.statistics;
+  forward<Real>(sides, {losses.data(), &total, counts, statistics}, nullptr);
+  if (reduction != Reduction::kSum) count = counts[reduction == Reduction::kPositiveMean];
+  *loss = total / count;
+  std::fill(losses.begin(), losses.end(), 1 / count);
+  gradients.loss = losses.data();
+  gradients.statistics = statistics;
   backward(sides, gradients);
 }
 
@@ -182,8 +188,8 @@ std::vector<std::vector<ScheduledPair>> scheduled_jobs(int64_t num_rows, int64_t
   template void forward(const Problem<Real>&, const Isa&, const Team&, const Results<Real>&,     \
                         const Results<Real>*);                                                   \
   template void backward(const Problem<Real>&, const Isa&, const Team&, const Gradients<Real>&); \
-  template void forward_and_backward(const Problem<Real>&, const Isa&, const Team&,              \
-                                     const Results<Real>&, const Real*, Gradients<Real>);
+  template void loss_and_gradients(const Problem<Real>&, const Isa&, const Team&, Reduction,     \
+                                   Real*, Gradients<Real>);
 SUPCON_INSTANTIATE(float)
 SUPCON_INSTANTIATE(double)
 #undef SUPCON_INSTANTIATE

@@ -13,7 +13,7 @@
 namespace supcon {
 
 // Changes whenever the Python module's functions take or return something else.
-constexpr int kInterface = 5;
+constexpr int kInterface = 6;
 
 enum class Summation { kOut, kIn };
 enum class Denominator { kAll, kOnePositive, kOnlyNegatives };
@@ -122,12 +122,14 @@ template <typename Real>
 void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
               const Gradients<Real>& out);
 
-// Both, with one preparation: the gradients are of the total, over *count where that is given. It
-// may be one of the counts that the forward writes. `gradients` brings what is to be written alone.
+// What the anchors' losses are reduced to, and which of them are counted.
+enum class Reduction { kSum, kMean, kPositiveMean };
+
+// The reduced loss and its gradients, with one preparation. `gradients` brings what is to be
+// written alone.
 template <typename Real>
-void forward_and_backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
-                          const Results<Real>& results, const Real* count,
-                          Gradients<Real> gradients);
+void loss_and_gradients(const Problem<Real>& problem, const Isa& isa, const Team& team,
+                        Reduction reduction, Real* loss, Gradients<Real> gradients);
 
 // Which pairs a pass looks at.
 enum class Pairs { kAll, kNegatives, kPositives };

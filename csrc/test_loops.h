@@ -156,7 +156,7 @@ struct Data {
 // Losses (N,), then gradients of rows, columns and temperature, of the sum weighted by upstream(i).
 struct Result {
   std::vector<double> loss, rows, cols;
-  double temperature = 0;
+  double temperature = 0, total = 0;
 };
 
 double upstream(int64_t i) { return 0.5 + static_cast<double>(i % 3); }

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from supcon_kernels.backends import FUSED
-from supcon_kernels.backends.protocol import Anchors, Gradients, Results, Wanted
+from supcon_kernels.backends import FUSED, native
+from supcon_kernels.backends.protocol import Anchors, Gradients, Made, Results, Wanted
 from supcon_kernels.problem import (
     DIFFERENTIABLE,
     NUM_FIELDS,
@@ -24,7 +24,6 @@ from supcon_kernels.problem import (
     working_dtype,
 )
 
-_NOTHING = Wanted()
 _PLAIN = (Tensor, torch.nn.Parameter)
 _LIBRARY: Any = torch.library.Library("supcon_kernels", "DEF")
 
@@ -50,10 +49,13 @@ def loss_of(problem: Problem, backend: str, reduction: str) -> Tensor:
     """The loss; by its autograd function where the dispatcher would only lead there."""
     operands = (*problem.operands(), backend, reduction)
     tensors = operands[:NUM_TENSORS]
-    if not torch.compiler.is_compiling() and _wants_gradient(tensors) and _is_plain(tensors):
-        loss: Tensor = SupConLossFunction.apply(*operands)[0]
+    if torch.compiler.is_compiling() or not (_wants_gradient(tensors) and _is_plain(tensors)):
+        loss: Tensor = forward(*operands)[0]
+    elif backend == "native" and native.makes_gradients(problem, reduction):
+        leaves = [operands[k] for k in DIFFERENTIABLE]
+        loss = SupConLossWithGradients.apply(*leaves, problem, reduction)
     else:
-        loss = forward(*operands)[0]
+        loss = SupConLossFunction.apply(*operands)[0]
     return loss
 
 
@@ -75,17 +77,9 @@ def gradients_of(
 
 
 def _forward(*operands: Any) -> tuple[Tensor, ...]:
-    """``Results`` but for gradients."""
-    return _results(operands, _NOTHING)[:4]
-
-
-def _results(operands: Sequence[Any], wanted: Wanted) -> Results:
+    """``Results``."""
     *fields, backend, reduction = operands
-    problem = Problem(*fields)
-    results = FUSED[backend].forward(problem, reduction, wanted)
-    if results.grads is None or problem.has_integer_labels:
-        return results
-    return results._replace(grads=_poisoned(problem, results.grads))
+    return FUSED[backend].forward(Problem(*fields), reduction)
 
 
 def _backward(
@@ -114,15 +108,17 @@ def _backward(
     if of_cols and of_cols[1] is not None:
         col_anchors = Anchors(of_cols[0], divisor, of_cols[1])
     wanted = Wanted(needs_rows, needs_cols, needs_temperature)
-    return _poisoned(problem, FUSED[backend].backward(problem, anchors, col_anchors, wanted))
+    made = FUSED[backend].backward(problem, anchors, col_anchors, wanted)
+    grads = _poisoned(problem, made)
+    return tuple([problem.rows.new_empty(0) if grad is None else grad for grad in grads])
 
 
-def _poisoned(problem: Problem, grads: Gradients) -> Gradients:
+def _poisoned(problem: Problem, made: Made) -> Made:
     """NaN where the targets are no weights: nobody has looked at them."""
     if problem.has_integer_labels:
-        return grads
+        return made
     poison = problem.target_poison()
-    return Gradients(*[grad + poison for grad in grads])
+    return Made(*[None if grad is None else grad + poison for grad in made])
 
 
 def _forward_fake(*operands: Any) -> tuple[Tensor, ...]:
@@ -180,18 +176,11 @@ class SupConLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, ...]:
-        """As the operator; gradients that the backend has made are saved beside the statistics."""
-        grads: Sequence[Tensor] = ()
-        if _is_plain(operands[:NUM_TENSORS]):
-            with torch._C._AutoDispatchBelowAutograd():
-                loss, *saved, made = _results(operands, wanted_of(ctx))
-            grads = () if made is None else made
-        else:
-            loss, *saved = _below_autograd(forward, *operands)
+        """As the operator."""
+        loss, *saved = _below_autograd(forward, *operands)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*saved)
-        ctx.save_for_backward(*grads, *saved, *operands[:NUM_TENSORS])
-        ctx.num_made = len(grads)
+        ctx.save_for_backward(*saved, *operands[:NUM_TENSORS])
         ctx.options = operands[NUM_TENSORS:-1]
         return loss, *saved
 
@@ -202,17 +191,47 @@ class SupConLossFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         unpacked = ctx.saved_tensors  # once: activation checkpointing refuses a second time
         saved, tensors = unpacked[:-NUM_TENSORS], unpacked[-NUM_TENSORS:]
-        made, saved = saved[: ctx.num_made], saved[ctx.num_made :]
-        wanted = wanted_of(ctx)
-        call = (grad_loss, *saved, *wanted, *tensors, *ctx.options)
+        call = (grad_loss, *saved, *wanted_of(ctx), *tensors, *ctx.options)
         # A graph of the gradient is made, and refused, by the operator.
-        if torch.is_grad_enabled() or not _is_plain((grad_loss, *tensors)):
-            grads = backward(*call)
-        elif made:
-            grads = [grad * grad_loss if want else grad for grad, want in zip(made, wanted)]
-        else:
-            grads = _backward(*call)
+        by_operator = torch.is_grad_enabled() or not _is_plain((grad_loss, *tensors))
+        grads = backward(*call) if by_operator else _backward(*call)
         return by_operand(ctx, grads, tensors)
+
+
+class SupConLossWithGradients(torch.autograd.Function):
+    """The loss of few pairs, whose gradients are made with it. The backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        cols: Tensor | None,
+        temperature: Tensor | None,
+        problem: Problem,
+        reduction: str,
+    ) -> Tensor:
+        """The loss of the problem, whose leaves come before it."""
+        with torch._C._AutoDispatchBelowAutograd():
+            wanted = Wanted(*ctx.needs_input_grad[:3])
+            loss, made = native.loss_and_gradients(problem, reduction, wanted)
+            made = _poisoned(problem, made)
+        ctx.save_for_backward(rows, cols, temperature, *made)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients times that of the loss."""
+        saved = ctx.saved_tensors
+        scale = _Scaled.apply if torch.is_grad_enabled() else _scaled
+        grads: tuple[Tensor | None, ...] = scale(grad_loss, *saved)
+        return *grads, None, None
+
+
+def _scaled(grad_loss: Tensor, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Three gradients times that of the loss, each in the dtype of its leaf, the first of ``saved``."""
+    return tuple(
+        [None if x is None else (x * grad_loss).to(leaf) for leaf, x in zip(saved, saved[3:])]
+    )
 
 
 def wanted_of(ctx: Any) -> Wanted:
@@ -237,7 +256,7 @@ class _NotTwice(torch.autograd.Function):
     """``backward``, whose own gradient is refused."""
 
     @staticmethod
-    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor | None, ...]:
         return _below_autograd(backward, *operands)
 
     @staticmethod
@@ -246,6 +265,14 @@ class _NotTwice(torch.autograd.Function):
             "supcon_loss can be differentiated twice only with backend='reference': "
             "the other backends do not record how their gradient is made"
         )
+
+
+class _Scaled(_NotTwice):
+    """``_scaled``, whose own gradient is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor | None, ...]:
+        return _scaled(*operands)
 
 
 def _wants_gradient(operands: Sequence[Any]) -> bool:

@@ -253,9 +253,9 @@ def _by_view(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.transpose(0, 1).flatten(0, 1)
 
 
-def by_sample(gradient: Tensor, x: Tensor | None) -> Tensor:
-    """The gradient (N, D) of ``by_rows`` in the shape of the features ``x``; (0,) stays."""
-    if x is None or x.ndim == 2 or gradient.ndim == 1:
+def by_sample(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient (N, D) of ``by_rows`` in the shape of the features ``x``."""
+    if x.ndim == 2:
         return gradient
     batch, views, dim = x.shape
     return gradient.view(views, batch, dim).transpose(0, 1).contiguous()

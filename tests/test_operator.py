@@ -353,7 +353,7 @@ def test_the_tiled_backend_waits_for_no_device(variant):
         problem = problem_of(name, **variant_of(name, variant))
         wanted = Wanted(True, problem.cols is not None, True)
         with NothingWaits():
-            loss, divisor, stats, _, _ = tiled.forward(problem, "mean", wanted)
+            loss, divisor, stats, _ = tiled.forward(problem, "mean")
             tiled.backward(problem, Anchors(torch.ones_like(loss), divisor, stats), None, wanted)
 
 
@@ -379,7 +379,7 @@ def test_modes_see_both_operators_and_profilers_the_call():
     with torch.profiler.profile() as profile:
         supcon_loss(features, labels).backward()
     names = [event.name for event in profile.events()]
-    assert names.count("SupConLossFunction") == 1
+    assert names.count("SupConLossWithGradients") == 1
     assert not any(name.startswith("supcon_kernels::") for name in names)  # nor a dispatcher's pass
     torch.testing.assert_close(features.grad, expected)
     with torch.profiler.profile() as profile:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from supcon_kernels._version import __version__
-from supcon_kernels.backends.protocol import Anchors, Gradients, Results, Wanted
-from supcon_kernels.problem import Problem
+from supcon_kernels.backends.protocol import Anchors, Made, Results, Wanted
+from supcon_kernels.problem import Problem, by_sample
 
 # That of csrc/supcon.h: a core that was compiled before it changed takes other arguments.
-INTERFACE = 5
+INTERFACE = 6
 # Up to so many pairs a preparation saved is worth keeping a gradient for.
 MAX_PAIRS_AT_ONCE = 2**22
 # Of so few anchors it takes longer than the pairs, and a gradient of theirs alone is small.
@@ -79,31 +79,34 @@ def saved(problem: Problem) -> tuple[Tensor, Tensor]:
     return stats, problem.rows.new_empty(0)
 
 
-def forward(problem: Problem, reduction: str, wanted: Wanted) -> Results:
-    """The loss; of few pairs or anchors the gradients too, of one preparation in one entry."""
+def makes_gradients(problem: Problem, reduction: str) -> bool:
+    """Whether loss and gradients are made faster together: of few pairs, or of few anchors alone."""
+    if problem.symmetric or reduction == "none":
+        return False
+    if problem.num_rows * problem.num_cols <= MAX_PAIRS_AT_ONCE:
+        return True
+    wants_cols = problem.cols is not None and problem.cols.requires_grad
+    return problem.num_rows <= MAX_ANCHORS_AT_ONCE and not wants_cols
+
+
+def loss_and_gradients(problem: Problem, reduction: str, wanted: Wanted) -> tuple[Tensor, Made]:
+    """The loss, and its gradients in the working dtype, of one preparation in one entry."""
+    by_rows = problem.by_rows()
+    loss, made = _empty((), problem.dtype), _empty_gradients(by_rows, wanted)
+    _call(by_rows).loss_and_gradients(reduction, loss.data_ptr(), *_addresses(made))
+    if not problem.has_integer_labels:
+        loss += problem.target_poison()
+    return loss, _given(problem, made, problem.dtype)
+
+
+def forward(problem: Problem, reduction: str) -> Results:
+    """The loss."""
     if problem.symmetric:
         return _forward_both_ways(problem, reduction)
-    by_rows, grads = problem.by_rows(), None
+    by_rows = problem.by_rows()
     results = _empty_results(by_rows)
-    addresses = [x.data_ptr() for x in results]
-    if _is_at_once(problem, wanted) and reduction != "none":
-        rows, cols, temperature = made = _empty_gradients(by_rows, wanted)
-        counts = results[2]
-        count = 0
-        if reduction != "sum":
-            count = counts.data_ptr() + (reduction == "positive_mean") * counts.element_size()
-        _call(by_rows).forward_and_backward(*addresses, count, *_addresses(made, wanted))
-        grads = Gradients.by_rows(problem, rows, cols, temperature.to(problem.dtype))
-    else:
-        _call(by_rows).forward(*addresses)
-    return _asked(by_rows, results, reduction, grads)
-
-
-def _is_at_once(problem: Problem, wanted: Wanted) -> bool:
-    """Whether the forward makes the gradients, too."""
-    few_pairs = problem.num_rows * problem.num_cols <= MAX_PAIRS_AT_ONCE
-    few_anchors = problem.num_rows <= MAX_ANCHORS_AT_ONCE and not wanted.cols
-    return any(wanted) and (few_pairs or few_anchors)
+    _call(by_rows).forward(*[x.data_ptr() for x in results])
+    return _asked(by_rows, results, reduction)
 
 
 def _forward_both_ways(problem: Problem, reduction: str) -> Results:
@@ -116,18 +119,17 @@ def _forward_both_ways(problem: Problem, reduction: str) -> Results:
 
 def backward(
     problem: Problem, anchors: Anchors, col_anchors: Anchors | None, wanted: Wanted
-) -> Gradients:
+) -> Made:
     """The gradients, of similarities that are computed again."""
-    by_rows, dtype = problem.by_rows(), problem.rows.dtype
-    rows, cols, temperature = made = _empty_gradients(by_rows, wanted)
+    by_rows = problem.by_rows()
+    made = _empty_gradients(by_rows, wanted)
     read: list[Tensor] = []
     for side in (anchors, col_anchors):
         if side is not None:
             read += [side.grad_losses().to(problem.dtype).contiguous(), side.stats.contiguous()]
     of_rows, of_cols = [x.data_ptr() for x in read[:2]], [x.data_ptr() for x in read[2:]]
-    _call(by_rows).backward(*of_rows, *_addresses(made, wanted), *of_cols)
-    temperature = temperature.to(problem.dtype)
-    return Gradients.by_rows(problem, rows.to(dtype), cols.to(dtype), temperature)
+    _call(by_rows).backward(*of_rows, *_addresses(made), *of_cols)
+    return _given(problem, made, problem.rows.dtype)
 
 
 def _empty_results(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,31 +140,40 @@ def _empty_results(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _asked(
-    problem: Problem,
-    results: tuple[Tensor, Tensor, Tensor, Tensor],
-    reduction: str,
-    grads: Gradients | None = None,
+    problem: Problem, results: tuple[Tensor, Tensor, Tensor, Tensor], reduction: str
 ) -> Results:
     loss, total, counts, stats = results
     if not problem.has_integer_labels:
         poison = problem.target_poison()
         loss += poison
         total += poison
-    return Results.of((loss, total, counts), stats, reduction, grads)
+    return Results.of((loss, total, counts), stats, reduction)
 
 
-def _empty_gradients(problem: Problem, wanted: Wanted) -> Gradients:
+def _empty_gradients(problem: Problem, wanted: Wanted) -> Made:
     """In the working dtype: scaled by what came from above, they may fit in no narrower one."""
     rows, cols = problem.rows, problem.rows if problem.cols is None else problem.cols
-    return Gradients(
-        _empty(rows.shape if wanted.rows else (0,), problem.dtype),
-        _empty(cols.shape if wanted.cols else (0,), problem.dtype),
-        _empty(() if wanted.temperature else (0,), torch.float64),
+    return Made(
+        _empty(rows.shape, problem.dtype) if wanted.rows else None,
+        _empty(cols.shape, problem.dtype) if wanted.cols else None,
+        _empty((), torch.float64) if wanted.temperature else None,
     )
 
 
-def _addresses(grads: Gradients, wanted: Wanted) -> list[int]:
-    return [x.data_ptr() if want else 0 for x, want in zip(grads, wanted)]
+def _addresses(made: Made) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in made]
+
+
+def _given(problem: Problem, made: Made, dtype: torch.dtype) -> Made:
+    """Gradients of a problem, of the dtype where they are of features, given those of its ``by_rows``."""
+    rows, cols, temperature = made
+    if rows is not None:
+        rows = by_sample(rows.to(dtype), problem.rows)
+    if cols is not None and problem.cols is not None:
+        cols = by_sample(cols.to(dtype), problem.cols)
+    if temperature is not None:
+        temperature = temperature.to(problem.dtype)
+    return Made(rows, cols, temperature)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

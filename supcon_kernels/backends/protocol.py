@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from supcon_kernels.problem import Problem, as_asked, by_sample, mean_of_ways
+from supcon_kernels.problem import Problem, as_asked, mean_of_ways
 
 
 class Wanted(NamedTuple):
@@ -26,10 +26,13 @@ class Gradients(NamedTuple):
     cols: Tensor
     temperature: Tensor
 
-    @staticmethod
-    def by_rows(problem: Problem, rows: Tensor, cols: Tensor, temperature: Tensor) -> Gradients:
-        """Of gradients (N, D) and (M, D) of the problem's features, or (0,)."""
-        return Gradients(by_sample(rows, problem.rows), by_sample(cols, problem.cols), temperature)
+
+class Made(NamedTuple):
+    """``Gradients`` as a backend makes them: None where not wanted."""
+
+    rows: Tensor | None
+    cols: Tensor | None
+    temperature: Tensor | None
 
 
 class Anchors(NamedTuple):
@@ -63,33 +66,25 @@ class Results(NamedTuple):
             rows' sum and of the columns'.
         stats: (k, N) as in ``Anchors``. Where symmetric (k, N + M): the columns come after the rows.
         prepared: as in ``Anchors``, or nothing.
-        grads: the gradients that were wanted, of a gradient of 1 from above and in the working
-            dtype, where the forward is the better place to make them.
     """
 
     loss: Tensor
     divisor: Tensor
     stats: Tensor
     prepared: Tensor
-    grads: Gradients | None = None
 
     @staticmethod
-    def of(
-        losses: tuple[Tensor, Tensor, Tensor],
-        stats: Tensor,
-        reduction: str,
-        grads: Gradients | None = None,
-    ) -> Results:
+    def of(losses: tuple[Tensor, Tensor, Tensor], stats: Tensor, reduction: str) -> Results:
         """Of losses as ``Problem.reduced`` has them, with nothing prepared."""
         loss, divisor = as_asked(*losses, reduction)
-        return Results(loss, divisor, stats, loss.new_empty(0), grads)
+        return Results(loss, divisor, stats, loss.new_empty(0))
 
     @staticmethod
     def of_ways(results: Sequence[Results]) -> Results:
         """Of a problem, given those of its ``ways``."""
         if len(results) == 1:
             return results[0]
-        losses, divisors, stats, prepared, _ = zip(*results)
+        losses, divisors, stats, prepared = zip(*results)
         return Results(
             mean_of_ways(losses), torch.stack(divisors) * 2, torch.cat(stats, dim=1), prepared[0]
         )
@@ -111,18 +106,17 @@ class Fused(Backend, Protocol):
     def saved(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """The statistics and what is prepared of one way, not filled."""
 
-    def forward(self, problem: Problem, reduction: str, wanted: Wanted) -> Results:
+    def forward(self, problem: Problem, reduction: str) -> Results:
         """The loss, and what the backward takes.
 
         Args:
             problem: one that the backend has nothing to say against.
             reduction: as in ``supcon_loss``.
-            wanted: gradients that a backend may make here and now.
         """
 
     def backward(
         self, problem: Problem, anchors: Anchors, col_anchors: Anchors | None, wanted: Wanted
-    ) -> Gradients:
+    ) -> Made:
         """The gradients of the losses of all anchors.
 
         Args:

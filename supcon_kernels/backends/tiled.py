@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supcon_kernels.backends.protocol import Anchors, Gradients, Results, Wanted
+from supcon_kernels.backends.protocol import Anchors, Made, Results, Wanted
 from supcon_kernels.backends.reference import masked_logsumexp
 from supcon_kernels.problem import (
     Problem,
     accumulation_dtype,
+    by_sample,
     normalize_backward,
     statistics_dtype,
 )
@@ -52,7 +53,7 @@ def saved(problem: Problem) -> tuple[Tensor, Tensor]:
     return stats, problem.rows.new_empty(0)
 
 
-def forward(problem: Problem, reduction: str, wanted: Wanted) -> Results:
+def forward(problem: Problem, reduction: str) -> Results:
     """The loss. Where positives cost no look at pairs, both ways share the similarities."""
     ways = [way.by_rows() for way in problem.ways()]
     if not _positives_by_class(problem):
@@ -84,7 +85,7 @@ def _results(
 
 def backward(
     problem: Problem, anchors: Anchors, col_anchors: Anchors | None, wanted: Wanted
-) -> Gradients:
+) -> Made:
     """The gradients, of similarities that are computed again."""
     given, problem = problem, problem.by_rows()
     rows, cols = _embeddings(problem)
@@ -96,8 +97,7 @@ def backward(
             problem, rows, cols, _Weighted.of(anchors), of_cols, wants_cols
         )
 
-    out_rows = out_cols = problem.rows.new_zeros(0)
-    grad_tau = rows.new_zeros(0)
+    out_rows = out_cols = grad_tau = None
     if wanted.temperature:
         exact = accumulation_dtype(rows)
         grad_tau = -(rows.to(exact) * grad_rows.to(exact)).sum().to(rows.dtype) / problem.tau
@@ -106,11 +106,11 @@ def backward(
     if problem.square and wanted.rows:
         grad_rows += grad_cols
     if wanted.rows:
-        out_rows = _to_input(problem, problem.rows, grad_rows)
+        out_rows = by_sample(_to_input(problem, problem.rows, grad_rows), given.rows)
     if wanted.cols:
-        assert problem.cols is not None
-        out_cols = _to_input(problem, problem.cols, grad_cols)
-    return Gradients.by_rows(given, out_rows, out_cols, grad_tau)
+        assert problem.cols is not None and given.cols is not None
+        out_cols = by_sample(_to_input(problem, problem.cols, grad_cols), given.cols)
+    return Made(out_rows, out_cols, grad_tau)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,11 +13,10 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from supcon_kernels import triton_call, triton_launch, triton_run, triton_soft, triton_tiles
-from supcon_kernels.backends.protocol import Anchors, Gradients, Results, Wanted
+from supcon_kernels import triton_launch, triton_run, triton_soft, triton_tiles
+from supcon_kernels.backends.protocol import Anchors, Made, Results, Wanted
 from supcon_kernels.problem import Problem
 from supcon_kernels.triton_call import DTYPES, Call, Side, size_of
-from supcon_kernels.triton_launch import Plan
 from supcon_kernels.triton_shares import Shares
 
 _INTERPRETED = triton_run.INTERPRETED
@@ -102,7 +101,7 @@ def _room(problem: Problem) -> Tensor:
     return problem.rows.new_empty(sum(size_of(side) for side in sides))
 
 
-def forward(problem: Problem, reduction: str, wanted: Wanted) -> Results:
+def forward(problem: Problem, reduction: str) -> Results:
     """The loss, and the rows and columns as the kernels take them."""
     call = Call(problem)
     if not problem.symmetric or call.plan.both:
@@ -183,12 +182,12 @@ def _loss(
 
 def backward(
     problem: Problem, anchors: Anchors, col_anchors: Anchors | None, wanted: Wanted
-) -> Gradients:
+) -> Made:
     """The gradients; without what the forward prepared, rows are prepared again."""
     call = Call(problem)
     plan, rows = call.plan, call.rows
-    grad_rows = grad_cols = rows.features.new_empty(0)
-    grad_tau = call.new(() if wanted.temperature else 0)
+    grad_rows = grad_cols = None
+    grad_tau = call.new(()) if wanted.temperature else None
     with call.on_device():
         if anchors.prepared is None:
             call.place(_room(problem))
@@ -206,7 +205,7 @@ def backward(
         products = call.products(weights, of_cols, uses_rows, wanted.cols)
         if uses_rows:
             gradient, dots = call.gradient(rows, *next(products), factor, wanted.temperature)
-            grad_rows = gradient if wanted.rows else grad_rows
+            grad_rows = gradient if wanted.rows else None
         if wanted.cols:
             grad_cols, _ = call.gradient(call.cols, *next(products), factor, False)
         if wanted.temperature:
@@ -218,7 +217,7 @@ def backward(
                 padded_rows=rows.padded,
                 part=1.0 if of_cols is None or problem.symmetric else 0.5,
             )
-    return Gradients(grad_rows, grad_cols, grad_tau)
+    return Made(grad_rows, grad_cols, grad_tau)
 
 
 def _peak(sides: list[Anchors]) -> Tensor:
