@@ -121,14 +121,58 @@ Attraction attraction_of(const Problem<Real>& problem) {
   return problem.summation == Summation::kOut ? Attraction::kNotQ : Attraction::kQTimesNotQ;
 }
 
+// The gradient of one side's scaled embeddings, in as many copies as the schedule adds to.
+template <typename Real>
+class SideGradient {
+ public:
+  SideGradient(const Side<Real>& side, int64_t num_copies)
+      : side_(side),
+        size_(side.padded * side.stride),
+        num_copies_(num_copies),
+        memory_(size_ * num_copies) {}
+
+  Real* get(int64_t copy = 0) { return memory_.get() + copy * size_; }
+  // Of a tile: zero, by the thread that adds to it first and has it in its cache.
+  void begin(int64_t tile, int64_t copy) {
+    const bool is_last = tile + 1 == side_.num_tiles;
+    Real* const rows = get(copy);
+    std::fill(rows + side_.tile_begin(tile) * side_.stride,
+              rows + (is_last ? side_.padded : side_.tile_begin(tile + 1)) * side_.stride, Real(0));
+  }
+  void fill_with(const Team& team, Real value) { fill(team, get(), size_ * num_copies_, value); }
+  // Adds all copies to the first, which then is of the embeddings, whatever was multiplied.
+  void add_up(const Team& team) {
+    add_copies(team);
+    parallel_ranges(team, side_.factor.size(), 64, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const Real inverse = 1 / side_.factor[k];
+        for (int64_t d = 0; d < side_.dim; ++d) get()[k * side_.stride + d] *= inverse;
+      }
+    });
+  }
+
+ private:
+  void add_copies(const Team& team) {
+    if (num_copies_ == 1) return;
+    parallel_ranges(team, size_, 1 << 14, [&](int64_t begin, int64_t end) {
+      for (int64_t c = 1; c < num_copies_; ++c)
+        for (int64_t k = begin; k < end; ++k) get()[k] += get()[c * size_ + k];
+    });
+  }
+
+  const Side<Real>& side_;
+  const int64_t size_, num_copies_;
+  Array<Real> memory_;
+};
+
 // A thread's part of what pairs give to both sides' gradients: G cols and G^T rows, or (G + G^T)
 // rows. `of_cols` is the upstream of the columns where they are anchors, or null.
 template <typename Real>
 class Differentiator {
  public:
   Differentiator(const Weights<Real>& weights, const Upstream<Real>& of_rows,
-                 const Upstream<Real>* of_cols, Real* grad_rows, Real* grad_cols,
-                 PairMemory<Real> memory)
+                 const Upstream<Real>* of_cols, SideGradient<Real>* grad_rows,
+                 SideGradient<Real>* grad_cols, PairMemory<Real> memory)
       : weights_(weights),
         sides_(weights.sides()),
         of_rows_(of_rows),
@@ -161,12 +205,14 @@ class Differentiator {
     t_.pull = lines(t_.shifted ? &U::shifted_pull : &U::plain_pull);
     sides_.functions.weigh(t_);
   }
+  void begin_rows(int64_t i, int64_t copy) { grad_rows_->begin(i, copy); }
+  void begin_cols(int64_t j, int64_t copy) { grad_cols_->begin(j, copy); }
   void add_to_rows(int64_t copy) {
-    t_.grad_a = grad_rows_ + (copy * sides_.rows.padded + row_begin_) * t_.stride;
+    t_.grad_a = grad_rows_->get(copy) + row_begin_ * t_.stride;
     sides_.functions.add_to_rows(t_);
   }
   void add_to_cols(int64_t copy) {
-    t_.grad_b = grad_cols_ + (copy * sides_.cols.padded + col_begin_) * t_.stride;
+    t_.grad_b = grad_cols_->get(copy) + col_begin_ * t_.stride;
     sides_.functions.add_to_cols(t_);
   }
 
@@ -180,49 +226,11 @@ class Differentiator {
   const Sides<Real>& sides_;
   const Upstream<Real>& of_rows_;
   const Upstream<Real>* const of_cols_;
-  Real *const grad_rows_, *const grad_cols_;
+  SideGradient<Real>*const grad_rows_, *const grad_cols_;
   const PairMemory<Real> memory_;
   TilePair<Real> t_;
   int64_t row_begin_, col_begin_;
   int32_t own_[kMaxTile];
-};
-
-// The gradient of one side's scaled embeddings, in as many copies as the schedule adds to.
-template <typename Real>
-class SideGradient {
- public:
-  SideGradient(const Side<Real>& side, int64_t num_copies, const Team& team, Real start)
-      : side_(side),
-        size_(side.padded * side.stride),
-        num_copies_(num_copies),
-        memory_(size_ * num_copies) {
-    fill(team, memory_.get(), size_ * num_copies, start);
-  }
-
-  Real* get() { return memory_.get(); }
-  // Adds all copies to the first, which then is of the embeddings, whatever was multiplied.
-  void add_up(const Team& team) {
-    add_copies(team);
-    parallel_ranges(team, side_.factor.size(), 64, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        const Real inverse = 1 / side_.factor[k];
-        for (int64_t d = 0; d < side_.dim; ++d) get()[k * side_.stride + d] *= inverse;
-      }
-    });
-  }
-
- private:
-  void add_copies(const Team& team) {
-    if (num_copies_ == 1) return;
-    parallel_ranges(team, size_, 1 << 14, [&](int64_t begin, int64_t end) {
-      for (int64_t c = 1; c < num_copies_; ++c)
-        for (int64_t k = begin; k < end; ++k) get()[k] += get()[c * size_ + k];
-    });
-  }
-
-  const Side<Real>& side_;
-  const int64_t size_, num_copies_;
-  Array<Real> memory_;
 };
 
 // Turns the gradient of a side's scaled embeddings, which is in `grad_unit`, into that of its

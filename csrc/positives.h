@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "parallel.h"
@@ -102,6 +103,14 @@ class ClassSums {
   Array<double> sums_;
 };
 
+// Those of the columns, which the forward and the backward of the same sides share.
+template <typename Real>
+const ClassSums<Real>& sums_of_cols(const Sides<Real>& sides, const ManyPositives<Real>& many) {
+  if (sides.col_sums == nullptr)
+    sides.col_sums = std::make_shared<ClassSums<Real>>(sides, sides.cols, many.cols, nullptr);
+  return *sides.col_sums;
+}
+
 // The mean exponent of the positives of each row: where they are few, of products as tiles have
 // them; else a product with the sum of the class.
 template <typename Real>
@@ -128,7 +137,7 @@ std::vector<double> mean_exponents(const Sides<Real>& sides,
     }
   });
   const ManyPositives<Real> many(sides);
-  const ClassSums<Real> sums(sides, cols, many.cols, nullptr);
+  const ClassSums<Real>& sums = sums_of_cols(sides, many);
   const std::vector<Part> parts = parts_of(many.rows);
   parallel_for(sides.team, parts.size(), [&](int64_t p) {
     const Part& part = parts[p];
@@ -163,8 +172,7 @@ void attract_classes(const Sides<Real>& sides, const std::vector<double>& pull,
       }
     });
   };
-  const ClassSums<Real> col_sums(sides, cols, many.cols, nullptr);
-  attract(rows, many.rows, col_sums, grad_rows, [&](int64_t c, int64_t k) {
+  attract(rows, many.rows, sums_of_cols(sides, many), grad_rows, [&](int64_t c, int64_t k) {
     const int64_t own = sides.own(k);
     const bool among = many.cols[c].contains(own);
     return Pull<Real>{pull[k], 1.0, among ? cols.row(own) : nullptr};

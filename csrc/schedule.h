@@ -78,7 +78,8 @@ class Schedule {
   // Calls for every pair of tiles I and J, on all threads,
   //   worker.compute(I, J), then in the tiles' turns
   //   worker.add_to_rows(copy) and, if there is anything to add, worker.add_to_cols(copy)
-  // none of which may throw. Each thread has a worker of its own, made by make_worker().
+  // and before anything is added to a tile, worker.begin_rows(I, copy) or worker.begin_cols(J,
+  // copy), none of which may throw. Each thread has a worker of its own, made by make_worker().
   template <typename MakeWorker>
   void run(const Team& team, bool with_copies, bool to_cols, MakeWorker make_worker) const {
     const int64_t num_copies = with_copies ? copies() : 1, num_jobs = this->num_jobs(team.threads);
@@ -138,11 +139,13 @@ class Schedule {
     bool rows_wait = rows.counter >= 0, cols_wait = to_cols && cols.counter >= 0 && !is_one;
     for (Patience patience; rows_wait || cols_wait;) {
       if (rows_wait && counters[rows.counter].is(rows.turn)) {
+        if (rows.turn == 0) worker.begin_rows(pair.row, rows.copy);
         if (pair.is_whole()) worker.add_to_rows(rows.copy);
         if (is_one && to_cols) worker.add_to_cols(cols.copy);
         counters[rows.counter].increment();
         rows_wait = false;
       } else if (cols_wait && counters[cols.counter].is(cols.turn)) {
+        if (cols.turn == 0) worker.begin_cols(pair.col, cols.copy);
         if (pair.is_whole()) worker.add_to_cols(cols.copy);
         counters[cols.counter].increment();
         cols_wait = false;

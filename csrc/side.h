@@ -178,6 +178,9 @@ struct Side {
 // rounded alike and taken before anything else is added.
 constexpr int64_t kFewPositives = 8;
 
+template <typename Real>
+class ClassSums;
+
 // Similarities of all pairs of tiles, which the first pass leaves to those that follow.
 template <typename Real>
 class KeptTiles {
@@ -338,6 +341,7 @@ struct Sides {
   // Of sorted rows and columns: ascending numbers, equal where labels are. Padded to whole panels.
   std::vector<Class<Real>> row_class, col_class;
   std::vector<int64_t> own_col;  // sorted row -> sorted column that it is itself, in rectangles
+  mutable std::shared_ptr<const ClassSums<Real>> col_sums;  // see sums_of_cols()
 
  private:
   std::unique_ptr<KeptTiles<Real>> kept_;

@@ -58,6 +58,8 @@ class Reducer {
     t_.col_out = col_out_;
     sides_.functions.forward(t_);
   }
+  void begin_rows(int64_t, int64_t) {}
+  void begin_cols(int64_t, int64_t) {}
   void add_to_rows(int64_t) { add(row_out_, t_.num_rows, row_begin_); }
   void add_to_cols(int64_t) { add(col_out_, t_.num_cols, sides_.first_col() + col_begin_); }
 

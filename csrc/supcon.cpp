@@ -90,17 +90,22 @@ void backward(const Sides<Real>& sides, const Gradients<Real>& out) {
     apart.reset(new Upstream<Real>(weights, cols, out.col_loss, out.col_statistics, unit));
   const Upstream<Real>* const of_cols = sides.square ? &upstream : apart.get();
   const bool wants_cols = !sides.square && out.cols != nullptr;
-  const Real start = sides.finite ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
-  SideGradient<Real> of_row_side(rows, sides.schedule.copies_of_rows(), team, start);
-  const int64_t col_copies = wants_cols ? sides.schedule.copies_of_cols() : 0;
-  SideGradient<Real> of_col_side(cols, col_copies, team, start);
+  SideGradient<Real> of_row_side(rows, sides.schedule.copies_of_rows());
+  SideGradient<Real> of_col_side(cols, wants_cols ? sides.schedule.copies_of_cols() : 0);
+  SideGradient<Real>* const to_cols = sides.square ? &of_row_side
+                                      : wants_cols ? &of_col_side
+                                                   : nullptr;
   Real* const grad_rows = of_row_side.get();
-  Real* const grad_cols = sides.square ? grad_rows : wants_cols ? of_col_side.get() : nullptr;
+  Real* const grad_cols = to_cols == nullptr ? nullptr : to_cols->get();
 
+  const Real start = sides.finite ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
+  if (!sides.finite || rows.size == 0 || cols.size == 0)  // where no pair begins a tile
+    for (SideGradient<Real>* side : {&of_row_side, &of_col_side}) side->fill_with(team, start);
   if (sides.finite) {
     PairMemories<Real> memory(weights);
-    sides.schedule.run(team, true, grad_cols != nullptr, [&] {
-      return Differentiator<Real>(weights, upstream, of_cols, grad_rows, grad_cols, memory.claim());
+    sides.schedule.run(team, true, to_cols != nullptr, [&] {
+      return Differentiator<Real>(weights, upstream, of_cols, &of_row_side, to_cols,
+                                  memory.claim());
     });
     of_row_side.add_up(team);
     if (wants_cols) of_col_side.add_up(team);

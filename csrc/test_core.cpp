@@ -279,6 +279,8 @@ void test_schedule(int64_t row_tiles, int64_t col_tiles, bool square) {
     const supcon::Schedule schedule(row_tiles, col_tiles, square);
     struct Worker {
       void compute(int64_t row, int64_t col) { i = row, j = col; }
+      void begin_rows(int64_t, int64_t) {}
+      void begin_cols(int64_t, int64_t) {}
       void add_to_rows(int64_t) { of[i].push_back(j); }
       void add_to_cols(int64_t) {
         if (!square || i != j) of[square ? j : row_tiles + j].push_back(i);
