@@ -150,30 +150,57 @@ supcon::RowStatistics statistics_at(uintptr_t address, int64_t num_rows) {
   return {first, first + num_rows, first + 2 * num_rows};
 }
 
-// The addresses of supcon::Results.
-template <typename Real>
-supcon::Results<Real> results(int64_t num_rows, uintptr_t loss, uintptr_t total, uintptr_t counts,
-                              uintptr_t statistics) {
-  return {pointer<Real>(loss), pointer<Real>(total), pointer<Real>(counts),
-          statistics_at(statistics, num_rows)};
+supcon::Reduction reduction_of(const std::string& name) {
+  if (name == "none") return supcon::Reduction::kNone;
+  if (name == "sum") return supcon::Reduction::kSum;
+  return name == "mean" ? supcon::Reduction::kMean : supcon::Reduction::kPositiveMean;
 }
 
-template <typename Real>
-void forward(const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
-             uintptr_t statistics) {
-  supcon::forward(call.problem<Real>(), isa_of(call.isa), call.team(),
-                  results<Real>(call.num_rows, loss, total, counts, statistics));
-}
+// Where the results of one way go: the reduced loss, what the sum was divided by, and the (3, N)
+// statistics.
+typedef std::tuple<uintptr_t, uintptr_t, uintptr_t> ResultsAt;
 
-// As forward, with the addresses of what there is of the columns, as (M,) of rows.
+// The results of one way, of which the caller gets the losses or what they are reduced to.
 template <typename Real>
-void forward_both_ways(const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
-                       uintptr_t statistics, uintptr_t col_loss, uintptr_t col_total,
-                       uintptr_t col_counts, uintptr_t col_statistics) {
-  const supcon::Results<Real> of_cols =
-      results<Real>(call.num_cols, col_loss, col_total, col_counts, col_statistics);
-  supcon::forward(call.problem<Real>(), isa_of(call.isa), call.team(),
-                  results<Real>(call.num_rows, loss, total, counts, statistics), &of_cols);
+class Reduced {
+ public:
+  Reduced(supcon::Reduction reduction, int64_t num_rows, const ResultsAt& at)
+      : reduction_(reduction),
+        loss_(pointer<Real>(std::get<0>(at))),
+        divisor_(pointer<Real>(std::get<1>(at))),
+        losses_(reduction == supcon::Reduction::kNone ? 0 : num_rows) {
+    Real* const losses = losses_.empty() ? loss_ : losses_.data();
+    results = {losses, &total_, counts_, statistics_at(std::get<2>(at), num_rows)};
+  }
+  Reduced(const Reduced&) = delete;
+  Reduced& operator=(const Reduced&) = delete;
+
+  void reduce() const {
+    *divisor_ = supcon::divisor_of(reduction_, counts_);
+    if (reduction_ != supcon::Reduction::kNone) *loss_ = total_ / *divisor_;
+  }
+
+  supcon::Results<Real> results;
+
+ private:
+  const supcon::Reduction reduction_;
+  Real *const loss_, *const divisor_;
+  std::vector<Real> losses_;
+  Real total_, counts_[2];
+};
+
+// `of_cols` is of the other way where the problem is symmetric.
+template <typename Real>
+void forward(const Call& call, const std::string& reduction, const ResultsAt& of_rows,
+             const std::optional<ResultsAt>& of_cols) {
+  const supcon::Reduction reduces = reduction_of(reduction);
+  Reduced<Real> rows(reduces, call.num_rows, of_rows);
+  std::optional<Reduced<Real>> cols;
+  if (of_cols) cols.emplace(reduces, call.num_cols, *of_cols);
+  supcon::forward(call.problem<Real>(), isa_of(call.isa), call.team(), rows.results,
+                  cols ? &cols->results : nullptr);
+  rows.reduce();
+  if (cols) cols->reduce();
 }
 
 // The addresses of the loss and of the gradients, 0 where there is none.
@@ -184,26 +211,38 @@ void loss_and_gradients(const Call& call, const std::string& reduction, uintptr_
   gradients.rows = pointer<Real>(rows);
   gradients.cols = pointer<Real>(cols);
   gradients.temperature = pointer<double>(temperature);
-  const supcon::Reduction reduces = reduction == "sum"    ? supcon::Reduction::kSum
-                                    : reduction == "mean" ? supcon::Reduction::kMean
-                                                          : supcon::Reduction::kPositiveMean;
-  supcon::loss_and_gradients(call.problem<Real>(), isa_of(call.isa), call.team(), reduces,
-                             pointer<Real>(loss), gradients);
+  supcon::loss_and_gradients(call.problem<Real>(), isa_of(call.isa), call.team(),
+                             reduction_of(reduction), pointer<Real>(loss), gradients);
 }
 
-// The addresses of supcon::Gradients, 0 for a gradient that is not wanted and for what is not
-// there.
+// What came from above: the gradient of the loss, or of each anchor's if `by_anchor`, what the sum
+// of the losses was divided by, and the (3, N) statistics.
+typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, bool> AnchorsAt;
+
+// The gradient of the sum of the losses, for each anchor.
 template <typename Real>
-void backward(const Call& call, uintptr_t loss, uintptr_t statistics, uintptr_t rows,
-              uintptr_t cols, uintptr_t temperature, uintptr_t col_loss, uintptr_t col_statistics) {
-  const supcon::Gradients<Real> out = {
-      pointer<const Real>(loss),
-      statistics_at(statistics, call.num_rows),
-      pointer<Real>(rows),
-      pointer<Real>(cols),
-      pointer<double>(temperature),
-      pointer<const Real>(col_loss),
-      col_statistics == 0 ? supcon::RowStatistics{} : statistics_at(col_statistics, call.num_cols)};
+std::vector<Real> upstream_of(const AnchorsAt& at, int64_t num_rows) {
+  const auto& [loss, divisor, statistics, by_anchor] = at;
+  const Real *const given = pointer<const Real>(loss), by = *pointer<const Real>(divisor);
+  std::vector<Real> upstream(num_rows);
+  for (int64_t i = 0; i < num_rows; ++i) upstream[i] = given[by_anchor ? i : 0] / by;
+  return upstream;
+}
+
+// The addresses of the gradients, 0 where one is not wanted. `cols` is of columns that are anchors.
+template <typename Real>
+void backward(const Call& call, const AnchorsAt& rows, uintptr_t grad_rows, uintptr_t grad_cols,
+              uintptr_t grad_temperature, const std::optional<AnchorsAt>& cols) {
+  const std::vector<Real> of_rows = upstream_of<Real>(rows, call.num_rows);
+  std::vector<Real> of_cols;
+  supcon::Gradients<Real> out = {of_rows.data(), statistics_at(std::get<2>(rows), call.num_rows),
+                                 pointer<Real>(grad_rows), pointer<Real>(grad_cols),
+                                 pointer<double>(grad_temperature)};
+  if (cols) {
+    of_cols = upstream_of<Real>(*cols, call.num_cols);
+    out.col_loss = of_cols.data();
+    out.col_statistics = statistics_at(std::get<2>(*cols), call.num_cols);
+  }
   supcon::backward(call.problem<Real>(), isa_of(call.isa), call.team(), out);
 }
 
@@ -265,21 +304,12 @@ void define(py::module_ module) {
            py::arg("is_bfloat16"), py::arg("symmetric"), py::arg("isa"), py::arg("threads"))
       .def(
           "forward",
-          [](const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
-             uintptr_t statistics) {
+          [](const Call& call, const std::string& reduction, const ResultsAt& of_rows,
+             const std::optional<ResultsAt>& of_cols) {
             const auto run = call.is_double ? forward<double> : forward<float>;
-            run(call, loss, total, counts, statistics);
+            run(call, reduction, of_rows, of_cols);
           },
-          py::call_guard<py::gil_scoped_release>())
-      .def(
-          "forward_both_ways",
-          [](const Call& call, uintptr_t loss, uintptr_t total, uintptr_t counts,
-             uintptr_t statistics, uintptr_t col_loss, uintptr_t col_total, uintptr_t col_counts,
-             uintptr_t col_statistics) {
-            const auto run = call.is_double ? forward_both_ways<double> : forward_both_ways<float>;
-            run(call, loss, total, counts, statistics, col_loss, col_total, col_counts,
-                col_statistics);
-          },
+          py::arg("reduction"), py::arg("of_rows"), py::arg("of_cols") = py::none(),
           py::call_guard<py::gil_scoped_release>())
       .def(
           "loss_and_gradients",
@@ -292,14 +322,13 @@ void define(py::module_ module) {
           py::call_guard<py::gil_scoped_release>())
       .def(
           "backward",
-          [](const Call& call, uintptr_t loss, uintptr_t statistics, uintptr_t rows, uintptr_t cols,
-             uintptr_t temperature, uintptr_t col_loss, uintptr_t col_statistics) {
+          [](const Call& call, const AnchorsAt& rows, uintptr_t grad_rows, uintptr_t grad_cols,
+             uintptr_t grad_temperature, const std::optional<AnchorsAt>& cols) {
             const auto run = call.is_double ? backward<double> : backward<float>;
-            run(call, loss, statistics, rows, cols, temperature, col_loss, col_statistics);
+            run(call, rows, grad_rows, grad_cols, grad_temperature, cols);
           },
-          py::arg("loss"), py::arg("statistics"), py::arg("rows"), py::arg("cols"),
-          py::arg("temperature"), py::arg("col_loss") = 0, py::arg("col_statistics") = 0,
-          py::call_guard<py::gil_scoped_release>());
+          py::arg("rows"), py::arg("grad_rows"), py::arg("grad_cols"), py::arg("grad_temperature"),
+          py::arg("cols") = py::none(), py::call_guard<py::gil_scoped_release>());
 }
 
 // pybind11 up to Python 3.11 waits forever in a subinterpreter, so that nothing of it comes before

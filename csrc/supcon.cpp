@@ -146,11 +146,11 @@ void loss_and_gradients(const Problem<Real>& problem, const Isa& isa, const Team
   std::vector<Real> losses(n);
   std::vector<double> numbers(3 * n);
   const RowStatistics statistics = {numbers.data(), &numbers[n], &numbers[2 * n]};
-  Real total, counts[2], count = 1;
+  Real total, counts[2];
   Sides<Real> sides(problem, isa, team);
   sides.keep_similarities();
   forward<Real>(sides, {losses.data(), &total, counts, statistics}, nullptr);
-  if (reduction != Reduction::kSum) count = counts[reduction == Reduction::kPositiveMean];
+  const Real count = divisor_of(reduction, counts);
   *loss = total / count;
   std::fill(losses.begin(), losses.end(), 1 / count);
   gradients.loss = losses.data();

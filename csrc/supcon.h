@@ -13,7 +13,7 @@
 namespace supcon {
 
 // Changes whenever the Python module's functions take or return something else.
-constexpr int kInterface = 6;
+constexpr int kInterface = 7;
 
 enum class Summation { kOut, kIn };
 enum class Denominator { kAll, kOnePositive, kOnlyNegatives };
@@ -123,7 +123,14 @@ void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,
               const Gradients<Real>& out);
 
 // What the anchors' losses are reduced to, and which of them are counted.
-enum class Reduction { kSum, kMean, kPositiveMean };
+enum class Reduction { kNone, kSum, kMean, kPositiveMean };
+
+// What the sum of the losses is divided by, given the counts of Results.
+template <typename Real>
+Real divisor_of(Reduction reduction, const Real* counts) {
+  if (reduction == Reduction::kNone || reduction == Reduction::kSum) return 1;
+  return counts[reduction == Reduction::kMean ? 0 : 1];
+}
 
 // The reduced loss and its gradients, with one preparation. `gradients` brings what is to be
 // written alone.

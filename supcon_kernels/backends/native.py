@@ -8,6 +8,7 @@ and soft labels are read where they are, in any dtype.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from supcon_kernels.backends.protocol import Anchors, Made, Results, Wanted
 from supcon_kernels.problem import Problem, by_sample
 
 # That of csrc/supcon.h: a core that was compiled before it changed takes other arguments.
-INTERFACE = 6
+INTERFACE = 7
 # Up to so many pairs a preparation saved is worth keeping a gradient for.
 MAX_PAIRS_AT_ONCE = 2**22
 # Of so few anchors it takes longer than the pairs, and a gradient of theirs alone is small.
@@ -100,21 +101,14 @@ def loss_and_gradients(problem: Problem, reduction: str, wanted: Wanted) -> tupl
 
 
 def forward(problem: Problem, reduction: str) -> Results:
-    """The loss."""
-    if problem.symmetric:
-        return _forward_both_ways(problem, reduction)
-    by_rows = problem.by_rows()
-    results = _empty_results(by_rows)
-    _call(by_rows).forward(*[x.data_ptr() for x in results])
-    return _asked(by_rows, results, reduction)
-
-
-def _forward_both_ways(problem: Problem, reduction: str) -> Results:
-    """The loss, of one set of similarities."""
-    ways = problem.ways()
-    of_ways = [_empty_results(way) for way in ways]
-    _call(problem).forward_both_ways(*[x.data_ptr() for results in of_ways for x in results])
-    return Results.of_ways([_asked(w, results, reduction) for w, results in zip(ways, of_ways)])
+    """The loss; of both ways, of one set of similarities."""
+    by_rows, ways = problem.by_rows(), problem.ways()
+    found = [_empty_results(way, reduction) for way in ways]
+    _call(by_rows).forward(reduction, *[tuple([x.data_ptr() for x in way[:3]]) for way in found])
+    if not problem.has_integer_labels:
+        for way, results in zip(ways, found):
+            results.loss.add_(way.target_poison())
+    return Results.of_ways(found)
 
 
 def backward(
@@ -123,31 +117,26 @@ def backward(
     """The gradients, of similarities that are computed again."""
     by_rows = problem.by_rows()
     made = _empty_gradients(by_rows, wanted)
-    read: list[Tensor] = []
-    for side in (anchors, col_anchors):
-        if side is not None:
-            read += [side.grad_losses().to(problem.dtype).contiguous(), side.stats.contiguous()]
-    of_rows, of_cols = [x.data_ptr() for x in read[:2]], [x.data_ptr() for x in read[2:]]
-    _call(by_rows).backward(*of_rows, *_addresses(made), *of_cols)
+    sides = [anchors] if col_anchors is None else [anchors, col_anchors]
+    read = [_as_core_reads(side, problem.dtype) for side in sides]
+    of_rows, *of_cols = [(*_addresses(x), x[0].ndim > 0) for x in read]
+    _call(by_rows).backward(of_rows, *_addresses(made), *of_cols)
     return _given(problem, made, problem.rows.dtype)
 
 
-def _empty_results(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses as ``Problem.reduced`` has them, and statistics."""
+def _as_core_reads(side: Anchors, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the loss, the divisor and the statistics of a side."""
+    return (
+        side.grad_loss.to(dtype).contiguous(),
+        side.divisor.to(dtype),
+        side.stats.contiguous(),
+    )
+
+
+def _empty_results(problem: Problem, reduction: str) -> Results:
     n, dtype = problem.num_rows, problem.dtype
-    loss, total, counts = _empty((n,), dtype), _empty((), dtype), _empty((2,), dtype)
-    return loss, total, counts, _empty((3, n), torch.float64)
-
-
-def _asked(
-    problem: Problem, results: tuple[Tensor, Tensor, Tensor, Tensor], reduction: str
-) -> Results:
-    loss, total, counts, stats = results
-    if not problem.has_integer_labels:
-        poison = problem.target_poison()
-        loss += poison
-        total += poison
-    return Results.of((loss, total, counts), stats, reduction)
+    loss = _empty((n,) if reduction == "none" else (), dtype)
+    return Results(loss, _empty((), dtype), _empty((3, n), torch.float64), _empty((0,), dtype))
 
 
 def _empty_gradients(problem: Problem, wanted: Wanted) -> Made:
@@ -160,8 +149,8 @@ def _empty_gradients(problem: Problem, wanted: Wanted) -> Made:
     )
 
 
-def _addresses(made: Made) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in made]
+def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def _given(problem: Problem, made: Made, dtype: torch.dtype) -> Made:
