@@ -199,7 +199,10 @@ class SupConLossFunction(torch.autograd.Function):
 
 
 class SupConLossWithGradients(torch.autograd.Function):
-    """The loss of few pairs, whose gradients are made with it. The backward scales them."""
+    """The loss of few pairs, whose gradients are made with it.
+
+    The backward scales them and gives them away. A second one makes them again.
+    """
 
     @staticmethod
     def forward(
@@ -211,27 +214,45 @@ class SupConLossWithGradients(torch.autograd.Function):
         reduction: str,
     ) -> Tensor:
         """The loss of the problem, whose leaves come before it."""
-        with torch._C._AutoDispatchBelowAutograd():
-            wanted = Wanted(*ctx.needs_input_grad[:3])
-            loss, made = native.loss_and_gradients(problem, reduction, wanted)
-            made = _poisoned(problem, made)
-        ctx.save_for_backward(rows, cols, temperature, *made)
+        operands = problem.operands()
+        ctx.save_for_backward(*operands[:NUM_TENSORS])
+        ctx.options = operands[NUM_TENSORS:]
+        ctx.reduction = reduction
+        loss, ctx.made = _loss_and_gradients(ctx, problem)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients times that of the loss."""
-        saved = ctx.saved_tensors
-        scale = _Scaled.apply if torch.is_grad_enabled() else _scaled
-        grads: tuple[Tensor | None, ...] = scale(grad_loss, *saved)
+        tensors = ctx.saved_tensors
+        made, ctx.made = ctx.made, None
+        if made is None:
+            made = _loss_and_gradients(ctx, Problem(*tensors, *ctx.options))[1]
+        leaves = [tensors[k] for k in DIFFERENTIABLE]
+        if torch.is_grad_enabled():
+            grads: Sequence[Tensor | None] = _Scaled.apply(grad_loss, *leaves, *made)
+        elif not _is_plain((grad_loss,)):
+            grads = _scaled(grad_loss, *leaves, *made)
+        else:
+            if float(grad_loss) != 1.0:
+                for x in made:
+                    if x is not None:
+                        x *= grad_loss
+            grads = [None if x is None else x.to(leaf) for leaf, x in zip(leaves, made)]
         return *grads, None, None
 
 
-def _scaled(grad_loss: Tensor, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Three gradients times that of the loss, each in the dtype of its leaf, the first of ``saved``."""
-    return tuple(
-        [None if x is None else (x * grad_loss).to(leaf) for leaf, x in zip(saved, saved[3:])]
-    )
+def _loss_and_gradients(ctx: Any, problem: Problem) -> tuple[Tensor, Made]:
+    with torch._C._AutoDispatchBelowAutograd():
+        wanted = Wanted(*ctx.needs_input_grad[:3])
+        loss, made = native.loss_and_gradients(problem, ctx.reduction, wanted)
+        return loss, _poisoned(problem, made)
+
+
+def _scaled(grad_loss: Tensor, *leaves_and_made: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Three gradients times that of the loss, each in the dtype of the leaf that it is of."""
+    leaves, made = leaves_and_made[:3], leaves_and_made[3:]
+    return tuple([None if x is None else (x * grad_loss).to(leaf) for leaf, x in zip(leaves, made)])
 
 
 def wanted_of(ctx: Any) -> Wanted:

@@ -510,8 +510,11 @@ def test_one_entry_into_the_core_makes_loss_and_gradient(monkeypatch):
     loss = native_loss(features, labels)
     loss.backward(retain_graph=True)
     first = features.grad.clone()
-    loss.backward()  # what was made is kept
-    assert torch.equal(features.grad, 2 * first)
+    features.grad.zero_()  # what was made is given away, and made again
+    (3 * loss).backward()
+    assert torch.equal(features.grad, 3 * first)
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
     monkeypatch.setattr(native, "_empty_gradients", lambda *_: pytest.fail("not wanted"))
     with torch.no_grad():
         native_loss(features, labels)
