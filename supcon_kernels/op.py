@@ -201,7 +201,7 @@ class SupConLossFunction(torch.autograd.Function):
 class SupConLossWithGradients(torch.autograd.Function):
     """The loss of few pairs, whose gradients are made with it.
 
-    The backward scales them and gives them away. A second one makes them again.
+    The backward gives them away, scaled. A second one makes them again.
     """
 
     @staticmethod
@@ -231,15 +231,17 @@ class SupConLossWithGradients(torch.autograd.Function):
         leaves = [tensors[k] for k in DIFFERENTIABLE]
         if torch.is_grad_enabled():
             grads: Sequence[Tensor | None] = _Scaled.apply(grad_loss, *leaves, *made)
-        elif not _is_plain((grad_loss,)):
-            grads = _scaled(grad_loss, *leaves, *made)
-        else:
-            if float(grad_loss) != 1.0:
-                for x in made:
-                    if x is not None:
-                        x *= grad_loss
+        elif _is_plain((grad_loss,)) and _is_one(grad_loss):
             grads = [None if x is None else x.to(leaf) for leaf, x in zip(leaves, made)]
+        else:
+            grads = _scaled(grad_loss, *leaves, *made)
         return *grads, None, None
+
+
+def _is_one(grad_loss: Tensor) -> bool:
+    """Whether it is 1, as nearly always; is_grads_batched=True gives one that has no value."""
+    is_batched = not torch._C._dispatch_keys(grad_loss).has(torch._C.DispatchKey.CPU)
+    return not is_batched and float(grad_loss) == 1.0
 
 
 def _loss_and_gradients(ctx: Any, problem: Problem) -> tuple[Tensor, Made]:

@@ -521,6 +521,14 @@ def test_one_entry_into_the_core_makes_loss_and_gradient(monkeypatch):
     native_loss(features, labels, reduction="none")
 
 
+def test_gradients_made_with_the_loss_are_scaled_by_many_gradients_of_it_at_once():
+    features, labels = torch.randn(8, 4, requires_grad=True), torch.arange(8) % 2
+    (expected,) = torch.autograd.grad(native_loss(features, labels), features)
+    loss, factors = native_loss(features, labels), torch.tensor([1.0, 2.0])
+    (both,) = torch.autograd.grad(loss, features, factors, is_grads_batched=True)
+    torch.testing.assert_close(both, factors[:, None, None] * expected)
+
+
 @pytest.mark.parametrize("of_contrasts", [False, True])
 def test_few_anchors_are_prepared_with_their_contrasts_once(of_contrasts, monkeypatch):
     monkeypatch.setattr(native, "MAX_PAIRS_AT_ONCE", 0)
