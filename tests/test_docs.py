@@ -75,3 +75,7 @@ def is_option(word: str, source: str) -> bool:
     """Whether a script's source defines the option, as a field or as an argument."""
     name = word[2:].partition("=")[0].removeprefix("no_")
     return f"    {name}: " in source or f'"{word}"' in source or name == "config"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
