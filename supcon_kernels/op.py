@@ -53,7 +53,7 @@ def loss_of(problem: Problem, backend: str, reduction: str) -> Tensor:
         loss: Tensor = forward(*operands)[0]
     elif backend == "native" and native.makes_gradients(problem, reduction):
         leaves = [operands[k] for k in DIFFERENTIABLE]
-        loss = SupConLossWithGradients.apply(*leaves, problem, reduction)
+        loss = SupConLossWithGradients.apply(*leaves, problem, operands)
     else:
         loss = SupConLossFunction.apply(*operands)[0]
     return loss
@@ -211,13 +211,12 @@ class SupConLossWithGradients(torch.autograd.Function):
         cols: Tensor | None,
         temperature: Tensor | None,
         problem: Problem,
-        reduction: str,
+        operands: Sequence[Any],
     ) -> Tensor:
-        """The loss of the problem, whose leaves come before it."""
-        operands = problem.operands()
+        """The loss of the problem, whose leaves come before it and the operator's operands behind it."""
         ctx.save_for_backward(*operands[:NUM_TENSORS])
-        ctx.options = operands[NUM_TENSORS:]
-        ctx.reduction = reduction
+        ctx.options = operands[NUM_TENSORS:NUM_FIELDS]
+        ctx.reduction = operands[-1]
         loss, ctx.made = _loss_and_gradients(ctx, problem)
         return loss
 

@@ -178,10 +178,11 @@ def _call(problem: Problem) -> Any:
     rows = problem.rows.to(dtype).contiguous()
     cols = rows if problem.cols is None else problem.cols.to(dtype).contiguous()
     of_rows, of_cols = problem.row_labels, problem.col_labels
-    of_cols = of_rows if of_cols is None else of_cols
     if problem.has_integer_labels:
-        assert of_rows is not None and of_cols is not None
-        held = [rows, cols, of_rows.long().contiguous(), of_cols.long().contiguous()]
+        assert of_rows is not None
+        of_rows = of_rows.long().contiguous()
+        of_cols = of_rows if of_cols is None else of_cols.long().contiguous()
+        held = [rows, cols, of_rows, of_cols]
         soft_rows = soft_cols = None
     else:
         # Every row takes part, and is of the one class that the core then sees.
@@ -190,7 +191,7 @@ def _call(problem: Problem) -> Any:
             cols,
             *(torch.zeros(len(x), dtype=torch.int64, device="cpu") for x in (rows, cols)),
         ]
-        soft_rows, soft_cols = of_rows, of_cols
+        soft_rows, soft_cols = of_rows, of_rows if of_cols is None else of_cols
     call = core.Call(
         rows=held[0].data_ptr(),
         cols=held[1].data_ptr(),
