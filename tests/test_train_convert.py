@@ -65,10 +65,10 @@ class TheirResNet(nn.Module):
         return torch.flatten(self.avgpool(out), 1)
 
 
-def write_theirs(path, *, bottleneck=False, prefix="encoder.", **more):
+def write_theirs(path, *, bottleneck=False, prefix="encoder.", width=8, **more):
     """Write what save_model of util.py does; returns the encoder."""
     torch.manual_seed(0)
-    encoder = TheirResNet((3, 4, 6, 3) if bottleneck else (2, 2, 2, 2), bottleneck, 8)
+    encoder = TheirResNet((3, 4, 6, 3) if bottleneck else (2, 2, 2, 2), bottleneck, width)
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
