@@ -145,7 +145,7 @@ void loss_and_gradients(const Problem<Real>& problem, const Isa& isa, const Team
   const int64_t n = problem.num_rows;
   std::vector<Real> losses(n);
   std::vector<double> numbers(3 * n);
-  const RowStatistics statistics = {numbers.data(), &numbers[n], &numbers[2 * n]};
+  const RowStatistics statistics = {numbers.data(), numbers.data() + n, numbers.data() + 2 * n};
   Real total, counts[2];
   Sides<Real> sides(problem, isa, team);
   sides.keep_similarities();

@@ -279,8 +279,10 @@ void test_schedule(int64_t row_tiles, int64_t col_tiles, bool square) {
     const supcon::Schedule schedule(row_tiles, col_tiles, square);
     struct Worker {
       void compute(int64_t row, int64_t col) { i = row, j = col; }
-      void begin_rows(int64_t, int64_t) {}
-      void begin_cols(int64_t, int64_t) {}
+      // Leaves -1, which is to come once, and first.
+      void begin_rows(int64_t row, int64_t) { begin(row); }
+      void begin_cols(int64_t col, int64_t) { begin(square ? col : row_tiles + col); }
+      void begin(int64_t tile) { of[tile].push_back(-1); }
       void add_to_rows(int64_t) { of[i].push_back(j); }
       void add_to_cols(int64_t) {
         if (!square || i != j) of[square ? j : row_tiles + j].push_back(i);
@@ -298,6 +300,8 @@ void test_schedule(int64_t row_tiles, int64_t col_tiles, bool square) {
   bool once = true;
   for (int64_t i = 0; i < row_tiles; ++i) {
     std::vector<int64_t> others(alone[i]);
+    once &= col_tiles == 0 || (!others.empty() && others.front() == -1);
+    if (once && col_tiles > 0) others.erase(others.begin());
     std::sort(others.begin(), others.end());
     once &= static_cast<int64_t>(others.size()) == col_tiles;
     for (size_t j = 0; j < others.size(); ++j) once &= others[j] == static_cast<int64_t>(j);

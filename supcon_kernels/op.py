@@ -214,6 +214,7 @@ class SupConLossWithGradients(torch.autograd.Function):
         operands: Sequence[Any],
     ) -> Tensor:
         """The loss of the problem, whose leaves come before it and the operator's operands behind it."""
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands[:NUM_TENSORS])
         ctx.options = operands[NUM_TENSORS:NUM_FIELDS]
         ctx.reduction = operands[-1]
@@ -221,26 +222,34 @@ class SupConLossWithGradients(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients times that of the loss."""
-        tensors = ctx.saved_tensors
-        made, ctx.made = ctx.made, None
-        if made is None:
-            made = _loss_and_gradients(ctx, Problem(*tensors, *ctx.options))[1]
-        leaves = [tensors[k] for k in DIFFERENTIABLE]
-        if torch.is_grad_enabled():
-            grads: Sequence[Tensor | None] = _Scaled.apply(grad_loss, *leaves, *made)
-        elif _is_plain((grad_loss,)) and _is_one(grad_loss):
-            grads = [None if x is None else x.to(leaf) for leaf, x in zip(leaves, made)]
+        if grad_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
+        tensors, wanted = ctx.saved_tensors, Wanted(*ctx.needs_input_grad[:3])
+        if (
+            torch.is_grad_enabled()
+            or not _is_plain((grad_loss, *tensors))
+            or _is_batched(grad_loss)
+        ):
+            # A graph of the gradient is made, and refused, by the operator.
+            with torch.no_grad():
+                _, *saved = forward(*tensors, *ctx.options, "native", ctx.reduction)
+            grads = backward(grad_loss, *saved, *wanted, *tensors, *ctx.options, "native")
         else:
-            grads = _scaled(grad_loss, *leaves, *made)
-        return *grads, None, None
+            grads, ctx.made = ctx.made, None
+            if grads is None:
+                grads = _loss_and_gradients(ctx, Problem(*tensors, *ctx.options))[1]
+            if float(grad_loss) != 1.0:
+                grads = [None if grad is None else grad * grad_loss for grad in grads]
+        leaves = [tensors[k] for k in DIFFERENTIABLE]
+        given = [grad.to(leaf) if want else None for grad, leaf, want in zip(grads, leaves, wanted)]
+        return *given, None, None
 
 
-def _is_one(grad_loss: Tensor) -> bool:
-    """Whether it is 1, as nearly always; is_grads_batched=True gives one that has no value."""
-    is_batched = not torch._C._dispatch_keys(grad_loss).has(torch._C.DispatchKey.CPU)
-    return not is_batched and float(grad_loss) == 1.0
+def _is_batched(grad_loss: Tensor) -> bool:
+    """Whether ``is_grads_batched=True`` gave it, so that it has no value of its own."""
+    return not torch._C._dispatch_keys(grad_loss).has(torch._C.DispatchKey.CPU)
 
 
 def _loss_and_gradients(ctx: Any, problem: Problem) -> tuple[Tensor, Made]:
@@ -248,12 +257,6 @@ def _loss_and_gradients(ctx: Any, problem: Problem) -> tuple[Tensor, Made]:
         wanted = Wanted(*ctx.needs_input_grad[:3])
         loss, made = native.loss_and_gradients(problem, ctx.reduction, wanted)
         return loss, _poisoned(problem, made)
-
-
-def _scaled(grad_loss: Tensor, *leaves_and_made: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Three gradients times that of the loss, each in the dtype of the leaf that it is of."""
-    leaves, made = leaves_and_made[:3], leaves_and_made[3:]
-    return tuple([None if x is None else (x * grad_loss).to(leaf) for leaf, x in zip(leaves, made)])
 
 
 def wanted_of(ctx: Any) -> Wanted:
@@ -287,14 +290,6 @@ class _NotTwice(torch.autograd.Function):
             "supcon_loss can be differentiated twice only with backend='reference': "
             "the other backends do not record how their gradient is made"
         )
-
-
-class _Scaled(_NotTwice):
-    """``_scaled``, whose own gradient is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, *operands: Any) -> tuple[Tensor | None, ...]:
-        return _scaled(*operands)
 
 
 def _wants_gradient(operands: Sequence[Any]) -> bool:

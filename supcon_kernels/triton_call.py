@@ -35,7 +35,8 @@ def _workspace_bytes(mib: str) -> int:
 
 
 # Where rows are wide, so many bytes of H are written at a time.
-workspace_bytes = _workspace_bytes(os.environ.get("SUPCON_KERNELS_WORKSPACE_MIB", "256"))
+_default_mib = str(triton_launch.WORKSPACE_BYTES >> 20)
+workspace_bytes = _workspace_bytes(os.environ.get("SUPCON_KERNELS_WORKSPACE_MIB", _default_mib))
 # A gradient in one piece.
 WHOLE = Shares.of_pieces(1)
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}

@@ -40,6 +40,8 @@ MAX_PAIRS = 2**40
 SORTED_PAIRS = 2**26
 # Anchors of a program of the loss kernel.
 LOSS_ROWS = 1024
+# Of H at a time, where rows are wide, unless the caller sets another limit.
+WORKSPACE_BYTES = 2**28
 # Rows of a block of H, from which on its columns may be cut: a product of fewer is slow.
 WIDE_BLOCK = 1024
 # Of a program that prepares rows. From MANY_ROWS of a side on it has more of them.
@@ -179,8 +181,17 @@ class Plan:
 
     @property
     def both(self) -> bool:
-        """Whether one forward has the sums of the rows and of the columns."""
-        return self.symmetric and self.is_wide and not self.looks_twice
+        """Whether one forward has the sums of the rows and of the columns.
+
+        Four numbers for each program and column are no more than the backward takes: float32 products
+        of either side, beside a workspace.
+        """
+        if not self.symmetric or not self.is_wide or self.looks_twice:
+            return False
+        sides = padded_rows(self.num_rows), padded_rows(self._contrasts)
+        shares = self._shares(FORWARD_BOTH, self.running[0], self.num_rows, self._contrasts)
+        of_backward = 4 * sum(sides) * padded_dim(self.dim) + WORKSPACE_BYTES
+        return 16 * shares.num_programs * sides[1] <= of_backward
 
     def sorts_labels(self, num_pairs: int) -> bool:
         """Whether sorting labels takes less than comparing so many pairs."""

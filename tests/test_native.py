@@ -529,6 +529,30 @@ def test_gradients_made_with_the_loss_are_scaled_by_many_gradients_of_it_at_once
     torch.testing.assert_close(both, factors[:, None, None] * expected)
 
 
+def test_the_gradient_of_many_gradients_at_once_is_refused():
+    features, labels = torch.randn(8, 4, requires_grad=True), torch.arange(8) % 2
+    loss, factors = native_loss(features, labels), torch.tensor([1.0, 2.0])
+    options = {"is_grads_batched": True, "create_graph": True}
+    (both,) = torch.autograd.grad(loss, features, factors, **options)
+    with pytest.raises(RuntimeError, match="can be differentiated twice only"):
+        both.square().sum().backward()
+
+
+def test_a_loss_that_is_skipped_leaves_no_gradient():
+    class Skipped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    features = torch.randn(8, 4, requires_grad=True)
+    Skipped.apply(native_loss(features, torch.arange(8) % 2)).backward()
+    assert features.grad is None
+
+
 @pytest.mark.parametrize("of_contrasts", [False, True])
 def test_few_anchors_are_prepared_with_their_contrasts_once(of_contrasts, monkeypatch):
     monkeypatch.setattr(native, "MAX_PAIRS_AT_ONCE", 0)

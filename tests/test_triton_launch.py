@@ -267,6 +267,16 @@ def test_the_forward_of_both_directions_is_shipped_where_rows_are_wide():
         assert p.forward(running).code != one_way.forward(running).code
 
 
+def test_one_forward_has_both_directions_where_its_sums_take_no_more_than_the_backward():
+    def both(num_rows, num_cols, **changes):
+        sides = {"num_rows": num_rows, "num_cols": num_cols, "symmetric": True}
+        return plan(dim=512, dtype="bfloat16", target=Target(90, 132), **sides, **changes).both
+
+    assert both(77, 77) and both(65536, 65536) and both(2**20, 2**20)
+    assert not both(256, 2**21)
+    assert not both(77, 77, denominator="one_positive")
+
+
 def test_float32_is_multiplied_in_one_product_of_tf32_only_where_asked():
     ampere = Target(80, 108)
     exact, fast = (plan(dtype="float32", tf32=tf32, target=ampere) for tf32 in (False, True))

@@ -119,7 +119,7 @@ def backward(
     made = _empty_gradients(by_rows, wanted)
     sides = [anchors] if col_anchors is None else [anchors, col_anchors]
     read = [_as_core_reads(side, problem.dtype) for side in sides]
-    of_rows, *of_cols = [(*_addresses(x), x[0].ndim > 0) for x in read]
+    of_rows, *of_cols = [(*_addresses(x), x[0].numel() > 1) for x in read]
     _call(by_rows).backward(of_rows, *_addresses(made), *of_cols)
     return _given(problem, made, problem.rows.dtype)
 
