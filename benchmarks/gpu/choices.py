@@ -13,10 +13,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench_both_ways import WAYS, LossOfSides
 from gpu.place import Items, Place, Row
 from gpu.speed import as_call
 from gpu.timing import Call, Mark, eager_ms, time_interleaved
+from measuring.both_ways import WAYS, LossOfSides
 from measuring.providers import OURS, make_provider
 from measuring.workloads import Workload, make_problem
 from supcon_kernels import triton_call, triton_launch
