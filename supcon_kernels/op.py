@@ -172,7 +172,10 @@ def _is_plain(operands: Sequence[Any]) -> bool:
 
 
 class SupConLossFunction(torch.autograd.Function):
-    """``forward``, whose gradient is ``backward``. Profilers show a training step's call by this name."""
+    """``forward``, whose gradient is ``backward``.
+
+    Profilers show a training step's call by this name, or by that of ``SupConLossWithGradients``.
+    """
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, ...]:
@@ -281,7 +284,7 @@ class _NotTwice(torch.autograd.Function):
     """``backward``, whose own gradient is refused."""
 
     @staticmethod
-    def forward(ctx: Any, *operands: Any) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, ...]:
         return _below_autograd(backward, *operands)
 
     @staticmethod

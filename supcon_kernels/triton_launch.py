@@ -179,7 +179,7 @@ class Plan:
         """Whether the backward writes H in blocks, and multiplies these by torch's own product."""
         return is_wide(self.dim, self.dtype, self.target.capability)
 
-    @property
+    @functools.cached_property
     def both(self) -> bool:
         """Whether one forward has the sums of the rows and of the columns.
 

@@ -16,8 +16,7 @@ LossOfSides = Callable[[Tensor, Tensor], Tensor]
 
 def in_one_call(images: Tensor, texts: Tensor) -> Tensor:
     """The loss by ``symmetric=True``."""
-    options = {"temperature": TEMPERATURE, "symmetric": True}
-    return supcon_loss(images, contrast_features=texts, **options)  # type: ignore[arg-type]
+    return supcon_loss(images, contrast_features=texts, temperature=TEMPERATURE, symmetric=True)
 
 
 def in_two_calls(images: Tensor, texts: Tensor) -> Tensor:
