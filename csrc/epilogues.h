@@ -72,6 +72,15 @@ struct SumExpUnshifted : Sum {
   }
 };
 
+// Of 2^x that an earlier pass has kept.
+struct SumPowers : Sum {
+  static constexpr bool kCommon = true;
+  template <typename Real, typename V>
+  static SUPCON_INLINE V of(V power, V, V) {
+    return power;
+  }
+};
+
 struct SumExp : Sum {
   template <typename Real, typename V>
   static SUPCON_INLINE V of(V x, V, V shift) {
@@ -127,6 +136,8 @@ struct Reduce {
       term = Fold::template of<Real>(x, V{}, V{});
     else
       term = Fold::template of<Real>(x, of_row(t.lse, i), of_row(t.shifts, i));
+    if (t.keeps != Kept::kNothing)
+      store(t.scratch + i * kScratchStride + j, t.keeps == Kept::kPowers ? term : x);
     term = mask.keep(t.pairs, i, j, term, none);
     rows[i] = Fold::fold(rows[i], term);
     if (!Fold::kCommon && t.square) {
@@ -161,8 +172,12 @@ struct Reduce {
   V rows[kMaxTile];
 };
 
+// What a backward pass is handed: exponents of which a logarithm is to be subtracted, exponents, or
+// 2^x.
+enum class Given { kShifted, kExponents, kPowers };
+
 // A backward pass: G + G^T, written to the scratch tile.
-template <typename Real, bool kDense, bool kShifted>
+template <typename Real, bool kDense, Given kGiven>
 struct Weigh {
   typedef typename Simd<Real>::V V;
   static constexpr int kLanes = Simd<Real>::kLanes;
@@ -185,19 +200,19 @@ struct Weigh {
 
   SUPCON_INLINE V softmax(int i, int j, V x) const {
     V weight = splat<V>(t.weight.row[i]);
-    if constexpr (!kShifted) {
+    if constexpr (kGiven != Given::kShifted) {
       if (t.square) weight += load(t.weight.col + j);
-      return weight * exp2_in_range<Real>(x);
+      return weight * power(x);
     }
     V g = weight * exp2_or_zero<Real>(x - t.lse.row[i]);
     if (t.square) g += load(t.weight.col + j) * exp2_or_zero<Real>(x - load(t.lse.col + j));
     return g;
   }
   V attraction(int i, int j, V x) const {
-    if (!kShifted || t.attraction == Attraction::kOne) {
+    if (kGiven != Given::kShifted || t.attraction == Attraction::kOne) {
       V pull = splat<V>(t.pull.row[i]);
       if (t.square) pull += load(t.pull.col + j);
-      return t.attraction == Attraction::kOne ? pull : pull * exp2_in_range<Real>(x);
+      return t.attraction == Attraction::kOne ? pull : pull * power(x);
     }
     V g = t.pull.row[i] * attraction(x, splat<V>(t.lse.row[i]), splat<V>(t.normalizer.row[i]));
     if (t.square)
@@ -215,6 +230,10 @@ struct Weigh {
       default:
         return V{};
     }
+  }
+  static V power(V x) {
+    if constexpr (kGiven == Given::kPowers) return x;
+    return exp2_in_range<Real>(x);
   }
 
   const TilePair<Real>& t;
@@ -241,6 +260,7 @@ void tile_forward(const TilePair<typename P::Real>& t) {
     case Term::kMaximum:
       return dense ? reduce<P, true, Maximum>(t) : reduce<P, false, Maximum>(t);
     case Term::kExp:
+      if (t.kept == Kept::kPowers) return reduce<P, false, SumPowers>(t);
       if (t.shifted) return dense ? reduce<P, true, SumExp>(t) : reduce<P, false, SumExp>(t);
       return dense ? reduce<P, true, SumExpUnshifted>(t) : reduce<P, false, SumExpUnshifted>(t);
     // Positives only, which a dense tile has none of.
@@ -259,18 +279,21 @@ void tile_forward(const TilePair<typename P::Real>& t) {
   }
 }
 
-template <typename P, bool kDense, bool kShifted>
+template <typename P, bool kDense, Given kGiven>
 SUPCON_APART void weigh(const TilePair<typename P::Real>& t) {
-  Weigh<typename P::Real, kDense, kShifted> pass(t);
+  Weigh<typename P::Real, kDense, kGiven> pass(t);
   for_each_similarity<P, kDense>(t, pass);
+}
+
+template <typename P, Given kGiven>
+void weigh_any(const TilePair<typename P::Real>& t) {
+  is_dense(t) ? weigh<P, true, kGiven>(t) : weigh<P, false, kGiven>(t);
 }
 
 template <typename P>
 void tile_weigh(const TilePair<typename P::Real>& t) {
-  if (is_dense(t))
-    t.shifted ? weigh<P, true, true>(t) : weigh<P, true, false>(t);
-  else
-    t.shifted ? weigh<P, false, true>(t) : weigh<P, false, false>(t);
+  if (t.shifted) return weigh_any<P, Given::kShifted>(t);
+  t.kept == Kept::kPowers ? weigh_any<P, Given::kPowers>(t) : weigh_any<P, Given::kExponents>(t);
 }
 
 }  // namespace

@@ -125,19 +125,22 @@ Attraction attraction_of(const Problem<Real>& problem) {
 template <typename Real>
 class SideGradient {
  public:
-  SideGradient(const Side<Real>& side, int64_t num_copies)
+  SideGradient(const Side<Real>& side, const ClassPulls<Real>& pulls, int64_t num_copies)
       : side_(side),
+        pulls_(pulls),
         size_(side.padded * side.stride),
         num_copies_(num_copies),
         memory_(size_ * num_copies) {}
 
   Real* get(int64_t copy = 0) { return memory_.get() + copy * size_; }
-  // Of a tile: zero, by the thread that adds to it first and has it in its cache.
+  // Of a tile: what its classes pull, by the thread that adds to it first and has it in its cache.
   void begin(int64_t tile, int64_t copy) {
     const bool is_last = tile + 1 == side_.num_tiles;
+    const int64_t begin = side_.tile_begin(tile);
     Real* const rows = get(copy);
-    std::fill(rows + side_.tile_begin(tile) * side_.stride,
+    std::fill(rows + begin * side_.stride,
               rows + (is_last ? side_.padded : side_.tile_begin(tile + 1)) * side_.stride, Real(0));
+    if (copy == 0) pulls_.subtract(begin, begin + side_.tile_size(tile), rows);
   }
   void fill_with(const Team& team, Real value) { fill(team, get(), size_ * num_copies_, value); }
   // Adds all copies to the first, which then is of the embeddings, whatever was multiplied.
@@ -161,6 +164,7 @@ class SideGradient {
   }
 
   const Side<Real>& side_;
+  const ClassPulls<Real>& pulls_;
   const int64_t size_, num_copies_;
   Array<Real> memory_;
 };

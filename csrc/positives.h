@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -105,10 +107,11 @@ class ClassSums {
 
 // Those of the columns, which the forward and the backward of the same sides share.
 template <typename Real>
-const ClassSums<Real>& sums_of_cols(const Sides<Real>& sides, const ManyPositives<Real>& many) {
+std::shared_ptr<const ClassSums<Real>> sums_of_cols(const Sides<Real>& sides,
+                                                    const ManyPositives<Real>& many) {
   if (sides.col_sums == nullptr)
     sides.col_sums = std::make_shared<ClassSums<Real>>(sides, sides.cols, many.cols, nullptr);
-  return *sides.col_sums;
+  return sides.col_sums;
 }
 
 // The mean exponent of the positives of each row: where they are few, of products as tiles have
@@ -137,64 +140,99 @@ std::vector<double> mean_exponents(const Sides<Real>& sides,
     }
   });
   const ManyPositives<Real> many(sides);
-  const ClassSums<Real>& sums = sums_of_cols(sides, many);
+  const auto sums = sums_of_cols(sides, many);
   const std::vector<Part> parts = parts_of(many.rows);
   parallel_for(sides.team, parts.size(), [&](int64_t p) {
     const Part& part = parts[p];
     for (int64_t k = part.begin; k < part.end; ++k) {
-      double total = functions.dot_sum(rows.row(k), sums.of(part.segment), rows.dim);
       const int64_t own = sides.own(k);
-      if (many.cols[part.segment].contains(own))
-        total -= functions.dot(rows.row(k), cols.row(own), rows.dim);
+      const bool among = many.cols[part.segment].contains(own);
+      const double total = functions.dot_sum(rows.row(k), sums->of(part.segment), 1.0,
+                                             among ? cols.row(own) : nullptr, rows.dim);
       mean[k] = total / num_positives[k];
     }
   });
   return mean;
 }
 
-// Subtracts the attraction of many positives from both sides' gradients. `col_pull` is that of
-// columns that are anchors of their own, or null.
+// What attracts each line of a side to many positives: sums over classes of lines of the other
+// side.
 template <typename Real>
-void attract_classes(const Sides<Real>& sides, const std::vector<double>& pull,
-                     const std::vector<double>* col_pull, Real* grad_rows, Real* grad_cols) {
-  const Side<Real>&rows = sides.rows, &cols = sides.cols;
-  const Functions<Real>& functions = sides.functions;
-  const ManyPositives<Real> many(sides);
-  // Line k of a side is pulled towards the sum over its class but for the line that it is itself.
-  const auto attract = [&](const Side<Real>& side, const std::vector<Segment>& segments,
-                           const ClassSums<Real>& sums, Real* grad, auto weight_and_own) {
-    const std::vector<Part> parts = parts_of(segments);
-    parallel_for(sides.team, parts.size(), [&](int64_t p) {
-      for (int64_t k = parts[p].begin; k < parts[p].end; ++k) {
-        const Pull<Real> of = weight_and_own(parts[p].segment, k);
-        functions.attract(of.weight, sums.of(parts[p].segment), of.own_weight, of.own, side.dim,
-                          grad + k * side.stride);
+class ClassPulls {
+ public:
+  typedef std::shared_ptr<const ClassSums<Real>> Sums;
+  typedef std::function<Pull<Real>(int64_t segment, int64_t k)> OfLine;
+
+  ClassPulls(const Side<Real>& side, const Functions<Real>& functions)
+      : side_(side), functions_(functions) {}
+
+  // Lines are pulled towards sums over their classes, too.
+  void add(const std::vector<Segment>& segments, Sums sums, OfLine of_line) {
+    if (pulls_.empty()) segment_.assign(side_.size, -1);
+    for (size_t c = 0; c < segments.size(); ++c)
+      for (int64_t k = segments[c].begin; k < segments[c].end; ++k) segment_[k] = c;
+    pulls_.push_back({sums, of_line});
+  }
+  // From the gradients of lines [begin, end).
+  void subtract(int64_t begin, int64_t end, Real* grad) const {
+    for (const auto& [sums, of_line] : pulls_)
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t c = segment_[k];
+        if (c < 0) continue;
+        const Pull<Real> of = of_line(c, k);
+        functions_.attract(of.weight, sums->of(c), of.own_weight, of.own, side_.dim,
+                           grad + k * side_.stride);
       }
-    });
+  }
+
+ private:
+  const Side<Real>& side_;
+  const Functions<Real>& functions_;
+  std::vector<int64_t> segment_;  // of each line; -1: its positives are few
+  std::vector<std::pair<Sums, OfLine>> pulls_;
+};
+
+// Whether all lines of a class pull alike, as those of a mean or a sum of losses do.
+inline bool pull_alike(const std::vector<Segment>& segments, const std::vector<double>& pull) {
+  for (const Segment& segment : segments)
+    for (int64_t k = segment.begin; k < segment.end; ++k)
+      if (pull[k] != pull[segment.begin]) return false;
+  return true;
+}
+
+// The pulls of many positives on the rows and, where they are wanted, on the columns, which in a
+// square are the rows. `col_pull` is that of columns that are anchors of their own, or null.
+template <typename Real>
+void pull_by_classes(const Sides<Real>& sides, const std::vector<double>& pull,
+                     const std::vector<double>* col_pull, ClassPulls<Real>* of_rows,
+                     ClassPulls<Real>* of_cols) {
+  const Side<Real>&rows = sides.rows, &cols = sides.cols;
+  const auto many = std::make_shared<const ManyPositives<Real>>(sides);
+  const auto sums = [&](const Side<Real>& side, const std::vector<Segment>& segments,
+                        const std::vector<double>* weights) {
+    return std::make_shared<const ClassSums<Real>>(sides, side, segments,
+                                                   weights == nullptr ? nullptr : weights->data());
   };
-  attract(rows, many.rows, sums_of_cols(sides, many), grad_rows, [&](int64_t c, int64_t k) {
+  // In a square, a row that pulls as all of its class do is pulled by them as much again.
+  const bool twice = of_cols == of_rows && pull_alike(many->rows, pull);
+  const double times = twice ? 2.0 : 1.0;
+  of_rows->add(many->rows, sums_of_cols(sides, *many), [&, many, times](int64_t c, int64_t k) {
     const int64_t own = sides.own(k);
-    const bool among = many.cols[c].contains(own);
-    return Pull<Real>{pull[k], 1.0, among ? cols.row(own) : nullptr};
+    const bool among = many->cols[c].contains(own);
+    return Pull<Real>{times * pull[k], 1.0, among ? cols.row(own) : nullptr};
   });
-  if (grad_cols != nullptr) {
-    const ClassSums<Real> pulled(sides, rows, many.rows, pull.data());
-    attract(cols, many.cols, pulled, grad_cols, [&](int64_t c, int64_t j) {
-      const int64_t own = sides.row_of(j);
-      const bool among = many.rows[c].contains(own);
-      return Pull<Real>{1.0, among ? pull[own] : 0.0, among ? rows.row(own) : nullptr};
-    });
-  }
-  if (col_pull != nullptr) {
-    const ClassSums<Real> pulled(sides, cols, many.cols, col_pull->data());
-    attract(rows, many.rows, pulled, grad_rows,
-            [](int64_t, int64_t) { return Pull<Real>{1.0, 0.0, nullptr}; });
-  }
-  if (col_pull != nullptr && grad_cols != nullptr) {
-    const ClassSums<Real> row_sums(sides, rows, many.rows, nullptr);
-    attract(cols, many.cols, row_sums, grad_cols,
-            [&](int64_t, int64_t j) { return Pull<Real>{(*col_pull)[j], 0.0, nullptr}; });
-  }
+  if (col_pull != nullptr)
+    of_rows->add(many->rows, sums(cols, many->cols, col_pull),
+                 [](int64_t, int64_t) { return Pull<Real>{1.0, 0.0, nullptr}; });
+  if (of_cols == nullptr || twice) return;
+  of_cols->add(many->cols, sums(rows, many->rows, &pull), [&, many](int64_t c, int64_t j) {
+    const int64_t own = sides.row_of(j);
+    const bool among = many->rows[c].contains(own);
+    return Pull<Real>{1.0, among ? pull[own] : 0.0, among ? rows.row(own) : nullptr};
+  });
+  if (col_pull != nullptr)
+    of_cols->add(many->cols, sums(rows, many->rows, nullptr),
+                 [=](int64_t, int64_t j) { return Pull<Real>{(*col_pull)[j], 0.0, nullptr}; });
 }
 
 }  // namespace supcon

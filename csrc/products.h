@@ -117,13 +117,15 @@ SUPCON_INLINE void for_each_similarity(const TilePair<typename P::Real>& t, Pass
   constexpr int kPanel = kVectors * kLanes;
   for (int j = 0; j < t.num_cols; j += kPanel) {
     const int end = last_row(t, j, kPanel);
-    const bool direct = kDense && !t.kept;
+    const bool is_kept = t.kept != Kept::kNothing, direct = kDense && !is_kept;
     if (direct) pass.begin(j);
-    if (!t.kept)
+    if (!is_kept)
       for_each_block(end, [&](auto rows, int i) {
         P::template similarities<decltype(rows)::value>(t, i, j, [&](int r, int v, V x) {
-          if (!kDense || t.keeps) store(t.scratch + (i + r) * kScratchStride + j + v * kLanes, x);
-          if constexpr (kDense) pass.finish(i + r, j, v, x);
+          if constexpr (kDense)
+            pass.finish(i + r, j, v, x);
+          else
+            store(t.scratch + (i + r) * kScratchStride + j + v * kLanes, x);
         });
       });
     if (!direct) {

@@ -1,12 +1,12 @@
-// The work on single rows, written once as plain loops that each ISA's file compiles for its own
-// vectors, in a namespace of its own as vectors.h.
+// The work on single rows, written once, mostly as plain loops, that each ISA's file compiles for
+// its own vectors, in a namespace of its own as vectors.h.
 
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
-#include "supcon.h"
+#include "products.h"
 
 namespace supcon {
 namespace {
@@ -73,13 +73,15 @@ Real widen_row(const uint16_t* x, int64_t dim, Real power, Real* out) {
 }
 
 // The sum of squares bounds every product with the row: where it overflows, similarities may be
-// differences of infinities, which maxima and exponentials would not show. May work in place.
+// differences of infinities, which maxima and exponentials would not show. Of a normalised row that
+// of the input, as it is divided, tells. May work in place.
 template <typename Real>
 bool embed_row(const Real* x, int64_t dim, bool normalize, Real unit, Real* out, Real* scale,
                Real* norm) {
   *scale = *norm = 1;
+  Real square = 0;
   if (normalize) {
-    Real square = sum_of_squares(x, dim);
+    square = sum_of_squares(x, dim);
     if (!(square > SafeSquare<Real>::kLow && square < SafeSquare<Real>::kHigh)) {
       const Real largest = largest_magnitude(x, dim);
       *scale = largest > 0 ? largest : Real(1);
@@ -94,17 +96,22 @@ bool embed_row(const Real* x, int64_t dim, bool normalize, Real unit, Real* out,
   } else {
     for (int64_t d = 0; d < dim; ++d) out[d] = x[d] / *scale * unit;
   }
-  const Real reach = sum_of_squares(out, dim);
-  return reach - reach == 0;
+  if (!normalize) square = sum_of_squares(out, dim);
+  return square - square == 0;
 }
 
-template <typename Real, int kPanel>
+template <typename Real>
 void pack_rows(const Real* rows, ptrdiff_t stride, int64_t dim, Real* packed) {
-  constexpr int64_t kLine = 64 / sizeof(Real), kBlock = kLine < kPanel ? kLine : kPanel;
-  for (int64_t begin = 0; begin < dim; begin += kBlock)
-    for (int k = 0; k < kPanel; ++k)
-      for (int64_t d = begin; d < begin + kBlock; ++d)
-        packed[d * kPanel + k] = rows[k * stride + d];
+  constexpr int kLanes = Simd<Real>::kLanes, kPanel = kVectors * kLanes;
+  for (int64_t d = 0; d < dim; d += kLanes)
+    for (int v = 0; v < kVectors; ++v) {
+      typename Simd<Real>::V block[kLanes];
+#pragma GCC unroll 16
+      for (int k = 0; k < kLanes; ++k) block[k] = load(rows + (v * kLanes + k) * stride + d);
+      transpose<Real>(block);
+#pragma GCC unroll 16
+      for (int k = 0; k < kLanes; ++k) store(packed + (d + k) * kPanel + v * kLanes, block[k]);
+    }
 }
 
 // As compilers contract the register kernel's products and sums. Of plain loops they make vectors
@@ -144,12 +151,26 @@ double dots_of_tile(const TilePair<Real>& t, int i, int j, int count) {
   return total;
 }
 
-template <typename A, typename B>
-double dot(const A* a, const B* b, int64_t dim) {
+template <typename Real>
+double dot(const Real* a, const Real* b, int64_t dim) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t d = 0; d < dim; ++d) sum += static_cast<double>(a[d]) * static_cast<double>(b[d]);
   return sum;
+}
+
+template <typename Real>
+double dot_sum(const Real* a, const double* sum, double own_weight, const Real* own, int64_t dim) {
+  double total = 0;
+  if (own == nullptr) {
+#pragma omp simd reduction(+ : total)
+    for (int64_t d = 0; d < dim; ++d) total += static_cast<double>(a[d]) * sum[d];
+    return total;
+  }
+#pragma omp simd reduction(+ : total)
+  for (int64_t d = 0; d < dim; ++d)
+    total += static_cast<double>(a[d]) * (sum[d] - own_weight * static_cast<double>(own[d]));
+  return total;
 }
 
 template <typename Real>

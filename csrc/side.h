@@ -181,17 +181,19 @@ constexpr int64_t kFewPositives = 8;
 template <typename Real>
 class ClassSums;
 
-// Similarities of all pairs of tiles, which the first pass leaves to those that follow.
+// What the first pass over all pairs of tiles leaves to those that follow: similarities, or 2^x.
 template <typename Real>
 class KeptTiles {
  public:
-  KeptTiles(int64_t row_tiles, int64_t col_tiles, int64_t tile)
-      : col_tiles_(col_tiles),
+  KeptTiles(Kept kind, int64_t row_tiles, int64_t col_tiles, int64_t tile)
+      : kind(kind),
+        col_tiles_(col_tiles),
         size_(tile * kScratchStride),
         memory_(row_tiles * col_tiles * size_) {}
 
   Real* of(int64_t i, int64_t j) { return memory_.get() + (i * col_tiles_ + j) * size_; }
 
+  const Kept kind;
   bool filled = false;
 
  private:
@@ -242,19 +244,21 @@ struct Sides {
     return t;
   }
 
-  // Similarities are computed once and not in every pass, of so few pairs that caches hold them.
+  // Similarities are computed once and not in every pass, of so few pairs that caches hold them;
+  // and so is 2^x, where every pass is made of it.
   void keep_similarities() {
     constexpr int64_t kMaxPairs = 1 << 18;
     if (rows.size * cols.size > kMaxPairs || multiplies_bfloat16()) return;
     if (problem.mask.data != nullptr || problem.row_soft.data != nullptr) return;
-    kept_ = std::make_unique<KeptTiles<Real>>(rows.num_tiles, cols.num_tiles, rows.tile);
+    const bool powers = !shifted && problem.denominator != Denominator::kOnePositive;
+    kept_ = std::make_unique<KeptTiles<Real>>(powers ? Kept::kPowers : Kept::kExponents,
+                                              rows.num_tiles, cols.num_tiles, rows.tile);
   }
   void set_memory(int64_t i, int64_t j, const PairMemory<Real>& of_thread,
                   TilePair<Real>* t) const {
     t->scratch = kept_ ? kept_->of(i, j) : of_thread.tile;
-    t->kept = kept_ && kept_->filled;
-    t->keeps = kept_ && !kept_->filled;
-    if (packs_in_passes() && !t->kept) pack(of_thread.panels, t);
+    if (kept_) (kept_->filled ? t->kept : t->keeps) = kept_->kind;
+    if (packs_in_passes() && t->kept == Kept::kNothing) pack(of_thread.panels, t);
   }
   // To be called after a pass over all pairs.
   void have_kept() const {

@@ -196,11 +196,10 @@ std::vector<double> mean_soft_exponents(const Weights<Real>& weights) {
                             nullptr);
   multiply_by_sums(sides, rows, sides.problem.row_soft, weights.norms_of_rows(), sums,
                    [&](int64_t i, const double* product, double unit) {
-                     double total = functions.dot_sum(rows.row(i), product, rows.dim) * unit;
-                     if (of.own[i] > 0)
-                       total -=
-                           of.own[i] * functions.dot(rows.row(i), cols.row(sides.own(i)), rows.dim);
-                     mean[i] = total / of.total[i];
+                     const Real* const own = of.own[i] > 0 ? cols.row(sides.own(i)) : nullptr;
+                     const double total =
+                         functions.dot_sum(rows.row(i), product, of.own[i] / unit, own, rows.dim);
+                     mean[i] = total * unit / of.total[i];
                    });
   return mean;
 }

@@ -90,8 +90,15 @@ void backward(const Sides<Real>& sides, const Gradients<Real>& out) {
     apart.reset(new Upstream<Real>(weights, cols, out.col_loss, out.col_statistics, unit));
   const Upstream<Real>* const of_cols = sides.square ? &upstream : apart.get();
   const bool wants_cols = !sides.square && out.cols != nullptr;
-  SideGradient<Real> of_row_side(rows, sides.schedule.copies_of_rows());
-  SideGradient<Real> of_col_side(cols, wants_cols ? sides.schedule.copies_of_cols() : 0);
+  const std::vector<double>* const col_pull = apart ? &apart->pull_by_class : nullptr;
+  ClassPulls<Real> row_pulls(rows, sides.functions), col_pulls(cols, sides.functions);
+  if (sides.finite && !all_pull_in_tiles(sides) && !weights.given())
+    pull_by_classes(sides, upstream.pull_by_class, col_pull, &row_pulls,
+                    sides.square ? &row_pulls
+                    : wants_cols ? &col_pulls
+                                 : nullptr);
+  SideGradient<Real> of_row_side(rows, row_pulls, sides.schedule.copies_of_rows());
+  SideGradient<Real> of_col_side(cols, col_pulls, wants_cols ? sides.schedule.copies_of_cols() : 0);
   SideGradient<Real>* const to_cols = sides.square ? &of_row_side
                                       : wants_cols ? &of_col_side
                                                    : nullptr;
@@ -109,12 +116,8 @@ void backward(const Sides<Real>& sides, const Gradients<Real>& out) {
     });
     of_row_side.add_up(team);
     if (wants_cols) of_col_side.add_up(team);
-    const std::vector<double>* const col_pull = apart ? &apart->pull_by_class : nullptr;
-    if (sums_soft_classes(problem)) {
+    if (sums_soft_classes(problem))
       attract_soft(weights, upstream.pull_by_class, col_pull, grad_rows, grad_cols);
-    } else if (!all_pull_in_tiles(sides) && !weights.given()) {
-      attract_classes(sides, upstream.pull_by_class, col_pull, grad_rows, grad_cols);
-    }
   }
   const double product = finish_side(rows, sides, grad_rows, unit, problem.num_rows, out.rows);
   // Where the rows' gradient is of both sides' losses, and so is every other rank's or row's, every

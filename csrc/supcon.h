@@ -154,6 +154,9 @@ enum class Term {
   kQTimesNotQ  // the sum of q 2^-shift (1 - q)
 };
 
+// What the scratch tile has of every pair between passes: x, or 2^x.
+enum class Kept { kNothing, kExponents, kPowers };
+
 // How positives attract in the backward pass: the weight of the row times
 enum class Attraction {
   kNone,       // nothing here; sums over each class do it elsewhere
@@ -215,8 +218,8 @@ struct TilePair {
   Pairs pairs;
   bool shifted;   // exponents are so large that sums of 2^x need a shift for each row and column
   Real* scratch;  // (kMaxTile, kScratchStride); of bfloat16 as much again for H in words
-  bool keeps;     // leave the similarities in the scratch tile
-  bool kept;      // they are there
+  Kept keeps;     // what a forward pass leaves in the scratch tile
+  Kept kept;      // what an earlier one has left there
   // Forward: a row's result is written, a column's where `square`. Backward: columns are anchors
   // where `square`.
   Term term;
@@ -261,7 +264,9 @@ struct Functions {
   // round it. The columns may go on in the tiles that follow.
   double (*dots_of_tile)(const TilePair<Real>& t, int i, int j, int count);
   double (*dot)(const Real* a, const Real* b, int64_t dim);
-  double (*dot_sum)(const Real* a, const double* sum, int64_t dim);
+  // a (sum - own_weight own); own may be null
+  double (*dot_sum)(const Real* a, const double* sum, double own_weight, const Real* own,
+                    int64_t dim);
   // sum += weight x
   void (*add)(double weight, const Real* x, int64_t dim, double* sum);
   // grad -= weight (sum - own_weight own), the product in float64; own may be null

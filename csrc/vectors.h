@@ -8,6 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <utility>
+
 #include "supcon.h"
 
 #ifdef __FAST_MATH__
@@ -71,6 +73,29 @@ SUPCON_INLINE typename Simd<Real>::I lane_numbers() {
   typename Simd<Real>::I lanes;
   for (int k = 0; k < Simd<Real>::kLanes; ++k) lanes[k] = k;
   return lanes;
+}
+
+// Lanes l of a where l has no such bit, and lanes l - bit of b elsewhere; with kHigh lanes l + bit
+// of a, and lanes l of b. Compilers make one shuffle of it.
+template <int kBit, bool kHigh, typename V, int... l>
+SUPCON_INLINE V exchanged(V a, V b, std::integer_sequence<int, l...>) {
+  return V{(l & kBit ? b[(l - (kHigh ? 0 : kBit)) & (sizeof...(l) - 1)]
+                     : a[(l + (kHigh ? kBit : 0)) & (sizeof...(l) - 1)])...};
+}
+
+// A square of numbers, whose rows become its columns: bit by bit, row and lane change places.
+template <typename Real, int kBit = 1>
+SUPCON_INLINE void transpose(typename Simd<Real>::V* rows) {
+  constexpr int kLanes = Simd<Real>::kLanes;
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kBit) continue;
+    const typename Simd<Real>::V a = rows[i], b = rows[i + kBit];
+    rows[i] = exchanged<kBit, false>(a, b, lanes);
+    rows[i + kBit] = exchanged<kBit, true>(a, b, lanes);
+  }
+  if constexpr (2 * kBit < kLanes) transpose<Real, 2 * kBit>(rows);
 }
 
 // 2^f on [-1/2, 1/2]: Taylor's coefficients bent to the minimax polynomial.
