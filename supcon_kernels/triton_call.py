@@ -211,8 +211,8 @@ class Call:
             )
 
     def sums_of_nothing(self, shares: Shares) -> Tensor:
-        """(programs, 4, padded columns) what the forward kernel adds to, of columns that are anchors."""
-        sums = self.new((shares.num_programs, 4, self.cols.padded))
+        """(slots, 4, padded columns) what the forward kernel adds to, of columns that are anchors."""
+        sums = self.new((shares.num_slots, 4, self.cols.padded))
         sums[:, ::2] = 0.0
         sums[:, 1::2] = triton_launch.LOWEST
         return sums

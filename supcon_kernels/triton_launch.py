@@ -183,15 +183,15 @@ class Plan:
     def both(self) -> bool:
         """Whether one forward has the sums of the rows and of the columns.
 
-        Four numbers for each program and column are no more than the backward takes: float32 products
-        of either side, beside a workspace.
+        Four numbers for each slot and column are no more than the backward takes: float32 products of
+        either side, beside a workspace.
         """
         if not self.symmetric or not self.is_wide or self.looks_twice:
             return False
         sides = padded_rows(self.num_rows), padded_rows(self._contrasts)
         shares = self._shares(FORWARD_BOTH, self.running[0], self.num_rows, self._contrasts)
         of_backward = 4 * sum(sides) * padded_dim(self.dim) + WORKSPACE_BYTES
-        return 16 * shares.num_programs * sides[1] <= of_backward
+        return 16 * shares.num_slots * sides[1] <= of_backward
 
     def sorts_labels(self, num_pairs: int) -> bool:
         """Whether sorting labels takes less than comparing so many pairs."""

@@ -78,6 +78,11 @@ class Shares:
         runs = cdiv(self.group * self.num_tiles, self.share)
         return groups * runs + cdiv(rest * self.num_tiles, self.share)
 
+    @property
+    def num_slots(self) -> int:
+        """For sums of columns: a program has one of its own, or each block has."""
+        return min(self.num_blocks, self.num_programs)
+
     def pieces_of(self, block: int) -> int:
         """Of one block, as the kernels count them."""
         before = block % self.group * self.num_tiles

@@ -57,11 +57,12 @@ def test_wide_rows(has_memory, labels, variant, monkeypatch):
 
 @pytest.fixture
 def work(monkeypatch):
-    """The forward's launches, and the multiplications of each product of the whole call.
+    """The forward's launches, those of both directions with the slots of their columns' sums, and the
+    multiplications of each product of the whole call.
 
     Three programs own blocks of rows and parts of them.
     """
-    found = SimpleNamespace(forwards=[], products=[])
+    found = SimpleNamespace(forwards=[], both=[], products=[])
     run, product = triton_run.run, triton_call._product
 
     def recorded_run(launch, device, given):
@@ -70,6 +71,8 @@ def work(monkeypatch):
             if launch.kernel == "_forward_kernel":
                 found.forwards.append(launch)
                 num_tiles = given["num_blocks"] * given["num_tiles"]
+                if launch.constexprs["BOTH"]:
+                    found.both.append((launch, len(given["col_sums_ptr"])))
             pairs = num_tiles * launch.constexprs["ROWS"] * launch.constexprs["COLS"]
             found.products.append(pairs * given["padded_dim"])
         run(launch, device, given)
@@ -138,6 +141,18 @@ def test_a_column_may_be_far_from_every_row(work):
     # In float32 little is left of the temperature's gradient, whose terms nearly cancel.
     assert_exact(ours[:3], exact[:3])
     assert [launch.constexprs["BOTH"] for launch in work.forwards] == [True]
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.01])
+def test_programs_of_one_block_of_rows_share_the_sums_of_columns(tau, work, monkeypatch):
+    monkeypatch.setattr(triton_call, "_target", lambda device: Target(0, 7))
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(n, 130, generator=g) for n in (100, 300)]
+    options = {"labels": torch.arange(100) % 9, "contrast_labels": torch.arange(300) % 11}
+    exact = gradients_of(reference, torch.float64, leaves, tau, **options)
+    assert_exact(gradients_of(triton_loss, torch.float32, leaves, tau, **options), exact)
+    ((launch, slots),) = work.both
+    assert slots == 128 // launch.constexprs["ROWS"] < launch.grid[0] == 7
 
 
 def test_both_directions_take_four_products(work, monkeypatch):

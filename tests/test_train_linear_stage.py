@@ -91,7 +91,7 @@ def test_a_fit_that_stops_too_soon_says_so(run, capsys):
 
 
 def test_features_in_a_file_give_what_those_in_memory_give(run, monkeypatch):
-    found, classifier = stage(run, "--weight_decay", 0.01)
+    found, classifier = stage(run, "--weight_decay", 0.1)
     monkeypatch.setattr(features, "CHUNK", 300)
     made, most = [], []
     in_file = features._in_file
@@ -103,10 +103,11 @@ def test_features_in_a_file_give_what_those_in_memory_give(run, monkeypatch):
     monkeypatch.setattr(features, "_in_file", lambda *how: made.append(how) or in_file(*how))
     monkeypatch.setattr("linear_stage.stage.encode_stored", spy)
     before = sorted(run.iterdir())
-    again, mapped = stage(run, "--weight_decay", 0.01, "--features_gib", 0)
+    again, mapped = stage(run, "--weight_decay", 0.1, "--features_gib", 0)
     assert made == [((1347, 32), run)] and sorted(run.iterdir()) == before
     assert max(most) <= EMBED_BATCH_SIZE
-    torch.testing.assert_close(mapped.weight, classifier.weight, rtol=1e-3, atol=1e-3)
+    # The optimum is one; how near to it a fit ends depends on how its sums are rounded.
+    assert torch.dist(mapped.weight, classifier.weight) < 0.01 * classifier.weight.norm()
     assert again["top1"] == pytest.approx(found["top1"], abs=0.005)
 
 

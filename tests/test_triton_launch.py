@@ -270,10 +270,11 @@ def test_the_forward_of_both_directions_is_shipped_where_rows_are_wide():
 def test_one_forward_has_both_directions_where_its_sums_take_no_more_than_the_backward():
     def both(num_rows, num_cols, **changes):
         sides = {"num_rows": num_rows, "num_cols": num_cols, "symmetric": True}
-        return plan(dim=512, dtype="bfloat16", target=Target(90, 132), **sides, **changes).both
+        changes = {"dim": 512, "dtype": "bfloat16", "target": Target(90, 132), **changes}
+        return plan(**sides, **changes).both
 
-    assert both(77, 77) and both(65536, 65536) and both(2**20, 2**20)
-    assert not both(256, 2**21)
+    assert both(77, 77) and both(65536, 65536) and both(2**20, 2**20) and both(256, 2**24)
+    assert not both(2**15, 2**24, dim=384)
     assert not both(77, 77, denominator="one_positive")
 
 

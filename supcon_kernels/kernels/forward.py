@@ -39,7 +39,7 @@ def add_places(x):
 
 @triton.jit
 def add_to_columns(
-    sums_ptr,  # (4, padded cols) of this program, at the tile's columns
+    sums_ptr,  # (4, padded cols) of this slot, at the tile's columns
     padded_cols,
     x,  # exponents (ROWS, COLS), or their powers unless RUNNING, of the pairs in the denominator
     of_positives,  # what a pair adds to the positives, if it is one
@@ -90,7 +90,7 @@ def _forward_kernel(
     on_device,  # whether the temperature is read there
     either,  # whether it decides which of two kernels returns at once: this, or that with other RUNNING
     row_valid_ptr,  # (padded rows,) as that of columns, if BOTH
-    col_sums_ptr,  # (programs, 4, padded cols) as the rows', if BOTH: sums of nothing, which are added to
+    col_sums_ptr,  # (slots, 4, padded cols) as the rows', if BOTH: sums of nothing, which are added to
     RUNNING: tl.constexpr,
     OUT: tl.constexpr,
     DENOMINATOR: tl.constexpr,
@@ -103,7 +103,8 @@ def _forward_kernel(
 ):
     """A program owns ``share`` tiles, of one block of rows after the other; it keeps their sums.
 
-    Those of columns, if BOTH, wait in memory from one block of rows to the next.
+    Those of columns, if BOTH, wait in memory from one block of rows to the next. There is a slot for
+    each program or, where these are fewer, for each block, whose tiles are each one program's.
 
     "one_positive" is a second look, once the negatives' sum is known: each positive stands against it
     alone, with q its probability: Σ log₂ q and Σ (1 - q) if OUT, else Σ q and Σ q (1 - q).
@@ -134,6 +135,10 @@ def _forward_kernel(
         row_id = tl.load(row_ids_ptr + i)
         if BOTH:
             row_valid = tl.load(row_valid_ptr + i)
+            slot = tl.program_id(0)
+            if num_blocks < tl.num_programs(0):
+                slot = start + block
+            slot_ptr = col_sums_ptr + slot * 4 * padded_cols
         if SECOND:
             num_pieces = pieces_of(block, num_tiles, group, share)
             negatives, largest = merged(
@@ -207,8 +212,7 @@ def _forward_kernel(
                         if DENOMINATOR == "all":
                             counts = (row_valid != 0.0)[:, None]
                         of_col = tl.where(counts, x, float("-inf"))
-                        col_sums = col_sums_ptr + tl.program_id(0) * 4 * padded_cols + j
-                        add_to_columns(col_sums, padded_cols, of_col, x, positive, RUNNING, OUT)
+                        add_to_columns(slot_ptr + j, padded_cols, of_col, x, positive, RUNNING, OUT)
                 else:
                     power = tl.exp2(x)
                     if part == 1:
@@ -226,9 +230,8 @@ def _forward_kernel(
                     total += add_places(power if SECOND else power * valid[None, :])
                     if BOTH:
                         of_col = power * row_valid[:, None]
-                        col_sums = col_sums_ptr + tl.program_id(0) * 4 * padded_cols + j
                         add_to_columns(
-                            col_sums, padded_cols, of_col, of_positives, positive, RUNNING, OUT
+                            slot_ptr + j, padded_cols, of_col, of_positives, positive, RUNNING, OUT
                         )
 
         if not RUNNING:
