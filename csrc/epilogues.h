@@ -231,7 +231,7 @@ struct Weigh {
         return V{};
     }
   }
-  static V power(V x) {
+  static SUPCON_INLINE V power(V x) {
     if constexpr (kGiven == Given::kPowers) return x;
     return exp2_in_range<Real>(x);
   }

@@ -20,7 +20,7 @@ from reproduction import processes
 from reproduction.claims import METRICS, SEVERITIES, TABLES, Claim
 from reproduction.methods import METHODS, SETTINGS
 from reproduction.pictures import FIGURES, OVERVIEW, pictures
-from reproduction.report import summary
+from reproduction.report import CLAIM_COLUMNS, RUN_COLUMNS, read_rows, summary
 from reproduction.runs import EVALUATION, RECORD, Job, Study, jobs_of
 from reproduction.scales import SCALES
 from reproduction.schedule import make
@@ -450,6 +450,46 @@ def test_figures_are_drawn_of_the_rows(tmp_path):
     assert "| SupCon | 90.00 | 70.00 |" in page
     assert all(f"]({name})" in page for name in names)
     assert pictures(runs, []) == {}
+
+
+def test_committed_results_stay_beside_those_of_another_folder(tmp_path, monkeypatch):
+    readme, root = tmp_path / "README.md", tmp_path / "runs"
+    root.mkdir()
+    readme.write_text("".join(paper.MARKS))
+    for name, path in (("RESULTS", tmp_path), ("PAGE", tmp_path / "paper.md"), ("README", readme)):
+        monkeypatch.setattr(paper, name, path)
+
+    def update(top1, seeds):
+        runs = [
+            dict.fromkeys(RUN_COLUMNS, "")
+            | {"scale": "digits", "method": method, "seed": str(seed), "top1": str(reached)}
+            for method, reached in top1.items()
+            for seed in range(seeds)
+        ]
+        claims = []
+        for claim in TABLES["2"].claims:
+            row = dict.fromkeys(CLAIM_COLUMNS, "") | {"scale": "digits", "table": "2"}
+            row |= {"better": "supcon", "worse": claim.worse, "metric": "top1"}
+            row |= {"seeds": "0", "verdict": "not run"}
+            if claim.worse in top1:
+                row |= {"seeds": str(seeds), "verdict": "not resolved"}
+                row |= {"difference": "0.1", "low": "0", "high": "0.2"}
+            claims.append(row)
+        monkeypatch.setattr(paper, "rows_of_runs", lambda *about: runs)
+        monkeypatch.setattr(paper, "rows_of_claims", lambda *about: claims)
+        study = Study(SCALES["digits"], root, trials=1)
+        paper.report(study, paper.PaperOptions(update_docs=True))
+        return [read_rows(tmp_path / f"paper_digits_{what}.csv") for what in ("runs", "claims")]
+
+    update({"supcon": 0.9, "simclr": 0.8, "no longer compared": 0.1}, seeds=3)
+    update({"supcon": 0.7, "cross_entropy": 0.5}, seeds=2)
+    runs, claims = update({}, seeds=0)
+    reached = [(row["method"], row["seed"], row["top1"]) for row in runs]
+    of_supcon = [("supcon", "0", "0.7"), ("supcon", "1", "0.7"), ("supcon", "2", "0.9")]
+    assert sorted(reached[:5]) == [*(("cross_entropy", s, "0.5") for s in "01"), *of_supcon]
+    assert reached[5:] == [("simclr", seed, "0.8") for seed in "012"]
+    judged = {row["worse"]: row["seeds"] for row in claims if row["seeds"] != "0"}
+    assert judged == {"simclr": "3", "cross_entropy": "2"}
 
 
 def test_the_page_is_that_of_the_committed_results():

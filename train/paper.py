@@ -29,6 +29,8 @@ from reproduction.report import (
     rows_of_claims,
     rows_of_runs,
     summary,
+    with_earlier_claims,
+    with_earlier_runs,
     write_rows,
 )
 from reproduction.runs import Study, jobs_of
@@ -70,8 +72,8 @@ class PaperOptions:
         output_dir: Folder for the runs and the report.
         workers: As in pretrain.py.
         device: As in pretrain.py.
-        update_docs: Copy the results of this scale to benchmarks/results, and write docs/paper.md and
-            README's table from all results there.
+        update_docs: Copy the results of this scale to benchmarks/results, beside those there of other
+            runs, and write docs/paper.md and README's table from all of them.
     """
 
     table: list[str] = field(default_factory=list)
@@ -161,10 +163,13 @@ def report(study: Study, options: PaperOptions) -> Path:
     path = study.root / f"{options.scale}.md"
     replace_text(path, page(runs, claims))
     draw(runs, claims, study.root)
-    for folder in [study.root, RESULTS] if options.update_docs and runs else [study.root]:
-        write_rows(folder / f"paper_{options.scale}_runs.csv", runs, RUN_COLUMNS)
-        write_rows(folder / f"paper_{options.scale}_claims.csv", claims, CLAIM_COLUMNS)
+    names = [f"paper_{options.scale}_{what}.csv" for what in ("runs", "claims")]
+    write_rows(study.root / names[0], runs, RUN_COLUMNS)
+    write_rows(study.root / names[1], claims, CLAIM_COLUMNS)
     if options.update_docs:
+        before = [read_rows(RESULTS / name) for name in names]
+        write_rows(RESULTS / names[0], with_earlier_runs(runs, before[0]), RUN_COLUMNS)
+        write_rows(RESULTS / names[1], with_earlier_claims(claims, before[1]), CLAIM_COLUMNS)
         replace_text(PAGE, page(*committed_rows()))
         replace_text(README, between_marks(README.read_text(), summary(*committed_rows())))
         draw(*committed_rows(), PAGE.parent)

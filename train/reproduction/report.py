@@ -102,6 +102,25 @@ def _written(row: dict[str, Any], columns: Sequence[str]) -> Row:
     return {name: "" if row.get(name) is None else str(row[name]) for name in columns}
 
 
+def with_earlier_runs(runs: list[Row], earlier: list[Row]) -> list[Row]:
+    """The runs of this folder, and those of another of which it has none."""
+    found = {(row["method"], row["seed"]): row for row in [*earlier, *runs]}
+    order = {name: place for place, name in enumerate((*METHODS, *BASELINES))}
+    known = [key for key in found if key[0] in order]
+    return [found[key] for key in sorted(known, key=lambda key: (order[key[0]], int(key[1])))]
+
+
+def with_earlier_claims(claims: list[Row], earlier: list[Row]) -> list[Row]:
+    """The claims of this folder; those of another where that had more seeds."""
+
+    def key(row: Row) -> tuple[str, ...]:
+        return row["table"], row["better"], row["worse"], row["metric"]
+
+    found = {key(row): row for row in earlier}
+    pairs = [(row, found.get(key(row), row)) for row in claims]
+    return [before if int(before["seeds"]) > int(row["seeds"]) else row for row, before in pairs]
+
+
 def write_rows(path: Path, rows: list[Row], columns: Sequence[str]) -> None:
     """Write rows as CSV in one step."""
     text = io.StringIO()
