@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "products.h"
 
 namespace supcon {
@@ -73,7 +75,7 @@ struct SumExpUnshifted : Sum {
 };
 
 // Of 2^x that an earlier pass has kept.
-struct SumPowers : Sum {
+struct SumKept : Sum {
   static constexpr bool kCommon = true;
   template <typename Real, typename V>
   static SUPCON_INLINE V of(V power, V, V) {
@@ -136,8 +138,9 @@ struct Reduce {
       term = Fold::template of<Real>(x, V{}, V{});
     else
       term = Fold::template of<Real>(x, of_row(t.lse, i), of_row(t.shifts, i));
-    if (t.keeps != Kept::kNothing)
-      store(t.scratch + i * kScratchStride + j, t.keeps == Kept::kPowers ? term : x);
+    if constexpr (Fold::kCommon)  // as the first of all passes is
+      if (t.keeps != Kept::kNothing)
+        store(t.scratch + i * kScratchStride + j, t.keeps == Kept::kPowers ? term : x);
     term = mask.keep(t.pairs, i, j, term, none);
     rows[i] = Fold::fold(rows[i], term);
     if (!Fold::kCommon && t.square) {
@@ -232,8 +235,10 @@ struct Weigh {
     }
   }
   static SUPCON_INLINE V power(V x) {
-    if constexpr (kGiven == Given::kPowers) return x;
-    return exp2_in_range<Real>(x);
+    if constexpr (kGiven == Given::kPowers)
+      return x;
+    else
+      return exp2_in_range<Real>(x);
   }
 
   const TilePair<Real>& t;
@@ -249,7 +254,10 @@ bool is_dense(const TilePair<Real>& t) {
 template <typename P, bool kDense, typename Fold>
 SUPCON_APART void reduce(const TilePair<typename P::Real>& t) {
   Reduce<typename P::Real, kDense, Fold> pass(t);
-  for_each_similarity<P, kDense>(t, pass);
+  if constexpr (std::is_same_v<Fold, SumKept>)
+    for_each_kept(t, pass);
+  else
+    for_each_similarity<P, kDense>(t, pass);
   pass.write_rows();
 }
 
@@ -260,7 +268,7 @@ void tile_forward(const TilePair<typename P::Real>& t) {
     case Term::kMaximum:
       return dense ? reduce<P, true, Maximum>(t) : reduce<P, false, Maximum>(t);
     case Term::kExp:
-      if (t.kept == Kept::kPowers) return reduce<P, false, SumPowers>(t);
+      if (t.kept == Kept::kPowers) return reduce<P, false, SumKept>(t);  // positives only
       if (t.shifted) return dense ? reduce<P, true, SumExp>(t) : reduce<P, false, SumExp>(t);
       return dense ? reduce<P, true, SumExpUnshifted>(t) : reduce<P, false, SumExpUnshifted>(t);
     // Positives only, which a dense tile has none of.
@@ -282,7 +290,10 @@ void tile_forward(const TilePair<typename P::Real>& t) {
 template <typename P, bool kDense, Given kGiven>
 SUPCON_APART void weigh(const TilePair<typename P::Real>& t) {
   Weigh<typename P::Real, kDense, kGiven> pass(t);
-  for_each_similarity<P, kDense>(t, pass);
+  if constexpr (kGiven == Given::kPowers)
+    for_each_kept(t, pass);
+  else
+    for_each_similarity<P, kDense>(t, pass);
 }
 
 template <typename P, Given kGiven>

@@ -143,7 +143,8 @@ class SideGradient {
     if (copy == 0) pulls_.subtract(begin, begin + side_.tile_size(tile), rows);
   }
   void fill_with(const Team& team, Real value) { fill(team, get(), size_ * num_copies_, value); }
-  // Adds all copies to the first, which then is of the embeddings, whatever was multiplied.
+  // Adds all copies to the first, which then is of the embeddings, whatever was multiplied. Rows
+  // with a factor have no pulls of classes.
   void add_up(const Team& team) {
     add_copies(team);
     parallel_ranges(team, side_.factor.size(), 64, [&](int64_t begin, int64_t end) {

@@ -166,13 +166,16 @@ class ClassPulls {
   ClassPulls(const Side<Real>& side, const Functions<Real>& functions)
       : side_(side), functions_(functions) {}
 
-  // Lines are pulled towards sums over their classes, too.
-  void add(const std::vector<Segment>& segments, Sums sums, OfLine of_line) {
-    if (pulls_.empty()) segment_.assign(side_.size, -1);
-    for (size_t c = 0; c < segments.size(); ++c)
-      for (int64_t k = segments[c].begin; k < segments[c].end; ++k) segment_[k] = c;
-    pulls_.push_back({sums, of_line});
+  // The classes, over which sums are then added.
+  void set_classes(const std::vector<Segment>& segments) {
+    segment_.assign(side_.size, -1);
+    int64_t c = 0;
+    for (const Segment& segment : segments) {
+      for (int64_t k = segment.begin; k < segment.end; ++k) segment_[k] = c;
+      ++c;
+    }
   }
+  void add(Sums sums, OfLine of_line) { pulls_.emplace_back(std::move(sums), std::move(of_line)); }
   // From the gradients of lines [begin, end).
   void subtract(int64_t begin, int64_t end, Real* grad) const {
     for (const auto& [sums, of_line] : pulls_)
@@ -216,23 +219,26 @@ void pull_by_classes(const Sides<Real>& sides, const std::vector<double>& pull,
   // In a square, a row that pulls as all of its class do is pulled by them as much again.
   const bool twice = of_cols == of_rows && pull_alike(many->rows, pull);
   const double times = twice ? 2.0 : 1.0;
-  of_rows->add(many->rows, sums_of_cols(sides, *many), [&, many, times](int64_t c, int64_t k) {
+  of_rows->set_classes(many->rows);
+  of_rows->add(sums_of_cols(sides, *many), [&sides, &pull, many, times](int64_t c, int64_t k) {
     const int64_t own = sides.own(k);
     const bool among = many->cols[c].contains(own);
-    return Pull<Real>{times * pull[k], 1.0, among ? cols.row(own) : nullptr};
+    return Pull<Real>{times * pull[k], 1.0, among ? sides.cols.row(own) : nullptr};
   });
   if (col_pull != nullptr)
-    of_rows->add(many->rows, sums(cols, many->cols, col_pull),
+    of_rows->add(sums(cols, many->cols, col_pull),
                  [](int64_t, int64_t) { return Pull<Real>{1.0, 0.0, nullptr}; });
   if (of_cols == nullptr || twice) return;
-  of_cols->add(many->cols, sums(rows, many->rows, &pull), [&, many](int64_t c, int64_t j) {
+  of_cols->set_classes(many->cols);
+  of_cols->add(sums(rows, many->rows, &pull), [&sides, &pull, many](int64_t c, int64_t j) {
     const int64_t own = sides.row_of(j);
     const bool among = many->rows[c].contains(own);
-    return Pull<Real>{1.0, among ? pull[own] : 0.0, among ? rows.row(own) : nullptr};
+    return Pull<Real>{1.0, among ? pull[own] : 0.0, among ? sides.rows.row(own) : nullptr};
   });
   if (col_pull != nullptr)
-    of_cols->add(many->cols, sums(rows, many->rows, nullptr),
-                 [=](int64_t, int64_t j) { return Pull<Real>{(*col_pull)[j], 0.0, nullptr}; });
+    of_cols->add(sums(rows, many->rows, nullptr), [col_pull](int64_t, int64_t j) {
+      return Pull<Real>{(*col_pull)[j], 0.0, nullptr};
+    });
 }
 
 }  // namespace supcon

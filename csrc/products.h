@@ -105,36 +105,47 @@ SUPCON_INLINE int last_row(const TilePair<Real>& t, int j, int panel) {
   return t.triangle && j + panel < t.num_rows ? j + panel : t.num_rows;
 }
 
+// A panel of the scratch tile, handed to the pass.
+template <typename Real, typename Pass>
+SUPCON_INLINE void finish_panel(const TilePair<Real>& t, int j, Pass& pass) {
+  constexpr int kLanes = Simd<Real>::kLanes;
+  pass.begin(j);
+  for (int i = 0; i < last_row(t, j, kVectors * kLanes); ++i)
+    for (int v = 0; v < kVectors; ++v)
+      pass.finish(i, j, v, load(t.scratch + i * kScratchStride + j + v * kLanes));
+  pass.end(j);
+}
+
+// What an earlier pass has kept of the pair.
+template <typename Real, typename Pass>
+SUPCON_INLINE void for_each_kept(const TilePair<Real>& t, Pass& pass) {
+  for (int j = 0; j < t.num_cols; j += kVectors * Simd<Real>::kLanes) finish_panel(t, j, pass);
+}
+
 // Similarities of the pair, handed to pass.finish(i, panel, vector, value) between
 // pass.begin(panel) and pass.end(panel): where the tile is dense straight from the registers,
 // elsewhere by way of the scratch tile, so that the register kernel is not compiled for every mask.
-// Those that an earlier pass has kept are there already.
 template <typename P, bool kDense, typename Pass>
 SUPCON_INLINE void for_each_similarity(const TilePair<typename P::Real>& t, Pass& pass) {
   typedef typename P::Real Real;
   typedef typename Simd<Real>::V V;
   constexpr int kLanes = Simd<Real>::kLanes;
   constexpr int kPanel = kVectors * kLanes;
+  if (t.kept != Kept::kNothing) return for_each_kept(t, pass);
   for (int j = 0; j < t.num_cols; j += kPanel) {
-    const int end = last_row(t, j, kPanel);
-    const bool is_kept = t.kept != Kept::kNothing, direct = kDense && !is_kept;
-    if (direct) pass.begin(j);
-    if (!is_kept)
-      for_each_block(end, [&](auto rows, int i) {
-        P::template similarities<decltype(rows)::value>(t, i, j, [&](int r, int v, V x) {
-          if constexpr (kDense)
-            pass.finish(i + r, j, v, x);
-          else
-            store(t.scratch + (i + r) * kScratchStride + j + v * kLanes, x);
-        });
+    if constexpr (kDense) pass.begin(j);
+    for_each_block(last_row(t, j, kPanel), [&](auto rows, int i) {
+      P::template similarities<decltype(rows)::value>(t, i, j, [&](int r, int v, V x) {
+        if constexpr (kDense)
+          pass.finish(i + r, j, v, x);
+        else
+          store(t.scratch + (i + r) * kScratchStride + j + v * kLanes, x);
       });
-    if (!direct) {
-      pass.begin(j);
-      for (int i = 0; i < end; ++i)
-        for (int v = 0; v < kVectors; ++v)
-          pass.finish(i, j, v, load(t.scratch + i * kScratchStride + j + v * kLanes));
-    }
-    pass.end(j);
+    });
+    if constexpr (kDense)
+      pass.end(j);
+    else
+      finish_panel(t, j, pass);
   }
 }
 

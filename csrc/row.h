@@ -73,15 +73,15 @@ Real widen_row(const uint16_t* x, int64_t dim, Real power, Real* out) {
 }
 
 // The sum of squares bounds every product with the row: where it overflows, similarities may be
-// differences of infinities, which maxima and exponentials would not show. Of a normalised row that
-// of the input, as it is divided, tells. May work in place.
+// differences of infinities, which maxima and exponentials would not show. That of a normalised row
+// is unit^2, if it is finite at all. May work in place.
 template <typename Real>
 bool embed_row(const Real* x, int64_t dim, bool normalize, Real unit, Real* out, Real* scale,
                Real* norm) {
   *scale = *norm = 1;
-  Real square = 0;
+  Real reach = unit * unit;
   if (normalize) {
-    square = sum_of_squares(x, dim);
+    Real square = sum_of_squares(x, dim);
     if (!(square > SafeSquare<Real>::kLow && square < SafeSquare<Real>::kHigh)) {
       const Real largest = largest_magnitude(x, dim);
       *scale = largest > 0 ? largest : Real(1);
@@ -89,6 +89,7 @@ bool embed_row(const Real* x, int64_t dim, bool normalize, Real unit, Real* out,
     }
     *norm = static_cast<Real>(__builtin_sqrt(square));
     if (square > 0) unit /= *norm;
+    reach += square;
   }
   if (*scale == 1) {
 #pragma omp simd
@@ -96,8 +97,8 @@ bool embed_row(const Real* x, int64_t dim, bool normalize, Real unit, Real* out,
   } else {
     for (int64_t d = 0; d < dim; ++d) out[d] = x[d] / *scale * unit;
   }
-  if (!normalize) square = sum_of_squares(out, dim);
-  return square - square == 0;
+  if (!normalize) reach = sum_of_squares(out, dim);
+  return reach - reach == 0;
 }
 
 template <typename Real>

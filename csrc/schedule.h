@@ -14,7 +14,7 @@ namespace supcon {
 
 // Any thread computes a pair of tiles at any time; what the pair gives to a tile is added in its
 // turn. Turns are numbered without a look at the threads, so that sums have the same bits from any
-// number of them, and a tile is held for the time of an addition alone.
+// number of them, and a tile is held for the time of an addition alone, or of what it begins with.
 //
 // Neighbouring tiles form groups of g, which meet in rounds. Where the sides are one, group I of G
 // meets group (r - I) mod G in round r: every group is in one meeting of a round, and after G

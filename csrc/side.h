@@ -257,7 +257,10 @@ struct Sides {
   void set_memory(int64_t i, int64_t j, const PairMemory<Real>& of_thread,
                   TilePair<Real>* t) const {
     t->scratch = kept_ ? kept_->of(i, j) : of_thread.tile;
-    if (kept_) (kept_->filled ? t->kept : t->keeps) = kept_->kind;
+    if (kept_ && kept_->filled)
+      t->kept = kept_->kind;
+    else if (kept_)
+      t->keeps = kept_->kind;
     if (packs_in_passes() && t->kept == Kept::kNothing) pack(of_thread.panels, t);
   }
   // To be called after a pass over all pairs.

@@ -79,8 +79,8 @@ SUPCON_INLINE typename Simd<Real>::I lane_numbers() {
 // of a, and lanes l of b. Compilers make one shuffle of it.
 template <int kBit, bool kHigh, typename V, int... l>
 SUPCON_INLINE V exchanged(V a, V b, std::integer_sequence<int, l...>) {
-  return V{(l & kBit ? b[(l - (kHigh ? 0 : kBit)) & (sizeof...(l) - 1)]
-                     : a[(l + (kHigh ? kBit : 0)) & (sizeof...(l) - 1)])...};
+  constexpr int kUp = kHigh ? kBit : 0, kDown = kHigh ? 0 : kBit;
+  return V{(l & kBit ? b[l & kBit ? l - kDown : 0] : a[l & kBit ? 0 : l + kUp])...};
 }
 
 // A square of numbers, whose rows become its columns: bit by bit, row and lane change places.

@@ -212,7 +212,7 @@ class Call:
 
     def sums_of_nothing(self, shares: Shares) -> Tensor:
         """(slots, 4, padded columns) what the forward kernel adds to, of columns that are anchors."""
-        sums = self.new((shares.num_slots, 4, self.cols.padded))
+        sums = self.new((shares.num_col_slots, 4, self.cols.padded))
         sums[:, ::2] = 0.0
         sums[:, 1::2] = triton_launch.LOWEST
         return sums

@@ -191,7 +191,7 @@ class Plan:
         sides = padded_rows(self.num_rows), padded_rows(self._contrasts)
         shares = self._shares(FORWARD_BOTH, self.running[0], self.num_rows, self._contrasts)
         of_backward = 4 * sum(sides) * padded_dim(self.dim) + WORKSPACE_BYTES
-        return 16 * shares.num_slots * sides[1] <= of_backward
+        return 16 * shares.num_col_slots * sides[1] <= of_backward
 
     def sorts_labels(self, num_pairs: int) -> bool:
         """Whether sorting labels takes less than comparing so many pairs."""

@@ -79,7 +79,7 @@ class Shares:
         return groups * runs + cdiv(rest * self.num_tiles, self.share)
 
     @property
-    def num_slots(self) -> int:
+    def num_col_slots(self) -> int:
         """For sums of columns: a program has one of its own, or each block has."""
         return min(self.num_blocks, self.num_programs)
 

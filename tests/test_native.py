@@ -173,6 +173,12 @@ def test_a_row_whose_square_overflows_has_no_loss_unless_normalised():
     features = torch.tensor([[1.0, 2.0], [3.0, 1.0], [0.5, 1.5], [3e19, -2e19]])
     labels = torch.tensor([0, 0, 1, 1])
     assert native_loss(features, labels, normalize=False).isnan()
+
+
+@pytest.mark.parametrize("denominator", ["all", "one_positive", "only_negatives"])
+def test_exponents_beyond_the_range_of_numbers_are_not_ignored(denominator):
+    features, labels = torch.randn(40, 16), torch.arange(40) % 2
+    assert native_loss(features, labels, temperature=1e-40, denominator=denominator).isnan()
     expected = supcon_loss(features, labels, backend="reference")
     torch.testing.assert_close(native_loss(features, labels), expected)
 

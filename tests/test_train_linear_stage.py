@@ -91,7 +91,7 @@ def test_a_fit_that_stops_too_soon_says_so(run, capsys):
 
 
 def test_features_in_a_file_give_what_those_in_memory_give(run, monkeypatch):
-    found, classifier = stage(run, "--weight_decay", 0.1)
+    found, classifier = stage(run, "--weight_decay", 0.01)
     monkeypatch.setattr(features, "CHUNK", 300)
     made, most = [], []
     in_file = features._in_file
@@ -103,7 +103,7 @@ def test_features_in_a_file_give_what_those_in_memory_give(run, monkeypatch):
     monkeypatch.setattr(features, "_in_file", lambda *how: made.append(how) or in_file(*how))
     monkeypatch.setattr("linear_stage.stage.encode_stored", spy)
     before = sorted(run.iterdir())
-    again, mapped = stage(run, "--weight_decay", 0.1, "--features_gib", 0)
+    again, mapped = stage(run, "--weight_decay", 0.01, "--features_gib", 0)
     assert made == [((1347, 32), run)] and sorted(run.iterdir()) == before
     assert max(most) <= EMBED_BATCH_SIZE
     # The optimum is one; how near to it a fit ends depends on how its sums are rounded.
