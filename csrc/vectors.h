@@ -76,7 +76,8 @@ SUPCON_INLINE typename Simd<Real>::I lane_numbers() {
 }
 
 // Lanes l of a where l has no such bit, and lanes l - bit of b elsewhere; with kHigh lanes l + bit
-// of a, and lanes l of b. Compilers make one shuffle of it.
+// of a, and lanes l of b. Compilers make one shuffle of it. (The choices within keep the index that
+// is not used in range.)
 template <int kBit, bool kHigh, typename V, int... l>
 SUPCON_INLINE V exchanged(V a, V b, std::integer_sequence<int, l...>) {
   constexpr int kUp = kHigh ? kBit : 0, kDown = kHigh ? 0 : kBit;

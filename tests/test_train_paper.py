@@ -477,8 +477,7 @@ def test_committed_results_stay_beside_those_of_another_folder(tmp_path, monkeyp
             claims.append(row)
         monkeypatch.setattr(paper, "rows_of_runs", lambda *about: runs)
         monkeypatch.setattr(paper, "rows_of_claims", lambda *about: claims)
-        study = Study(SCALES["digits"], root, trials=1)
-        paper.report(study, paper.PaperOptions(update_docs=True))
+        paper.report(Study(SCALES["digits"], root, 1), paper.PaperOptions(update_docs=True))
         return [read_rows(tmp_path / f"paper_digits_{what}.csv") for what in ("runs", "claims")]
 
     update({"supcon": 0.9, "simclr": 0.8, "no longer compared": 0.1}, seeds=3)
