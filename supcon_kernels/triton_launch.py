@@ -69,6 +69,7 @@ class Launch:
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
         grid: programs along each axis.
+        max_registers: of a thread; None: the compiler decides.
         loaded: what starts it and the order of its arguments, by index of the device.
     """
 
@@ -79,18 +80,24 @@ class Launch:
     num_warps: int
     num_stages: int
     grid: tuple[int, int, int]
+    max_registers: int | None = None
     loaded: dict[int, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def options(self) -> dict[str, int]:
         """What the compiler is asked for."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
     @functools.cached_property
     def code(self) -> tuple[object, ...]:
         """All that decides what is compiled: equal where the grid alone differs."""
         pairs = (*self.signature.items(), *self.constexprs.items(), *self.options.items())
         return (self.kernel, *self.divisible_by_16, *pairs)
+
+    def limited(self) -> Launch:
+        """With up to 128 registers: left alone, ptxas spills on sm_100 to have more programs at once."""
+        return dataclasses.replace(self, max_registers=min(2048 // self.num_warps, 128))
 
 
 def powers_fit(temperature: float) -> bool:
@@ -240,7 +247,7 @@ class Plan:
             {"NORMALIZE": self.normalize, "TF32": self.tf32, **block},
             padded_rows(num_rows) // block["BLOCK_ROWS"],
             num_warps=max(self._row_warps, PREPARE_WARPS),
-        )
+        ).limited()
 
     @_remembered
     def gradient(self, num_rows: int, *, dots: bool) -> Launch:
@@ -258,7 +265,7 @@ class Plan:
             },
             padded_rows(num_rows) // self._row_block["BLOCK_ROWS"],
             num_warps=self._row_warps,
-        )
+        ).limited()
 
     @_remembered
     def temperature_gradient(self) -> Launch:

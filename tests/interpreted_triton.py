@@ -184,6 +184,22 @@ def test_what_ignored_rows_hold_reaches_nothing():
         assert torch.equal(got, want)
 
 
+def test_rows_whose_squares_over_and_underflow():
+    x = torch.randn(24, 20, generator=torch.Generator().manual_seed(0))
+    norms = torch.tensor([3e38, 1e37, 1e19, 1e-19, 1e-38, 0.0])
+    x[:6] = torch.nn.functional.normalize(x[:6]) * norms[:, None]
+    labels = torch.arange(24) % 4
+    leaves = x.requires_grad_(), x.detach().double().requires_grad_()
+    losses = [
+        supcon_loss(leaf, labels, backend=name)
+        for leaf, name in zip(leaves, ("triton", "reference"))
+    ]
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-6, atol=0)
+    found, expected = (torch.autograd.grad(*pair)[0] for pair in zip(losses, leaves))
+    for got, want in zip(found.double(), expected):
+        assert (got - want).norm() <= 1e-5 * want.norm()
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_makes_the_loss_nan(bad):
     for name in ("two_views", "memory"):

@@ -22,13 +22,16 @@ ABSENT = tl.constexpr(-2)
 
 @triton.jit
 def normalized(x):
-    """Unit rows, and the norm as a product of two numbers neither of which over- or underflows."""
-    largest = tl.max(tl.abs(x), axis=1)
-    largest = tl.where(largest == 0.0, 1.0, largest)
-    scaled = tl.div_rn(x, tl.broadcast_to(largest[:, None], x.shape))
+    """Unit rows (zeros of zeros), powers of two, and the norms of the rows times these: inf for zero.
+
+    The powers keep squares from over- and underflow, and cost no rounding.
+    """
+    exponent = tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
+    power = tl.maximum(0x7F000000 - exponent, 0x00800000).to(tl.float32, bitcast=True)
+    scaled = x * power[:, None]
     norm = tl.sqrt_rn(tl.sum(scaled * scaled, axis=1))
-    norm = tl.where(norm == 0.0, 1.0, norm)
-    return tl.div_rn(scaled, tl.broadcast_to(norm[:, None], x.shape)), largest, norm
+    norm = tl.where(norm == 0.0, float("inf"), norm)
+    return tl.div_rn(scaled, tl.broadcast_to(norm[:, None], x.shape)), power, norm
 
 
 @triton.jit
@@ -225,11 +228,9 @@ def _gradient_kernel(
         tl.store(dots_ptr + i, tl.where(taken, dots, 0.0))
     if NORMALIZE:
         x = features_of(features_ptr, i, d, taken, num_samples, dim, sample_stride, view_stride)
-        unit, largest, norm = normalized(x)
+        unit, power, norm = normalized(x)
         g -= unit * tl.sum(unit * g, axis=1)[:, None]
-        g = tl.div_rn(g, tl.broadcast_to(norm[:, None], g.shape))
-        g = tl.div_rn(g, tl.broadcast_to(largest[:, None], g.shape))
-        g = tl.where(tl.max(tl.abs(x), axis=1)[:, None] == 0.0, 0.0, g)
+        g = tl.div_rn(g, tl.broadcast_to(norm[:, None], g.shape)) * power[:, None]
     g = tl.where(taken[:, None], g, 0.0)
     target = (i % num_samples).to(tl.int64) * gradient_sample_stride
     target += (i // num_samples).to(tl.int64) * gradient_view_stride
