@@ -92,7 +92,7 @@ class Row:
 
 
 MANY_ROWS = 4096
-_INTERPRETED = Tile(32, 32, 64, 4, 1)  # small enough for several tiles of 100 rows
+_INTERPRETED = Tile(64, 32, 64, 4, 1)  # small enough for several tiles of 100 rows
 _ALL, _MMA = (80, 86, 90, 100), (80, 86)
 # How numbers are multiplied: 16-bit ones as they are, float32 in three products of TF32, or in one.
 SHORT, TF32X3, TF32 = "16 bits", "tf32x3", "tf32"
@@ -121,6 +121,9 @@ FORWARD_BOTH = (
     Row(SHORT, MAX_DIM, (90,), Tile(128, 64, 64, 8, 3, 2), "sums of 128 columns spill"),
     Row(TF32X3, MAX_DIM, (90,), Tile(128, 64, 32, 8, 3, 2), "as 16 bits"),
     Row(TF32, MAX_DIM, (90,), Tile(128, 64, 32, 8, 3, 2), "as 16 bits"),
+    Row(SHORT, MAX_DIM, (100,), Tile(64, 64, 64, 8, 3), "four warps spill"),
+    Row(TF32X3, MAX_DIM, (100,), Tile(64, 64, 64, 8, 3), "as 16 bits"),
+    Row(TF32, MAX_DIM, (100,), Tile(64, 64, 32, 8, 2), "with 64 features some spill"),
     *(row for row in FORWARD if not row.lean and not row.min_rows),
 )
 BACKWARD = (
