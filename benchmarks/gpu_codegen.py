@@ -19,7 +19,17 @@ from pathlib import Path
 
 from codegen.chips import SHARED_KIB
 from codegen.compiler import compile_all, fingerprint
-from codegen.kernels import DIMS, DTYPES, OURS_CSV, PEERS_CSV, Compiled, Source, distinct, shipped
+from codegen.kernels import (
+    DIMS,
+    DTYPES,
+    EARLIER_CSV,
+    OURS_CSV,
+    PEERS_CSV,
+    Compiled,
+    Source,
+    distinct,
+    shipped,
+)
 from codegen.peers import peer_sources
 from codegen.tables import codegen_block, full_table, name_of, peers_block
 from measuring.machine import describe_machine
@@ -165,10 +175,11 @@ def _cell(row: Compiled, name: str) -> object:
 
 def update_docs(docs: Path, only_check: bool) -> bool:
     """Make the documents' tables say what the committed rows say, or only look."""
-    ours = read_rows(OURS_CSV, Compiled)
-    peers = read_rows(PEERS_CSV, Compiled)
+    ours, earlier, peers = (
+        read_rows(path, Compiled) for path in (OURS_CSV, EARLIER_CSV, PEERS_CSV)
+    )
     differs = [
-        update_document(docs / "gpu.md", "gpu_codegen", codegen_block(ours), only_check),
+        update_document(docs / "gpu.md", "gpu_codegen", codegen_block(ours, earlier), only_check),
         update_document(
             docs / "kernels.md", "gpu_codegen_peers", peers_block([*ours, *peers]), only_check
         ),

@@ -95,10 +95,6 @@ class Launch:
         pairs = (*self.signature.items(), *self.constexprs.items(), *self.options.items())
         return (self.kernel, *self.divisible_by_16, *pairs)
 
-    def limited(self) -> Launch:
-        """With up to 128 registers: left alone, ptxas spills on sm_100 to have more programs at once."""
-        return dataclasses.replace(self, max_registers=min(2048 // self.num_warps, 128))
-
 
 def powers_fit(temperature: float) -> bool:
     """Whether sums of powers of unit rows need no maximum; as the kernels decide it, in float32."""
@@ -247,7 +243,7 @@ class Plan:
             {"NORMALIZE": self.normalize, "TF32": self.tf32, **block},
             padded_rows(num_rows) // block["BLOCK_ROWS"],
             num_warps=max(self._row_warps, PREPARE_WARPS),
-        ).limited()
+        )
 
     @_remembered
     def gradient(self, num_rows: int, *, dots: bool) -> Launch:
@@ -265,7 +261,7 @@ class Plan:
             },
             padded_rows(num_rows) // self._row_block["BLOCK_ROWS"],
             num_warps=self._row_warps,
-        ).limited()
+        )
 
     @_remembered
     def temperature_gradient(self) -> Launch:
@@ -451,7 +447,12 @@ class Plan:
             or (kind.startswith("*") and name.removesuffix("_ptr") not in _UNALIGNED.split())
         )
         depth = (tile.num_warps, tile.num_stages) if tile else (num_warps, 1)
-        return Launch(kernel, signature, constexprs, aligned, *depth, (num_programs, 1, 1))
+        registers = None
+        if self.target.capability == 100:  # left alone, ptxas spills to have more programs at once
+            programs = tile.residents if tile else max(16 // num_warps, 1)
+            registers = min(2048 // (depth[0] * programs), 255)
+        grid = (num_programs, 1, 1)
+        return Launch(kernel, signature, constexprs, aligned, *depth, grid, registers)
 
     def _type_of(self, name: str) -> str:
         if name in ("features", "gradient", "rows", "cols", "derivatives"):

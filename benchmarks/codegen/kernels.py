@@ -11,6 +11,7 @@ from supcon_kernels.triton_launch import Launch
 from supcon_kernels.triton_shipped import shipped_launches
 
 OURS_CSV, PEERS_CSV = RESULTS / "gpu_codegen.csv", RESULTS / "gpu_codegen_peers.csv"
+EARLIER_CSV = RESULTS / "gpu_codegen_triton36.csv"  # by the Triton that the card ran
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 DIMS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 TILE_PAIRS = 128 * 128

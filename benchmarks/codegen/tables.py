@@ -28,20 +28,9 @@ def full_table(rows: Sequence[Compiled]) -> str:
     return render_table([header, *cells], markdown=False)
 
 
-def codegen_block(rows: Sequence[Compiled]) -> str:
-    """What was compiled altogether, then the pair kernels at the dimension of the comparison."""
-    num_shipped = len(distinct(shipped(DTYPES, DIMS, tuple(SHARED_KIB))))
-    num_faulty = sum(1 for row in rows if row.faults)
-    fullest = max(rows, key=lambda row: row.shared_bytes / SHARED_KIB[row.arch])
-    summary = (
-        f"{len(rows)} of the {num_shipped} kernels that can be launched, by Triton "
-        f"{rows[0].triton}: {num_faulty} with a fault, "
-        f"{sum(row.spilled_bytes for row in rows)} bytes spilled, "
-        f"{sum(row.num_atomics for row in rows)} atomics, at most "
-        f"{max(row.registers for row in rows)} registers; the nearest to its architecture's "
-        f"shared memory needs {fullest.shared_bytes / 1024:.0f} of {SHARED_KIB[fullest.arch]} KiB "
-        f"(D={fullest.dim}, sm_{fullest.arch})."
-    )
+def codegen_block(rows: Sequence[Compiled], earlier: Sequence[Compiled]) -> str:
+    """What was compiled altogether, by two versions of Triton; then by the newest the pair kernels at the
+    dimension of the comparison."""
     header = ["kernel", "sm", "registers", "shared KiB", "tensor cores", "instructions"]
     header += ["own tiles", "ex2", "in flight", "programs", "clocks"]
     at_128 = [r for r in rows if (r.dtype, r.dim, r.is_pair_kernel) == ("bfloat16", 128, 1)]
@@ -56,12 +45,30 @@ def codegen_block(rows: Sequence[Compiled]) -> str:
         ]
         for row in shown
     ]
-    summary += "".join(
-        f"\n- FAULT: {name_of(row)} {'; '.join(row.faults)}" for row in rows if row.faults
-    )
+    summaries = "\n\n".join(_summary(of_version) for of_version in (rows, earlier))
     return (
-        f"{summary}\n\n{_table_of_counts(rows)}\n\nThe kernels over pairs of the default loss, "
+        f"{summaries}\n\n{_table_of_counts(rows)}\n\nThe kernels over pairs of the default loss, "
         f"bfloat16, D=128:\n\n{render_table([header, *cells], True)}"
+    )
+
+
+def _summary(rows: Sequence[Compiled]) -> str:
+    """What one version of Triton compiled, and every fault."""
+    num_shipped = len(distinct(shipped(DTYPES, DIMS, tuple(SHARED_KIB))))
+    spilling = [row for row in rows if row.spilled_bytes]
+    fullest = max(rows, key=lambda row: row.shared_bytes / SHARED_KIB[row.arch])
+    return (
+        f"{len(rows):,} of the {num_shipped:,} kernels that can be launched, by Triton "
+        f"{rows[0].triton}: {sum(1 for row in rows if row.faults)} with a fault, "
+        f"{len(spilling)} that spill {sum(row.spilled_bytes for row in spilling):,} bytes, "
+        f"{sum(1 for row in spilling if row.spills_per_pair)} of them in the main loop, "
+        f"{sum(row.num_atomics for row in rows)} atomics, at most "
+        f"{max(row.registers for row in rows)} registers. The nearest to its architecture's "
+        f"shared memory needs {fullest.shared_bytes / 1024:.0f} of {SHARED_KIB[fullest.arch]} KiB "
+        f"(D={fullest.dim}, sm_{fullest.arch})."
+        + "".join(
+            f"\n- FAULT: {name_of(row)} {'; '.join(row.faults)}" for row in rows if row.faults
+        )
     )
 
 
