@@ -38,6 +38,8 @@ MAX_PAIRS = 2**40
 # Pairs of anchor and contrast, from which on labels are sorted and not compared each with each, where a
 # program prepares up to two rows; of more rows each two allow so many pairs.
 SORTED_PAIRS = 2**26
+# Of a multiprocessor, which gives them to threads in eights.
+REGISTERS = 65536
 # Anchors of a program of the loss kernel.
 LOSS_ROWS = 1024
 # Of H at a time, where rows are wide, unless the caller sets another limit.
@@ -448,9 +450,10 @@ class Plan:
         )
         depth = (tile.num_warps, tile.num_stages) if tile else (num_warps, 1)
         registers = None
-        if self.target.capability == 100:  # left alone, ptxas spills to have more programs at once
-            programs = tile.residents if tile else max(16 // num_warps, 1)
-            registers = min(2048 // (depth[0] * programs), 255)
+        if self.target.capability == 100:
+            # Left alone, ptxas spills there to have more programs at once; elsewhere it hardly does.
+            warps = tile.num_warps * tile.residents if tile else max(num_warps, 16)
+            registers = min(REGISTERS // (32 * warps) // 8 * 8, 255)
         grid = (num_programs, 1, 1)
         return Launch(kernel, signature, constexprs, aligned, *depth, grid, registers)
 

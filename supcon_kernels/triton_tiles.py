@@ -92,7 +92,7 @@ class Row:
 
 
 MANY_ROWS = 4096
-_INTERPRETED = Tile(64, 32, 64, 4, 1)  # small enough for several tiles of 100 rows
+_INTERPRETED = Tile(32, 32, 64, 4, 1)  # small enough for several tiles of 100 rows
 _ALL, _MMA = (80, 86, 90, 100), (80, 86)
 # How numbers are multiplied: 16-bit ones as they are, float32 in three products of TF32, or in one.
 SHORT, TF32X3, TF32 = "16 bits", "tf32x3", "tf32"

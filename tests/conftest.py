@@ -1,6 +1,7 @@
 """Settings of the whole suite."""
 
 import functools
+import importlib.util
 import inspect
 import os
 
@@ -12,11 +13,8 @@ torch.set_num_threads(1)
 
 
 def pytest_configure() -> None:
-    """Let Triton's interpreter find the built-in functions of a module once: it does so in each call.
-
-    That is two fifths of the time that its tests take.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    """Let Triton's interpreter find the built-in functions of a module once: it does so in each call."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         return
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
@@ -25,11 +23,11 @@ def pytest_configure() -> None:
     def builtins_of(module):
         return [name for name, member in inspect.getmembers(module) if is_builtin(member)]
 
-    def patch_builtins(module, builder, scope):
+    def patch_builtins(module, *where):
         for name in builtins_of(module):
             member = getattr(module, name)
             if is_builtin(member):  # not patched by a caller
-                interpreter._patch_attr(module, name, member, builder, scope)
+                interpreter._patch_attr(module, name, member, *where)
 
     interpreter._patch_builtin = patch_builtins
 

@@ -53,19 +53,20 @@ def codegen_block(rows: Sequence[Compiled], earlier: Sequence[Compiled]) -> str:
 
 
 def _summary(rows: Sequence[Compiled]) -> str:
-    """What one version of Triton compiled, and every fault."""
-    num_shipped = len(distinct(shipped(DTYPES, DIMS, tuple(SHARED_KIB))))
-    spilling = [row for row in rows if row.spilled_bytes]
-    fullest = max(rows, key=lambda row: row.shared_bytes / SHARED_KIB[row.arch])
+    """What one version of Triton compiled, each kernel counted once, and every fault."""
+    possible = {source.key for source in distinct(shipped(DTYPES, DIMS, tuple(SHARED_KIB)))}
+    kernels = [row for row in rows if row.key in possible]
+    spilling = [row for row in kernels if row.spilled_bytes]
+    fullest = max(kernels, key=lambda row: row.shared_bytes / SHARED_KIB[row.arch])
     return (
-        f"{len(rows):,} of the {num_shipped:,} kernels that can be launched, by Triton "
-        f"{rows[0].triton}: {sum(1 for row in rows if row.faults)} with a fault, "
-        f"{len(spilling)} that spill {sum(row.spilled_bytes for row in spilling):,} bytes, "
-        f"{sum(1 for row in spilling if row.spills_per_pair)} of them in the main loop, "
-        f"{sum(row.num_atomics for row in rows)} atomics, at most "
-        f"{max(row.registers for row in rows)} registers. The nearest to its architecture's "
-        f"shared memory needs {fullest.shared_bytes / 1024:.0f} of {SHARED_KIB[fullest.arch]} KiB "
-        f"(D={fullest.dim}, sm_{fullest.arch})."
+        f"{len(kernels):,} of the {len(possible):,} kernels that can be launched, by Triton "
+        f"{rows[0].triton}: {sum(1 for row in kernels if row.faults)} with a fault, "
+        f"{sum(row.num_atomics for row in kernels)} atomics, at most "
+        f"{max(row.registers for row in kernels)} registers. {len(spilling)} spill, "
+        f"{sum(row.spilled_bytes for row in spilling):,} bytes in all, and "
+        f"{sum(1 for row in spilling if row.spills_per_pair)} of these in the main loop. The nearest "
+        f"to its architecture's shared memory needs {fullest.shared_bytes / 1024:.0f} of "
+        f"{SHARED_KIB[fullest.arch]} KiB (D={fullest.dim}, sm_{fullest.arch})."
         + "".join(
             f"\n- FAULT: {name_of(row)} {'; '.join(row.faults)}" for row in rows if row.faults
         )

@@ -22,16 +22,16 @@ ABSENT = tl.constexpr(-2)
 
 @triton.jit
 def normalized(x):
-    """Unit rows (zeros of zeros), powers of two, and the norms of the rows times these: inf for zero.
+    """Unit rows of ``x`` (rows, features); (rows,) what ``x`` was multiplied by, and the norms after that.
 
-    The powers keep squares from over- and underflow, and cost no rounding.
+    These are powers of two, so that squares neither over- nor underflow. A row of zeros stays so.
     """
     exponent = tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
     power = tl.maximum(0x7F000000 - exponent, 0x00800000).to(tl.float32, bitcast=True)
     scaled = x * power[:, None]
     norm = tl.sqrt_rn(tl.sum(scaled * scaled, axis=1))
-    norm = tl.where(norm == 0.0, float("inf"), norm)
-    return tl.div_rn(scaled, tl.broadcast_to(norm[:, None], x.shape)), power, norm
+    divisor = tl.where(norm == 0.0, 1.0, norm)
+    return tl.div_rn(scaled, tl.broadcast_to(divisor[:, None], x.shape)), power, norm
 
 
 @triton.jit
@@ -231,6 +231,7 @@ def _gradient_kernel(
         unit, power, norm = normalized(x)
         g -= unit * tl.sum(unit * g, axis=1)[:, None]
         g = tl.div_rn(g, tl.broadcast_to(norm[:, None], g.shape)) * power[:, None]
+        g = tl.where(norm[:, None] == 0.0, 0.0, g)
     g = tl.where(taken[:, None], g, 0.0)
     target = (i % num_samples).to(tl.int64) * gradient_sample_stride
     target += (i // num_samples).to(tl.int64) * gradient_view_stride
