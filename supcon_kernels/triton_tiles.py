@@ -138,8 +138,8 @@ BACKWARD = (
     Row(SHORT, 256, (90,), Tile(128, 32, 64, 8, 3), "with 256 features 64 columns spill"),
     Row(TF32X3, 128, (86,), Tile(64, 16, 16, 4, 2, 2), "as below; one stage spills"),
     Row(TF32X3, 128, (80, 100), Tile(64, 16, 16, 4, 1, 2), "TF32's parts are in registers"),
-    Row(TF32, 128, (86, 100), Tile(64, 32, 32, 4, 3, 2), "as below; two stages spill"),
-    Row(TF32, 128, (80,), Tile(64, 32, 32, 4, 2, 2), "gradient: half a thread"),
+    Row(TF32, 128, (86,), Tile(64, 32, 32, 4, 3, 2), "as below; two stages spill"),
+    Row(TF32, 128, (80, 100), Tile(64, 32, 32, 4, 2, 2), "gradient: half a thread"),
 )
 DERIVATIVES = (
     Row(SHORT, MAX_DIM, (90,), Tile(64, 128, 64, 4, 3, 3), "fastest of 30", lean=True),
