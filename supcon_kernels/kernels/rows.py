@@ -231,7 +231,7 @@ def _gradient_kernel(
         unit, power, norm = normalized(x)
         g -= unit * tl.sum(unit * g, axis=1)[:, None]
         g = tl.div_rn(g, tl.broadcast_to(norm[:, None], g.shape)) * power[:, None]
-        g = tl.where(norm[:, None] == 0.0, 0.0, g)
+        taken = taken & (norm != 0.0)
     g = tl.where(taken[:, None], g, 0.0)
     target = (i % num_samples).to(tl.int64) * gradient_sample_stride
     target += (i // num_samples).to(tl.int64) * gradient_view_stride
