@@ -102,7 +102,7 @@ FORWARD = (
     Row(SHORT, 128, (90,), Tile(128, 128, 128, 4, 2, 2), "fastest of 46", True, MANY_ROWS),
     Row(SHORT, 128, (90,), Tile(128, 64, 128, 8, 3, 2), "rows as above", False, MANY_ROWS),
     Row(SHORT, 128, (90,), Tile(64, 128, 128, 4, 2, 2), "fewest instructions", lean=True),
-    Row(SHORT, 128, _ALL, Tile(64, 64, 128, 4, 2, 2), "two programs", lean=True),
+    Row(SHORT, 64, (80,), Tile(64, 64, 64, 4, 2, 2), "two programs", lean=True),
     Row(SHORT, 64, (80,), Tile(64, 32, 64, 4, 2, 2), "64 columns of some losses spill"),
     Row(SHORT, 128, _ALL, Tile(64, 64, 128, 4, 2, 2), "two programs, of two exponentials too"),
     Row(SHORT, 256, (90,), Tile(128, 64, 256, 4, 1, 2), "fastest of 51", True, MANY_ROWS),

@@ -22,9 +22,9 @@ ABSENT = tl.constexpr(-2)
 
 @triton.jit
 def normalized(x):
-    """Unit rows of ``x`` (rows, features); (rows,) what ``x`` was multiplied by, and the norms after that.
+    """Unit rows of ``x`` (rows, features); (rows,) powers of two, and (rows,) norms of x times these.
 
-    These are powers of two, so that squares neither over- nor underflow. A row of zeros stays so.
+    The powers keep squares from over- and underflow. A row of zeros stays so, and its norm is 0.
     """
     exponent = tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
     power = tl.maximum(0x7F000000 - exponent, 0x00800000).to(tl.float32, bitcast=True)
