@@ -60,13 +60,44 @@ void write_side(const Sides<Real>& sides, const Side<Real>& side,
   out.counts[1] = static_cast<Real>(std::max<int64_t>(all.count, 1));
 }
 
+// The sums of a side, of which sorted row k is anchor first + k; where `statistics` is null, not a
+// number.
 template <typename Real>
-void forward(const Sides<Real>& sides, const Results<Real>& out, const Results<Real>* of_cols) {
+void write_sums(const Sides<Real>& sides, const Side<Real>& side,
+                const Statistics<Real>* statistics, int64_t first, const Sums& out) {
+  const bool is_mean = sides.problem.summation == Summation::kOut;
+  constexpr double kNothing = -std::numeric_limits<double>::infinity();
+  const int64_t n = side.position.size();
+  std::fill(out.lse, out.lse + n, kNothing);
+  std::fill(out.of_positives, out.of_positives + n, is_mean ? 0 : kNothing);
+  std::fill(out.total_weight, out.total_weight + n, 0);
+  for (int64_t k = 0; k < side.size; ++k) {
+    const int64_t i = side.order[k];
+    if (statistics == nullptr) {
+      out.lse[i] = out.of_positives[i] = out.total_weight[i] =
+          std::numeric_limits<double>::quiet_NaN();
+      continue;
+    }
+    const double total = statistics->total_weight[first + k];
+    out.lse[i] = statistics->lse[first + k] * kLn2;
+    out.total_weight[i] = total;
+    if (total > 0)
+      out.of_positives[i] =
+          (is_mean ? statistics->mean_log[first + k] * total : statistics->log_mean[first + k]) *
+          kLn2;
+  }
+}
+
+template <typename Real>
+void forward(const Sides<Real>& sides, const Results<Real>& out, const OfColumns<Real>& of_cols) {
+  const bool both = sides.problem.symmetric;
   clear_results(sides.rows, sides.finite, out);
-  if (of_cols != nullptr) clear_results(sides.cols, sides.finite, *of_cols);
+  if (of_cols.results != nullptr) clear_results(sides.cols, sides.finite, *of_cols.results);
+  if (!sides.finite && of_cols.sums != nullptr)
+    write_sums<Real>(sides, sides.cols, nullptr, 0, *of_cols.sums);
   if (!sides.finite) return;
-  const Weights<Real> weights(sides, of_cols != nullptr);
-  if (of_cols == nullptr) {
+  const Weights<Real> weights(sides, both);
+  if (!both) {
     const Statistics<Real> statistics(weights, nullptr);
     return write_side(sides, sides.rows, statistics, 0, out);
   }
@@ -74,7 +105,10 @@ void forward(const Sides<Real>& sides, const Results<Real>& out, const Results<R
   const Weights<Real> other_weights = weights.mirrored(other_way);
   const Statistics<Real> statistics(weights, &other_weights);
   write_side(sides, sides.rows, statistics, 0, out);
-  write_side(sides, sides.cols, statistics, sides.first_col(), *of_cols);
+  if (of_cols.results != nullptr)
+    write_side(sides, sides.cols, statistics, sides.first_col(), *of_cols.results);
+  if (of_cols.sums != nullptr)
+    write_sums(sides, sides.cols, &statistics, sides.first_col(), *of_cols.sums);
 }
 
 template <typename Real>
@@ -132,7 +166,7 @@ void backward(const Sides<Real>& sides, const Gradients<Real>& out) {
 
 template <typename Real>
 void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
-             const Results<Real>& out, const Results<Real>* of_cols) {
+             const Results<Real>& out, const OfColumns<Real>& of_cols) {
   forward(Sides<Real>(problem, isa, team), out, of_cols);
 }
 
@@ -152,7 +186,7 @@ void loss_and_gradients(const Problem<Real>& problem, const Isa& isa, const Team
   Real total, counts[2];
   Sides<Real> sides(problem, isa, team);
   sides.keep_similarities();
-  forward<Real>(sides, {losses.data(), &total, counts, statistics}, nullptr);
+  forward<Real>(sides, {losses.data(), &total, counts, statistics}, {});
   const Real count = divisor_of(reduction, counts);
   *loss = total / count;
   std::fill(losses.begin(), losses.end(), 1 / count);
@@ -194,7 +228,7 @@ std::vector<std::vector<ScheduledPair>> scheduled_jobs(int64_t num_rows, int64_t
 #define SUPCON_INSTANTIATE(Real)                                                                 \
   template double peak_flops(const Functions<Real>&, const Team&, int64_t);                      \
   template void forward(const Problem<Real>&, const Isa&, const Team&, const Results<Real>&,     \
-                        const Results<Real>*);                                                   \
+                        const OfColumns<Real>&);                                                 \
   template void backward(const Problem<Real>&, const Isa&, const Team&, const Gradients<Real>&); \
   template void loss_and_gradients(const Problem<Real>&, const Isa&, const Team&, Reduction,     \
                                    Real*, Gradients<Real>);

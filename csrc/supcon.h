@@ -13,7 +13,7 @@
 namespace supcon {
 
 // Changes whenever the Python module's functions take or return something else.
-constexpr int kInterface = 7;
+constexpr int kInterface = 8;
 
 enum class Summation { kOut, kIn };
 enum class Denominator { kAll, kOnePositive, kOnlyNegatives };
@@ -96,6 +96,15 @@ struct Results {
   RowStatistics statistics;
 };
 
+// What is known of anchors from some of their contrasts, for a caller that knows the others: with
+// theirs it is added up to what all of them give. Natural logarithms.
+struct Sums {
+  double* lse;  // (N,) log-sum-exp of the denominator
+  double*
+      of_positives;  // (N,) the sum of weight times logit; kIn: the log-sum-exp of weight e^logit
+  double* total_weight;  // (N,) of the positives
+};
+
 // What the backward is given and writes; a null gradient is not wanted.
 template <typename Real>
 struct Gradients {
@@ -113,10 +122,17 @@ struct Gradients {
 
 struct Isa;
 
-// `of_cols` is (M,) of the columns as anchors, where the problem is symmetric.
+// Where the problem is symmetric, the columns as anchors have (M,) results of their own; or, where
+// they have other contrasts besides these rows, sums, though not for kOnePositive.
+template <typename Real>
+struct OfColumns {
+  const Results<Real>* results = nullptr;
+  const Sums* sums = nullptr;
+};
+
 template <typename Real>
 void forward(const Problem<Real>& problem, const Isa& isa, const Team& team,
-             const Results<Real>& out, const Results<Real>* of_cols = nullptr);
+             const Results<Real>& out, const OfColumns<Real>& of_cols = {});
 
 template <typename Real>
 void backward(const Problem<Real>& problem, const Isa& isa, const Team& team,

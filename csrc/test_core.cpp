@@ -196,6 +196,21 @@ struct BothWays {
   std::vector<double> numbers, col_numbers;
 };
 
+// The losses of columns as a caller makes them, who has added up sums.
+template <typename Real>
+std::vector<Real> losses_of(const supcon::Problem<Real>& problem, const supcon::Sums& sums) {
+  const bool is_mean = problem.summation == supcon::Summation::kOut;
+  std::vector<Real> losses(problem.num_cols);
+  for (int64_t j = 0; j < problem.num_cols; ++j) {
+    const double total = sums.total_weight[j];
+    if (total == 0 || std::isinf(sums.lse[j])) continue;
+    const double logit =
+        is_mean ? sums.of_positives[j] / total : sums.of_positives[j] - std::log(total);
+    losses[j] = static_cast<Real>(sums.lse[j] - logit);
+  }
+  return losses;
+}
+
 // A problem whose columns are anchors, too, is two problems of one way each.
 template <typename Real>
 void test_both_ways(const Isa& isa, const Data<Real>& data, double tolerance, double of_gradients) {
@@ -241,7 +256,7 @@ void test_both_ways(const Isa& isa, const Data<Real>& data, double tolerance, do
     const supcon::Team team = {threads, run_threads};
     BothWays<Real> found(n, m, dim);
     const supcon::Results<Real> of_cols = found.col_results();
-    supcon::forward<Real>(problem, isa, team, found.results(), &of_cols);
+    supcon::forward<Real>(problem, isa, team, found.results(), {&of_cols, nullptr});
     supcon::backward<Real>(problem, isa, team,
                            {w, found.statistics(), found.rows.data(), found.cols.data(),
                             &found.temperature, w, found.col_statistics()});
@@ -256,6 +271,15 @@ void test_both_ways(const Isa& isa, const Data<Real>& data, double tolerance, do
   expect(near({together.temperature}, {expected.temperature}, 2 * bound), "temperature, both ways",
          isa, shape);
   expect(together == in_one_call(3), "bits of several threads, both ways", isa, shape);
+
+  if (problem.denominator == supcon::Denominator::kOnePositive) return;
+  std::vector<double> numbers(3 * m);
+  const supcon::Sums sums = {numbers.data(), numbers.data() + m, numbers.data() + 2 * m};
+  BothWays<Real> with_sums(n, m, dim);
+  supcon::forward<Real>(problem, isa, alone, with_sums.results(), {nullptr, &sums});
+  expect(with_sums.loss == together.loss, "bits of rows beside sums of columns", isa, shape);
+  is_near("losses of columns by their sums", losses_of(problem, sums), expected.col_loss,
+          tolerance * reach);
 }
 
 // In float32 as in float64, and the same bits from several threads.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,22 +18,14 @@ from torch._compile import _disable_dynamo
 
 from supcon_kernels import op
 from supcon_kernels.backends.protocol import Anchors, Gradients, Wanted
-from supcon_kernels.distributed_both_ways import BothWays, count_of, sums_of
-from supcon_kernels.problem import NUM_TENSORS, Problem
-from supcon_kernels.ranks import Membership, agree, text_of
+from supcon_kernels.distributed_both_ways import BothWays, Ranks, count_of, sums_of
+from supcon_kernels.problem import NUM_TENSORS, Problem, mean_of_ways
+from supcon_kernels.ranks import Membership, Part, agree, text_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from supcon_kernels.validation import Call
-
-
-class Part(NamedTuple):
-    """A rank's part in a call."""
-
-    num_rows: int = 0
-    num_cols: int = 0
-    needs: int = 0  # 1: it makes a gradient with other ranks' statistics
 
 
 @_disable_dynamo
@@ -59,8 +51,7 @@ def loss_of_all(
         check(problem, backend, call.reduction)
         membership.check_device(problem.rows)
         text = text_of({**call._asdict(), "backend": backend})
-        needs = torch.is_grad_enabled() and needs_statistics(problem)
-        part = Part(problem.num_rows, problem.num_cols, int(needs))
+        part = part_of(problem)
     except Exception as error:  # whatever it is, the other ranks must hear of it
         failure = error
     parts = [Part(*numbers) for numbers in agree(membership, text, failure, part)]
@@ -69,13 +60,34 @@ def loss_of_all(
     if call.labels is None:  # every rank has numbered its samples for itself
         first = sum(of_rank.num_cols for of_rank in parts[: membership.rank])
         problem = renumbered(problem, first)
-    options = (membership, backend, call.reduction)
-    if problem.symmetric:
-        both: Tensor = BothWays.apply(*problem.operands(), parts, *options)
-        return problem, both
-    gathered = Gathered.of(problem, call.contrast_features is None, membership, parts)
-    loss: Tensor = _Differentiable.apply(*problem.operands(), gathered, *options)
-    return problem, loss
+    if exchanges_sums(problem):
+        ranks = Ranks(membership, parts)
+        ranks.check()
+        loss: Tensor = BothWays.apply(*problem.operands(), ranks, backend, call.reduction)
+        return problem, loss
+    losses = []
+    for way, of_ranks in zip(problem.ways(), (parts, [part.mirrored() for part in parts])):
+        gathered = Gathered.of(way, call.contrast_features is None, membership, of_ranks)
+        options = (membership, backend, call.reduction)
+        losses.append(_Differentiable.apply(*way.operands(), gathered, *options))
+    return problem, mean_of_ways(losses)
+
+
+def exchanges_sums(problem: Problem) -> bool:
+    """Whether a symmetric loss is of one set of scores, and not of two calls, one for each way.
+
+    The positives of "one_positive" are looked at when all negatives are known, other ranks' too.
+    """
+    return problem.symmetric and problem.denominator != "one_positive"
+
+
+def part_of(problem: Problem) -> Part:
+    """This rank's part in the call."""
+    tau, cols = problem.temperature_tensor, _contrasts(problem)[0]
+    wants = torch.is_grad_enabled()
+    of_rows = problem.rows.requires_grad or (tau is not None and tau.requires_grad)
+    needs = int(wants and of_rows), int(wants and cols.requires_grad)
+    return Part(problem.num_rows, problem.num_cols, *needs)
 
 
 def check(problem: Problem, backend: str, reduction: str) -> None:
@@ -114,15 +126,6 @@ def _contrasts(problem: Problem) -> tuple[Tensor, Tensor]:
     return cols, labels
 
 
-def needs_statistics(problem: Problem) -> bool:
-    """Whether a gradient of this rank's is made with other ranks' statistics."""
-    contrasts, _ = _contrasts(problem)
-    if not problem.symmetric:
-        return contrasts.requires_grad
-    leaves = (problem.rows, contrasts, problem.temperature_tensor)
-    return any(x is not None and x.requires_grad for x in leaves)
-
-
 @dataclasses.dataclass(frozen=True)
 class Gathered:
     """What the ranks have sent each other: this rank's own first, then the others' in their order.
@@ -153,7 +156,7 @@ class Gathered:
             membership, parts: of all ranks.
         """
         assert problem.row_labels is not None
-        needed = any(part.needs for part in parts)
+        needed = any(part.wants_cols for part in parts)
         num_rows = [part.num_rows if needed else 0 for part in parts]
         num_cols = [part.num_cols for part in parts]
         sent = [(x.detach(), num_cols) for x in _contrasts(problem)]
@@ -186,7 +189,7 @@ def loss_and_saved(
         whole = dataclasses.replace(problem, cols=gathered.cols, col_labels=gathered.col_labels)
     found = op.results_of(whole, backend, "none")
     sent = [
-        (sums := sums_of(problem, found), [len(sums)] * membership.size),
+        (sums := sums_of(problem, found.loss, found.stats), [len(sums)] * membership.size),
         (found.stats.T, gathered.num_rows),
     ]
     sums_by_rank, stats_by_rank = membership.gather(sent)
@@ -213,7 +216,7 @@ def gradients(
         gathered: the tensors of ``Gathered``.
         weight: gradient of the sum of all losses.
         saved: what ``loss_and_saved`` saved, without the count.
-        wanted: which gradients.
+        wanted: which gradients, unrounded.
         backend: made the statistics.
     """
     stats, other_stats, prepared = saved
@@ -244,7 +247,8 @@ class _Differentiable(torch.autograd.Function):
         saved, gathered, inputs = saved[:3], saved[3:-NUM_TENSORS], saved[-NUM_TENSORS:]
         weight = grad * (ctx.num_ranks / count).to(grad.dtype)
         problem = Problem(*inputs, *ctx.options)
-        grads = gradients(problem, gathered, weight, saved, op.wanted_of(ctx), ctx.backend)
+        wanted = Wanted(*op.needs_of(ctx))._replace(unrounded=True)
+        grads = gradients(problem, gathered, weight, saved, wanted, ctx.backend)
         return op.by_operand(ctx, grads, inputs)
 
 
@@ -271,36 +275,31 @@ def _gradients(
         wanted: which gradients.
         backend: made the statistics.
     """
-    problem = _widened(problem)  # the parts are rounded once, in the end
     cols, labels = _contrasts(problem)
     *of_cols, other_rows, other_row_labels = gathered
     other_cols, other_col_labels = [x[problem.num_cols :] for x in of_cols]
     anchors, has_others = anchors._replace(prepared=None), others.stats.shape[1] > 0
 
-    def block(
-        problem: Problem, anchors: Anchors, col_anchors: Anchors | None, wanted: Wanted
-    ) -> list[Tensor]:
-        grads = op.gradients_of(problem, anchors, col_anchors, wanted, backend)
-        return [grad.to(problem.dtype) for grad in grads]
-
-    grad_rows, grad_cols, grad_tau = block(problem, anchors, None, wanted)
+    of_block = functools.partial(op.gradients_of, backend=backend)
+    grad_rows, grad_cols, grad_tau = of_block(problem, anchors, None, wanted)
     if len(other_cols) and (wanted.rows or wanted.temperature):
         against_others = dataclasses.replace(
-            problem, cols=other_cols.to(cols), col_labels=other_col_labels, self_offset=None
+            problem, cols=other_cols, col_labels=other_col_labels, self_offset=None
         )
         col_anchors = others if problem.square and has_others else None
-        more = block(against_others, anchors, col_anchors, wanted._replace(cols=False))
-        grad_rows, grad_tau = grad_rows + more[0], grad_tau + more[2]
+        more = of_block(against_others, anchors, col_anchors, wanted._replace(cols=False))
+        grad_rows, grad_tau = grad_rows + more.rows, grad_tau + more.temperature
     if has_others and wanted.cols:
         of_others = dataclasses.replace(
             problem,
-            rows=other_rows.to(cols),
+            rows=other_rows,
             row_labels=other_row_labels,
             cols=cols,
             col_labels=labels,
             self_offset=None,
         )
-        grad_cols = grad_cols + block(of_others, others, None, Wanted(cols=True))[1]
+        only_cols = Wanted(cols=True, unrounded=True)
+        grad_cols = grad_cols + of_block(of_others, others, None, only_cols).cols
     return Gradients(grad_rows, grad_cols, grad_tau)
 
 
@@ -328,8 +327,7 @@ def _gradients_at_once(
     is_alone = whole is problem and num_others == 0
     now = wanted._replace(cols=wanted.cols and is_alone)
     own = anchors._replace(stats=stats[:, : problem.num_rows])
-    grads = op.gradients_of(whole, own, col_anchors, now, backend)
-    grad_rows, grad_cols, grad_tau = [grad.to(problem.dtype) for grad in grads]
+    grad_rows, grad_cols, grad_tau = op.gradients_of(whole, own, col_anchors, now, backend)
     if wanted.cols and not is_alone:
         assert problem.cols is not None and problem.row_labels is not None
         assert problem.col_labels is not None
@@ -338,23 +336,14 @@ def _gradients_at_once(
         offset = problem.self_offset or 0
         against = dataclasses.replace(
             problem,
-            rows=torch.cat([other_rows.to(problem.rows), problem.rows]),
+            rows=torch.cat([other_rows, problem.rows]),
             row_labels=torch.cat([other_row_labels, problem.row_labels]),
             cols=problem.cols.roll(-offset, 0),
             col_labels=problem.col_labels.roll(-offset, 0),
             self_offset=None if problem.self_offset is None else -num_others,
         )
         every = anchors._replace(stats=stats.roll(num_others, 1), prepared=None)
-        of_cols = op.gradients_of(against, every, None, Wanted(cols=True), backend).cols
-        grad_cols = of_cols.to(problem.dtype).roll(offset, 0)
+        only_cols = Wanted(cols=True, unrounded=True)
+        of_cols = op.gradients_of(against, every, None, only_cols, backend).cols
+        grad_cols = of_cols.roll(offset, 0)
     return Gradients(grad_rows, grad_cols, grad_tau)
-
-
-def _widened(problem: Problem) -> Problem:
-    """The problem with features of the working dtype."""
-    cols = problem.cols
-    return dataclasses.replace(
-        problem,
-        rows=problem.rows.to(problem.dtype),
-        cols=None if cols is None else cols.to(problem.dtype),
-    )

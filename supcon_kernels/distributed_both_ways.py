@@ -1,8 +1,9 @@
 """The symmetric loss over the rows of every rank of a process group, and its gradient.
 
-Each rank has its rows against all columns, and its columns against all rows. With everybody's
-statistics each side's gradient is that of rows whose columns are anchors, too: one product, of
-the own rows or columns with all of the other side, and nothing is sent in the backward.
+A rank contrasts its rows with all columns, so that it knows of each column the sums over these rows.
+The ranks exchange them, and each adds up those of its own columns. With everybody's statistics the
+same pairs then give the whole gradient of the rows, and a part of each column's, which are exchanged
+and added up, too.
 """
 
 from __future__ import annotations
@@ -15,149 +16,161 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from supcon_kernels import op
-from supcon_kernels.backends.protocol import Anchors, Gradients, Results, Wanted
+from supcon_kernels import op, partial_sums
+from supcon_kernels.backends import FUSED
+from supcon_kernels.backends.protocol import Anchors, Gradients, Wanted
 from supcon_kernels.problem import NUM_TENSORS, Problem, accumulation_dtype
-from supcon_kernels.ranks import Membership
+from supcon_kernels.ranks import Membership, Part
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Who takes part in a call, and how.
+
+    Attributes:
+        membership: this process in the group.
+        parts: every rank's part.
+    """
+
+    membership: Membership
+    parts: Sequence[Part]
+
+    @property
+    def num_cols(self) -> list[int]:
+        """How many columns each rank has."""
+        return [part.num_cols for part in self.parts]
+
+    @property
+    def want_gradients(self) -> bool:
+        """Whether any rank wants one, which needs the statistics of all columns."""
+        return any(part.wants_rows or part.wants_cols for part in self.parts)
+
+    @property
+    def want_cols(self) -> bool:
+        """Whether any rank wants that of its columns, of which all ranks have parts."""
+        return any(part.wants_cols for part in self.parts)
+
+    def check(self) -> None:
+        """All ranks call ``backward``, if they send each other parts."""
+        if self.want_cols and not all(part.wants_rows or part.wants_cols for part in self.parts):
+            raise ValueError(
+                "contrast_features must require grad on no rank of group with symmetric=True, "
+                "or something must on every rank, since their gradient is made by all of them"
+            )
+
+    def of_own_cols(self, of_cols: Tensor) -> list[Tensor]:
+        """What every rank has of this rank's columns, given what this rank has of all (M, …)."""
+        return self.membership.exchange(of_cols, self.num_cols)
 
 
 class BothWays(torch.autograd.Function):
     """The loss of all ranks' rows and columns, whose gradient is of this rank's, times the ranks.
 
-    Its arguments are the operands of the rank's own problem, the ranks' parts in the call, the
-    rank's membership, the backend and the reduction.
+    Its arguments are the operands of the rank's own problem, the ranks, the backend and the reduction.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """The reduced loss, the same bits on every rank."""
-        *operands, parts, membership, backend, reduction = arguments
+        *operands, ranks, backend, reduction = arguments
         problem = Problem(*operands)
-        gathered = gathered_sides(problem, membership, parts)
-        loss, (count, *saved) = loss_and_saved(
-            problem, gathered, parts, membership, backend, reduction
+        block = against_all(problem, ranks)
+        loss, (count, stats, _, of_cols, prepared) = loss_and_saved(
+            problem, block, ranks, backend, reduction
         )
-        ctx.save_for_backward(count, *saved, *gathered, *operands[:NUM_TENSORS])
+        stats = torch.cat((stats, of_cols), dim=1)
+        assert block.cols is not None
+        ctx.save_for_backward(
+            count, stats, prepared, block.cols, block.col_labels, *operands[:NUM_TENSORS]
+        )
         ctx.options = operands[NUM_TENSORS:]
-        ctx.backend, ctx.num_ranks = backend, membership.size
+        ctx.ranks, ctx.backend = ranks, backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the rank's rows and columns, and its part of the temperature's."""
-        count, *saved = ctx.saved_tensors
-        inputs = saved[10:]
-        weights = grad * (ctx.num_ranks / count).to(grad.dtype)
-        problem = Problem(*inputs, *ctx.options)
-        wanted = op.wanted_of(ctx)
-        grads = gradients(problem, saved[6:10], weights, saved[:6], wanted, ctx.backend)
+        count, stats, prepared, cols, col_labels, *inputs = ctx.saved_tensors
+        block = Problem(*inputs, *ctx.options)
+        block = dataclasses.replace(block, cols=cols, col_labels=col_labels)
+        weight = grad * ctx.ranks.membership.size
+        anchors = Anchors(weight, count.to(grad.dtype), stats, prepared)
+        wanted = Wanted(*op.needs_of(ctx))
+        grads = gradients(block, anchors, wanted, ctx.ranks, ctx.backend)
         return op.by_operand(ctx, grads, inputs)
 
 
+def against_all(problem: Problem, ranks: Ranks) -> Problem:
+    """The rank's rows against the columns of all ranks, in the order of the ranks."""
+    assert problem.cols is not None and problem.col_labels is not None
+    sent = [(x, ranks.num_cols) for x in (problem.cols.detach(), problem.col_labels)]
+    cols, labels = map(torch.cat, ranks.membership.gather(sent))
+    return dataclasses.replace(problem, cols=cols, col_labels=labels)
+
+
 def loss_and_saved(
-    problem: Problem,
-    gathered: Sequence[Tensor],
-    parts: Sequence[Any],
-    membership: Membership,
-    backend: str,
-    reduction: str,
+    problem: Problem, block: Problem, ranks: Ranks, backend: str, reduction: str
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The reduced loss, and for ``gradients`` the counts (2,) that the sums were divided by, the
-    statistics and what is prepared of each way, and the statistics of all rows and of all columns.
+    """The reduced loss, and counts (2,) that the sums of rows and of columns were divided by; the
+    statistics of this rank's rows, of its columns, and of all columns, if a gradient needs them; and
+    what is prepared of its rows and all columns.
     """
-    ways = _against_all(problem, gathered)
-    found = [op.results_of(way, backend, "none") for way in ways]
-    sums = torch.cat([sums_of(way, of_way) for way, of_way in zip(ways, found)])
-    of_all = gathered_stats([of_way.stats for of_way in found], parts, membership, sums)
+    of_rows, sums = FUSED[backend].forward_of_some(block)
+    one_way, other_way = problem.ways()
+    own_sums = partial_sums.merged(other_way, [part.T for part in ranks.of_own_cols(sums.T)])
+    col_losses = partial_sums.losses(other_way, own_sums)
+    own_stats = FUSED[backend].statistics_of(other_way, own_sums)
+    found = (one_way, of_rows.loss, of_rows.stats), (other_way, col_losses, own_stats)
+    own = torch.stack([sums_of(*of_way) for of_way in found])
+    lengths = ranks.num_cols if ranks.want_gradients else [0] * ranks.membership.size
+    sent = [(own, [len(own)] * ranks.membership.size), (own_stats.T, lengths)]
+    by_rank, stats_by_rank = ranks.membership.gather(sent)
     # In the order of the ranks, so that all have the same bits.
-    totals, *counts = functools.reduce(torch.add, of_all[0]).view(2, 3).unbind(1)
+    totals, *counts = functools.reduce(torch.add, by_rank).unbind(1)
     count = 2 * count_of(reduction, *counts)
-    of_ways = [x for of_way in found for x in (of_way.stats, of_way.prepared)]
-    mean: Tensor = (totals / count).sum().to(found[0].loss.dtype)
-    return mean, (count, *of_ways, *of_all[1])
-
-
-def gathered_stats(
-    stats: Sequence[Tensor], parts: Sequence[Any], membership: Membership, sums: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The sums of every rank, and the statistics of all rows and of all columns, this rank's first."""
-    lengths = [[part.num_rows for part in parts], [part.num_cols for part in parts]]
-    is_needed = any(part.needs for part in parts)
-    sent = [(sums, [len(sums)] * membership.size)]
-    for of_way, of_ranks in zip(stats, lengths):
-        sent.append((of_way.T, of_ranks if is_needed else [0] * membership.size))
-    sums_by_rank, *stats_by_side = membership.gather(sent)
-    return sums_by_rank, [membership.own_first(xs).T.contiguous() for xs in stats_by_side]
+    loss: Tensor = (totals / count).sum().to(of_rows.loss.dtype)
+    of_cols = torch.cat(stats_by_rank).T
+    return loss, (count, of_rows.stats, own_stats, of_cols, of_rows.prepared)
 
 
 def gradients(
-    problem: Problem,
-    gathered: Sequence[Tensor],
-    weights: Tensor,
-    saved: Sequence[Any],
-    wanted: Wanted,
-    backend: str,
+    block: Problem, anchors: Anchors, wanted: Wanted, ranks: Ranks, backend: str
 ) -> Gradients:
     """Gradients of this rank's rows, columns and temperature.
 
     Args:
-        problem: this rank's own.
-        gathered: as ``gathered_sides`` has them.
-        weights: (2,) gradients of the sums of the rows' losses and of the columns'.
-        saved: what ``loss_and_saved`` saved, without the count.
-        wanted: which gradients.
+        block: as ``against_all`` has it.
+        anchors: the rows and, behind them, all columns.
+        wanted: which gradients of this rank's; any rank may want that of its columns.
+        ranks: who has parts of these.
         backend: made the statistics.
     """
-    of_ways, all_stats = (saved[:2], saved[2:4]), saved[4:6]
-    one, grad_tau = torch.ones_like(weights[0]), torch.zeros_like(weights[0])
-    by_side: list[Tensor] = []
-    for side, way in enumerate(_against_all(problem, gathered)):
-        needs = Wanted(rows=wanted[side], temperature=wanted.temperature)
-        own_weight = weights[side].expand(way.num_rows)
-        other_weight = weights[1 - side].expand(way.num_cols)
-        anchors = Anchors(own_weight, one, *of_ways[side])
-        others = Anchors(other_weight, one, all_stats[1 - side])
-        if any(needs):
-            grads = op.gradients_of(way, anchors, others, needs, backend)
-            by_side.append(grads.rows)
-            if wanted.temperature:
-                grad_tau = grad_tau + grads.temperature
-        else:
-            by_side.append(problem.rows.new_empty(0))
-    return Gradients(by_side[0], by_side[1], grad_tau)
+    wanted = wanted._replace(cols=ranks.want_cols, unrounded=True)
+    rows, cols, temperature = op.gradients_of(block, anchors, None, wanted, backend)
+    if ranks.want_cols:
+        cols = _AddedUp.apply(cols, ranks)
+    return Gradients(rows, cols, temperature)
 
 
-def sums_of(problem: Problem, found: Results) -> Tensor:
+class _AddedUp(torch.autograd.Function):
+    """The parts that all ranks have of this rank's columns; what autograd would make of them is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, of_cols: Tensor, ranks: Ranks) -> Tensor:
+        return functools.reduce(torch.add, ranks.of_own_cols(of_cols))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        op.refuse_second_derivative()
+
+
+def sums_of(problem: Problem, losses: Tensor, stats: Tensor) -> Tensor:
     """(3,) of the rank's anchors: their losses, how many there are, and how many contribute."""
-    of_anchors = (found.loss, ~problem.row_ignored(), found.stats[1] != torch.inf)
-    return torch.stack([x.sum(dtype=accumulation_dtype(found.loss)) for x in of_anchors])
+    of_anchors = (losses, ~problem.row_ignored(), stats[1] != torch.inf)
+    return torch.stack([x.sum(dtype=accumulation_dtype(losses)) for x in of_anchors])
 
 
 def count_of(reduction: str, num_anchors: Tensor, num_contributing: Tensor) -> Tensor:
     """What the sums of the losses are divided by, at least 1."""
     counts = {"mean": num_anchors, "positive_mean": num_contributing}
     return counts.get(reduction, torch.ones_like(num_anchors)).clamp(min=1)
-
-
-def gathered_sides(problem: Problem, membership: Membership, parts: Sequence[Any]) -> list[Tensor]:
-    """Rows, their labels, columns and their labels of all ranks, this rank's own first."""
-    assert problem.cols is not None
-    assert problem.row_labels is not None and problem.col_labels is not None
-    num_rows, num_cols = [part.num_rows for part in parts], [part.num_cols for part in parts]
-    sent = [
-        (problem.rows.detach(), num_rows),
-        (problem.row_labels, num_rows),
-        (problem.cols.detach(), num_cols),
-        (problem.col_labels, num_cols),
-    ]
-    return [membership.own_first(of_ranks) for of_ranks in membership.gather(sent)]
-
-
-def _against_all(problem: Problem, gathered: Sequence[Tensor]) -> list[Problem]:
-    """The rank's rows against all columns, and its columns against all rows."""
-    rows, row_labels, cols, col_labels = gathered
-    one_way, other_way = problem.ways()
-    return [
-        dataclasses.replace(one_way, cols=cols, col_labels=col_labels),
-        dataclasses.replace(other_way, cols=rows, col_labels=row_labels),
-    ]

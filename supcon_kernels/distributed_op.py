@@ -16,17 +16,26 @@ from supcon_kernels import distributed as one_way
 from supcon_kernels import distributed_both_ways as both_ways
 from supcon_kernels import op
 from supcon_kernels.backends import FUSED
-from supcon_kernels.backends.protocol import Wanted
-from supcon_kernels.distributed import Gathered, Part
-from supcon_kernels.problem import NUM_FIELDS, NUM_TENSORS, SCHEMA, Problem, accumulation_dtype
-from supcon_kernels.ranks import Membership, agree, text_of
+from supcon_kernels.backends.protocol import Anchors, Wanted
+from supcon_kernels.distributed import Gathered
+from supcon_kernels.distributed_both_ways import Ranks
+from supcon_kernels.problem import (
+    NUM_FIELDS,
+    NUM_TENSORS,
+    SCHEMA,
+    Problem,
+    accumulation_dtype,
+    mean_of_ways,
+)
+from supcon_kernels.ranks import Membership, Part, agree, text_of
 from supcon_kernels.validation import Call
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _OPTIONS = (
-    "str backend, str reduction, str group, str text, bool first_views, bool unlabelled, bool needs"
+    "str backend, str reduction, str group, str text, bool first_views, bool unlabelled, "
+    "bool wants_rows, bool wants_cols"
 )
 forward = op.define(
     f"loss_of_ranks({SCHEMA}, {_OPTIONS}) "
@@ -48,7 +57,7 @@ class _Options(NamedTuple):
         text: what must agree between ranks.
         first_views: whether the anchors are the first of the contrasts.
         unlabelled: whether every rank has numbered its samples for itself.
-        needs: as in ``Part``.
+        wants_rows, wants_cols: as in ``Part``.
     """
 
     backend: str
@@ -57,7 +66,8 @@ class _Options(NamedTuple):
     text: str
     first_views: bool
     unlabelled: bool
-    needs: bool
+    wants_rows: bool
+    wants_cols: bool
 
 
 def traced_loss(
@@ -72,16 +82,21 @@ def traced_loss(
     one_way.check(problem, backend, call.reduction)
     fields = dict(zip(Call._fields, call))  # torch 2.5 does not trace _asdict
     alike = {**fields, "backend": backend, "requires_grad": _wants_gradient(problem)}
-    options = _Options(
-        backend,
-        call.reduction,
-        group.group_name,
-        text_of(alike),
-        call.contrast_features is None,
-        call.labels is None,
-        torch.is_grad_enabled() and one_way.needs_statistics(problem),
-    )
-    return problem, forward(*problem.operands(), *options)[0]
+    losses = []
+    for way in (problem,) if one_way.exchanges_sums(problem) else problem.ways():
+        part = one_way.part_of(way)
+        options = _Options(
+            backend,
+            call.reduction,
+            group.group_name,
+            text_of(alike),
+            call.contrast_features is None,
+            call.labels is None,
+            bool(part.wants_rows),
+            bool(part.wants_cols),
+        )
+        losses.append(forward(*way.operands(), *options)[0])
+    return problem, mean_of_ways(losses)
 
 
 def _wants_gradient(problem: Problem) -> bool:
@@ -101,14 +116,17 @@ def _group_of(options: _Options) -> ProcessGroup:
 
 
 def _gathered(
-    problem: Problem, options: _Options, membership: Membership, parts: Sequence[Part]
-) -> tuple[Problem, Gathered | list[Tensor]]:
-    """The rank's problem, its samples numbered, and what the ranks send each other."""
+    problem: Problem, options: _Options, ranks: Ranks
+) -> tuple[Problem, Gathered | Problem]:
+    """The rank's problem, its samples numbered; and what the ranks send each other, or what comes of
+    it where they exchange sums.
+    """
+    membership, parts = ranks.membership, ranks.parts
     if options.unlabelled:
         first = sum(of_rank.num_cols for of_rank in parts[: membership.rank])
         problem = one_way.renumbered(problem, first)
     if problem.symmetric:
-        return problem, both_ways.gathered_sides(problem, membership, parts)
+        return problem, both_ways.against_all(problem, ranks)
     return problem, Gathered.of(problem, options.first_views, membership, parts)
 
 
@@ -120,17 +138,19 @@ def _forward(*operands: Any) -> tuple[Tensor, ...]:
         membership.check_device(problem.rows)
     except ValueError as error:
         failure = error
-    part = Part(problem.num_rows, problem.num_cols, int(options.needs))
+    needs = int(options.wants_rows), int(options.wants_cols)
+    part = Part(problem.num_rows, problem.num_cols, *needs)
     numbers = agree(membership, options.text, failure, part)
-    parts = [Part(*of_rank)._replace(needs=0) for of_rank in numbers]
-    problem, gathered = _gathered(problem, options, membership, parts)
-    where = (membership, options.backend, options.reduction)
+    ranks = Ranks(membership, [Part(*of_rank[:2]) for of_rank in numbers])
+    problem, gathered = _gathered(problem, options, ranks)
+    how = (options.backend, options.reduction)
     if isinstance(gathered, Gathered):
-        loss, (count, stats, *_) = one_way.loss_and_saved(problem, gathered, *where)
+        loss, (count, stats, *_) = one_way.loss_and_saved(problem, gathered, membership, *how)
     else:
-        loss, saved = both_ways.loss_and_saved(problem, gathered, parts, *where)
-        count, stats, _, col_stats, *_ = saved
-        stats = torch.cat([stats, col_stats], dim=1)
+        loss, (count, stats, own_stats, *_) = both_ways.loss_and_saved(
+            problem, gathered, ranks, *how
+        )
+        stats = torch.cat([stats, own_stats], dim=1)
     return loss, count, stats, torch.tensor(numbers)
 
 
@@ -145,20 +165,22 @@ def _backward(
     *operands: Any,
 ) -> tuple[Tensor, ...]:
     problem, options, membership = _parsed(operands)
-    parts = [Part(*of_rank) for of_rank in numbers.tolist()]
-    problem, gathered = _gathered(problem, options, membership, parts)
-    weight = grad_loss * (membership.size / count).to(grad_loss.dtype)
-    wanted = Wanted(needs_rows, needs_cols, needs_temperature)
+    ranks = Ranks(membership, [Part(*of_rank) for of_rank in numbers.tolist()])
+    problem, gathered = _gathered(problem, options, ranks)
+    weight, count = grad_loss * membership.size, count.to(grad_loss.dtype)
+    wanted = Wanted(needs_rows, needs_cols, needs_temperature, unrounded=True)
     if isinstance(gathered, Gathered):
         (by_rank,) = membership.gather([(stats.T, gathered.num_rows)])
         saved = (stats, membership.without_own(by_rank).T.contiguous(), None)
         tensors = gathered.tensors()
-        grads = one_way.gradients(problem, tensors, weight, saved, wanted, options.backend)
+        of_sum = weight / count
+        grads = one_way.gradients(problem, tensors, of_sum, saved, wanted, options.backend)
     else:
-        own = stats.split((problem.num_rows, problem.num_cols), dim=1)
-        _, of_all = both_ways.gathered_stats(own, parts, membership, stats.new_empty(0))
-        saved = (own[0], None, own[1], None, *of_all)
-        grads = both_ways.gradients(problem, gathered, weight, saved, wanted, options.backend)
+        of_rows, own_stats = stats.split((problem.num_rows, problem.num_cols), dim=1)
+        (by_rank,) = membership.gather([(own_stats.T, ranks.num_cols)])
+        stats = torch.cat([of_rows, torch.cat(by_rank).T], dim=1)
+        anchors = Anchors(weight, count, stats)
+        grads = both_ways.gradients(gathered, anchors, wanted, ranks, options.backend)
     inputs = (problem.rows, problem.cols, grads.temperature)
     return tuple(
         grad.to(x) if want else problem.rows.new_empty(0)
@@ -204,7 +226,7 @@ class _OfRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         saved, inputs = ctx.saved_tensors[:-NUM_TENSORS], ctx.saved_tensors[-NUM_TENSORS:]
-        grads = backward(grad_loss, *saved, *op.wanted_of(ctx), *inputs, *ctx.options)
+        grads = backward(grad_loss, *saved, *op.needs_of(ctx), *inputs, *ctx.options)
         return op.by_operand(ctx, grads, inputs)
 
 

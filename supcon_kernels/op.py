@@ -8,7 +8,7 @@ written once, and hand them to the backend that was chosen for the call. They ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -41,8 +41,17 @@ forward = define(
 backward = define(
     "backward(Tensor grad_loss, Tensor divisor, Tensor stats, Tensor? prepared, bool needs_rows, "
     f"bool needs_cols, bool needs_temperature, {SCHEMA}, str backend, Tensor? col_grad_loss=None, "
-    "Tensor? col_stats=None) -> (Tensor rows, Tensor cols, Tensor temperature)"
+    "Tensor? col_stats=None, bool unrounded=False) -> (Tensor rows, Tensor cols, Tensor temperature)"
 )
+
+
+class _Options(NamedTuple):
+    """What ``backward`` is told behind the problem."""
+
+    backend: str
+    col_grad_loss: Tensor | None = None
+    col_stats: Tensor | None = None
+    unrounded: bool = False
 
 
 def loss_of(problem: Problem, backend: str, reduction: str) -> Tensor:
@@ -72,8 +81,10 @@ def gradients_of(
     backend: str,
 ) -> Gradients:
     """What the backend's backward gives, by the dispatcher."""
-    of_cols = () if col_anchors is None else (col_anchors.grad_loss, col_anchors.stats)
-    return Gradients(*backward(*anchors, *wanted, *problem.operands(), backend, *of_cols))
+    of_cols = (None, None) if col_anchors is None else (col_anchors.grad_loss, col_anchors.stats)
+    *needs, unrounded = wanted
+    options = (backend, *of_cols, unrounded)
+    return Gradients(*backward(*anchors, *needs, *problem.operands(), *options))
 
 
 def _forward(*operands: Any) -> tuple[Tensor, ...]:
@@ -98,17 +109,17 @@ def _backward(
     where the problem is symmetric.
     """
     problem = Problem(*operands[:NUM_FIELDS])
-    backend, *of_cols = operands[NUM_FIELDS:]
+    options = _Options(*operands[NUM_FIELDS:])
     if problem.symmetric:
-        grad_loss, *of_cols = (grad_loss / divisor).unbind()
+        grad_loss, col_grad_loss = (grad_loss / divisor).unbind()
         divisor = divisor.new_ones(())
         stats, col_stats = stats.split((problem.num_rows, problem.num_cols), dim=1)
-        of_cols.append(col_stats)
+        options = options._replace(col_grad_loss=col_grad_loss, col_stats=col_stats)
     anchors, col_anchors = Anchors(grad_loss, divisor, stats, prepared), None
-    if of_cols and of_cols[1] is not None:
-        col_anchors = Anchors(of_cols[0], divisor, of_cols[1])
-    wanted = Wanted(needs_rows, needs_cols, needs_temperature)
-    made = FUSED[backend].backward(problem, anchors, col_anchors, wanted)
+    if options.col_grad_loss is not None and options.col_stats is not None:
+        col_anchors = Anchors(options.col_grad_loss, divisor, options.col_stats)
+    wanted = Wanted(needs_rows, needs_cols, needs_temperature, options.unrounded)
+    made = FUSED[options.backend].backward(problem, anchors, col_anchors, wanted)
     grads = _poisoned(problem, made)
     return tuple([problem.rows.new_empty(0) if grad is None else grad for grad in grads])
 
@@ -142,11 +153,12 @@ def _backward_fake(
     needs_temperature: bool,
     *operands: Any,
 ) -> tuple[Tensor, ...]:
-    problem = Problem(*operands[:NUM_FIELDS])
+    problem, options = Problem(*operands[:NUM_FIELDS]), _Options(*operands[NUM_FIELDS:])
     rows, cols = problem.rows, problem.rows if problem.cols is None else problem.cols
+    dtype = problem.dtype if options.unrounded else rows.dtype
     return (
-        rows.new_empty(rows.shape if needs_rows else (0,)),
-        rows.new_empty(cols.shape if needs_cols else (0,)),
+        rows.new_empty(rows.shape if needs_rows else (0,), dtype=dtype),
+        rows.new_empty(cols.shape if needs_cols else (0,), dtype=dtype),
         grad_loss.new_empty(() if needs_temperature else (0,)),
     )
 
@@ -194,7 +206,7 @@ class SupConLossFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         unpacked = ctx.saved_tensors  # once: activation checkpointing refuses a second time
         saved, tensors = unpacked[:-NUM_TENSORS], unpacked[-NUM_TENSORS:]
-        call = (grad_loss, *saved, *wanted_of(ctx), *tensors, *ctx.options)
+        call = (grad_loss, *saved, *needs_of(ctx), *tensors, *ctx.options)
         # A graph of the gradient is made, and refused, by the operator.
         by_operator = torch.is_grad_enabled() or not _is_plain((grad_loss, *tensors))
         grads = backward(*call) if by_operator else _backward(*call)
@@ -229,7 +241,7 @@ class SupConLossWithGradients(torch.autograd.Function):
         """The gradients times that of the loss."""
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
-        tensors, wanted = ctx.saved_tensors, Wanted(*ctx.needs_input_grad[:3])
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
         if (
             torch.is_grad_enabled()
             or not _is_plain((grad_loss, *tensors))
@@ -238,7 +250,7 @@ class SupConLossWithGradients(torch.autograd.Function):
             # A graph of the gradient is made, and refused, by the operator.
             with torch.no_grad():
                 _, *saved = forward(*tensors, *ctx.options, "native", ctx.reduction)
-            grads = backward(grad_loss, *saved, *wanted, *tensors, *ctx.options, "native")
+            grads = backward(grad_loss, *saved, *needs, *tensors, *ctx.options, "native")
         else:
             grads, ctx.made = ctx.made, None
             if grads is None:
@@ -246,7 +258,7 @@ class SupConLossWithGradients(torch.autograd.Function):
             if float(grad_loss) != 1.0:
                 grads = [None if grad is None else grad * grad_loss for grad in grads]
         leaves = [tensors[k] for k in DIFFERENTIABLE]
-        given = [grad.to(leaf) if want else None for grad, leaf, want in zip(grads, leaves, wanted)]
+        given = [grad.to(leaf) if want else None for grad, leaf, want in zip(grads, leaves, needs)]
         return *given, None, None
 
 
@@ -262,10 +274,9 @@ def _loss_and_gradients(ctx: Any, problem: Problem) -> tuple[Tensor, Made]:
         return loss, _poisoned(problem, made)
 
 
-def wanted_of(ctx: Any) -> Wanted:
+def needs_of(ctx: Any) -> list[bool]:
     """Which gradients are wanted of a function whose first arguments are the operands of a problem."""
-    needs = ctx.needs_input_grad
-    return Wanted(*[needs[k] for k in DIFFERENTIABLE])
+    return [ctx.needs_input_grad[k] for k in DIFFERENTIABLE]
 
 
 def by_operand(
@@ -289,10 +300,15 @@ class _NotTwice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "supcon_loss can be differentiated twice only with backend='reference': "
-            "the other backends do not record how their gradient is made"
-        )
+        refuse_second_derivative()
+
+
+def refuse_second_derivative() -> NoReturn:
+    """What the gradient of a gradient comes to."""
+    raise RuntimeError(
+        "supcon_loss can be differentiated twice only with backend='reference': "
+        "the other backends do not record how their gradient is made"
+    )
 
 
 def _wants_gradient(operands: Sequence[Any]) -> bool:

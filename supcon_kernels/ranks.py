@@ -8,7 +8,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -90,6 +90,25 @@ def rows_of_all(
     return torch.cat(features), torch.cat(labels)
 
 
+class Part(NamedTuple):
+    """A rank's part in a call: its rows and columns, and whether a gradient of its is wanted, 1 or 0.
+
+    Attributes:
+        num_rows, num_cols: how many it has.
+        wants_rows: the rows' gradient or the temperature's.
+        wants_cols: the columns', which may be the rows.
+    """
+
+    num_rows: int = 0
+    num_cols: int = 0
+    wants_rows: int = 0
+    wants_cols: int = 0
+
+    def mirrored(self) -> Part:
+        """In the other way of a symmetric call."""
+        return Part(self.num_cols, self.num_rows, self.wants_cols, self.wants_rows)
+
+
 @dataclasses.dataclass(frozen=True)
 class Membership:
     """This process in a group."""
@@ -169,6 +188,26 @@ class Membership:
             ]
             for (x, lengths), place in zip(parts, places)
         ]
+
+    def exchange(self, x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """What every rank has for this rank, by rank, in one collective.
+
+        Args:
+            x: rows for each rank, in the order of the ranks; the rest of its shape, its dtype and its
+                device are the same on all ranks.
+            lengths: how many of them each rank gets from every other.
+        """
+        most = max(lengths)
+        if min(lengths) == most:
+            sent = x.contiguous().view(self.size, most, *x.shape[1:])
+        else:
+            sent = x.new_zeros(self.size, most, *x.shape[1:])
+            for place, rows in zip(sent, x.split(list(lengths))):
+                place[: len(rows)] = rows
+        received = torch.empty_like(sent)
+        if received.numel():
+            dist.all_to_all_single(received, sent, group=self.group)
+        return [rows[: lengths[self.rank]] for rows in received]
 
 
 def _bytes_of_row(x: Tensor) -> int:

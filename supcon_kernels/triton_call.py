@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from supcon_kernels import triton_launch, triton_run, triton_soft, triton_tiles
-from supcon_kernels.backends.protocol import Anchors
+from supcon_kernels.backends.protocol import Anchors, Wanted
 from supcon_kernels.problem import Problem
 from supcon_kernels.products import accumulated
 from supcon_kernels.soft_positives import SoftPositives
@@ -210,11 +210,12 @@ class Call:
                 padded_dim=self.padded_dim,
             )
 
-    def sums_of_nothing(self, shares: Shares) -> Tensor:
-        """(slots, 4, padded columns) what the forward kernel adds to, of columns that are anchors."""
-        sums = self.new((shares.num_col_slots, 4, self.cols.padded))
-        sums[:, ::2] = 0.0
-        sums[:, 1::2] = triton_launch.LOWEST
+    def sums(self, num_pieces: int, side: Side, *, of_nothing: bool) -> Tensor:
+        """(pieces, 4, padded) where the forward kernel writes a side's sums, or adds to those of nothing."""
+        sums = self.new((num_pieces, 4, side.padded))
+        if of_nothing:
+            sums[:, ::2] = 0.0
+            sums[:, 1::2] = triton_launch.LOWEST
         return sums
 
     def pairs(self, owner: Side, streamed: Side, shares: Shares, own_offset: int) -> dict[str, Any]:
@@ -336,7 +337,7 @@ class Call:
         return slices, shares
 
     def gradient(
-        self, owner: Side, pieces: Tensor, shares: Shares, factor: Tensor, wants_dots: bool
+        self, owner: Side, pieces: Tensor, shares: Shares, factor: Tensor, wanted: Wanted
     ) -> tuple[Tensor, Tensor]:
         """The gradient of one side's features, and its rows' dot products with the prepared ones.
 
@@ -344,15 +345,16 @@ class Call:
             owner: the side.
             pieces, shares: as ``products`` has them.
             factor: what was taken out of the weights.
-            wants_dots: whether the dot products are wanted.
+            wanted: the dot products are, where the temperature's gradient is.
         """
         plan = self.plan
         if self.soft is not None:
             self.add_soft_attraction(self.soft, owner, pieces)
-        gradient = owner.features.new_empty(owner.features.shape)
-        dots = self.new(owner.padded if wants_dots else 0, torch.float64)
+        dtype = torch.float32 if wanted.unrounded else owner.features.dtype
+        gradient = self.new(owner.features.shape, dtype)
+        dots = self.new(owner.padded if wanted.temperature else 0, torch.float64)
         self.run(
-            plan.gradient(owner.num_rows, dots=wants_dots),
+            plan.gradient(owner.num_rows, dots=wanted.temperature, unrounded=wanted.unrounded),
             **owner.arguments(),
             slices_ptr=pieces,
             rows_ptr=owner.rows,

@@ -248,9 +248,9 @@ class Plan:
         )
 
     @_remembered
-    def gradient(self, num_rows: int, *, dots: bool) -> Launch:
-        """Adds up pieces and goes back through normalisation."""
-        return self._launch(
+    def gradient(self, num_rows: int, *, dots: bool, unrounded: bool = False) -> Launch:
+        """Adds up pieces and goes back through normalisation; ``unrounded``: in float32."""
+        launch = self._launch(
             "_gradient_kernel",
             "slices features rows factor gradient dots num_rows num_samples dim "
             "sample_stride view_stride gradient_sample_stride gradient_view_stride padded_rows "
@@ -264,6 +264,9 @@ class Plan:
             padded_rows(num_rows) // self._row_block["BLOCK_ROWS"],
             num_warps=self._row_warps,
         )
+        if not unrounded:
+            return launch
+        return dataclasses.replace(launch, signature={**launch.signature, "gradient_ptr": "*fp32"})
 
     @_remembered
     def temperature_gradient(self) -> Launch:

@@ -80,11 +80,16 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
             ]
     for reduction in ("mean", "positive_mean", "sum", "none"):
         found.append((f"loss {loss}, {reduction}", plan.loss(reduction, n)))
+    in_dtypes = {"": False} if plan.dtype == "float32" else {"": False, ", in float32": True}
+    gradients = [
+        (f"gradient{given}{label}", plan.gradient(n, dots=dots, unrounded=unrounded))
+        for of_dtype, unrounded in in_dtypes.items()
+        for dots, label in ((False, of_dtype), (True, f", dots{of_dtype}"))
+    ]
     return [
         *found,
         (f"prepare{given}", plan.prepare(n)),
         (f"weights {loss}{given}", plan.weights(n)),
-        (f"gradient{given}", plan.gradient(n, dots=False)),
-        (f"gradient{given}, dots", plan.gradient(n, dots=True)),
+        *gradients,
         (f"temperature{given}", plan.temperature_gradient()),
     ]

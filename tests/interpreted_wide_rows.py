@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from cases import VARIANTS
 from compare import reference
+from in_parts import loss_in_parts
 from supcon_kernels import (
     supcon_loss,
     triton_call,
@@ -167,3 +168,27 @@ def test_both_directions_take_four_products(work, monkeypatch):
     # The scores of the forward, those of each block of H, and its product with either side.
     assert len(work.products) == 1 + 6 * 3
     assert sum(work.products) == 4 * one_product
+
+
+@pytest.mark.parametrize("tau, labels, variant, dim", [
+    (0.1, "hard", ("out", "all"), 130),
+    (0.1, "soft", ("out", "all"), 130),
+    (0.01, "ignored", ("in", "only_negatives"), 130),
+    (0.1, "ignored", ("out", "only_negatives"), 20),
+    (0.01, "hard", ("in", "all"), 20),
+])  # fmt: skip
+def test_parts_of_the_rows_have_parts_of_the_columns_sums(tau, labels, variant, dim, work):
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(n, dim, generator=g) for n in (300, 130)]
+    of_rows, of_cols = torch.arange(300) % 9, torch.arange(130) % 7
+    of_rows[:200][of_rows[:200] == 3] = 4  # no row of the first part is of this class
+    if labels == "ignored":
+        of_rows[40:170], of_cols[3:100:2] = -100, -100
+    if labels == "soft":
+        of_rows, of_cols = F.one_hot(of_rows, 9).float(), F.one_hot(of_cols, 9).float()
+    options = {"labels": of_rows, "contrast_labels": of_cols, "reduction": "sum"}
+    options |= {"summation": variant[0], "denominator": variant[1]}
+    exact = gradients_of(reference, torch.float64, leaves, tau, **options)
+    in_parts = functools.partial(loss_in_parts, backend="triton")
+    assert_exact(gradients_of(in_parts, torch.float32, leaves, tau, **options), exact)
+    assert sum(launch.constexprs["BOTH"] for launch in work.forwards) == (3 if dim == 130 else 0)

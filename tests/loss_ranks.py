@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import CASES, VARIANTS, Arguments, by_id, classes, randn, takes
 from compare import LEAVES
-from supcon_kernels import LabelQueue, SupConLoss, ranks, supcon_loss, triton_run
+from supcon_kernels import LabelQueue, SupConLoss, products, ranks, supcon_loss, triton_run
+from supcon_kernels.backends import tiled
 
 REDUCTIONS = ("mean", "positive_mean", "sum")
 # No two ranks have equally many rows, and one has none.
@@ -206,7 +207,8 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            assert "allgather_base" in func._opname, f"{func} was not foreseen"
+            foreseen = ("allgather_base", "alltoall_base")
+            assert any(name in func._opname for name in foreseen), f"{func} was not foreseen"
             self.sent.append((func._opname, args[1].nbytes))
         return func(*args, **(kwargs or {}))
 
@@ -217,15 +219,40 @@ def bytes_sent(group):
     rank = dist.get_rank(group)
     for num_rows, dim, dtype in ((32, 16, torch.float32), (48, 20, torch.bfloat16)):
         features = torch.randn(num_rows - rank, dim, dtype=dtype, requires_grad=True)
+        others = torch.randn_like(features, requires_grad=True)
         labels = torch.arange(num_rows - rank) % 4
-        with Counter() as forward:
-            loss = supcon_loss(features, labels, group=group)
-        with Counter() as backward:
-            loss.backward()
-        with Counter() as evaluation:
-            supcon_loss(features.detach(), labels, group=group)
-        found[num_rows, dim, dtype] = forward.sent, backward.sent, evaluation.sent
+        of_others = {"contrast_features": others, "contrast_labels": labels, "symmetric": True}
+        for is_symmetric, more in enumerate(({}, of_others)):
+            with Counter() as forward:
+                loss = supcon_loss(features, labels, **more, group=group)
+            with Counter() as backward:
+                loss.backward()
+            with Counter() as evaluation, torch.no_grad():
+                supcon_loss(features, labels, **more, group=group)
+            sent = forward.sent, backward.sent, evaluation.sent
+            found[num_rows, dim, dtype, bool(is_symmetric)] = sent
     return found
+
+
+@check(3)
+def products_made(group):
+    """Multiplications of this rank, of both directions."""
+    rank = dist.get_rank(group)
+    g = torch.Generator().manual_seed(rank)
+    images, texts = (randn(g, 5 - rank, 8).bfloat16().requires_grad_() for _ in range(2))
+    made = []
+
+    def accumulated(a: Tensor, b: Tensor) -> Tensor:
+        made.append(a.numel() * b.shape[1])
+        return a.float() @ b.float()
+
+    with (
+        mock.patch.object(products, "accumulated", accumulated),
+        mock.patch.object(tiled, "short_dtype", lambda x: x.dtype),
+    ):
+        call = {"contrast_features": texts, "symmetric": True, "backend": "tiled"}
+        supcon_loss(images, **call, group=group).backward()
+    return sum(made)
 
 
 def refusal(call: Callable[[], object]) -> tuple[str, str, float]:
@@ -315,6 +342,22 @@ def gradients_that_few_want(group):
     with torch.no_grad():
         assert not supcon_loss(**part, group=group).requires_grad
     return found
+
+
+@check(2)
+def gradients_of_both_sides_that_few_want(group):
+    """What is refused where one rank wants nothing; gradients where each wants one; and their gradient."""
+    rank = dist.get_rank(group)
+    part = own_part(by_id("symmetric_memory").arguments(), 2, rank, torch.float64)
+    part |= {name: part[name].detach() for name in LEAVES}
+    sides = ["features", "contrast_features"]
+    wanting = {name: part[name].clone().requires_grad_() for name in sides}
+    refused = refusal(lambda: supcon_loss(**part | (wanting if rank else {}), group=group))
+    found = supcon_loss(**part | {sides[rank]: wanting[sides[rank]]}, group=group)
+    (gradient,) = torch.autograd.grad(found, wanting[sides[rank]])
+    loss = supcon_loss(**part | wanting, group=group)
+    (again,) = torch.autograd.grad(loss, wanting["contrast_features"], create_graph=True)
+    return refused, gradient, refusal(lambda: again.sum().backward())
 
 
 @check(2)

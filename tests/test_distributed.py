@@ -25,7 +25,7 @@ from supcon_kernels import available_backends, ranks, supcon_loss
 TESTS = pathlib.Path(__file__).parent
 NO_TRITON = available_backends()["triton"] or ""
 # As docs/scaling.md counts them.
-RECORD_BYTES, SUM_BYTES, STATISTICS_BYTES, LABEL_BYTES = 48, 24, 24, 8
+RECORD_BYTES, SUM_BYTES, STATISTICS_BYTES, LABEL_BYTES = 56, 24, 24, 8
 
 
 def run_ranks(num_ranks: int, directory: pathlib.Path, **environment: str) -> list[dict]:
@@ -156,13 +156,25 @@ def test_averaged_parameter_gradients_are_those_of_one_process(found):
 
 def test_what_is_sent(found):
     for of_rank in found[:3]:
-        for (num_rows, dim, dtype), sent in of_rank["bytes_sent"].items():
-            forward, backward, evaluation = sent
+        for (num_rows, dim, dtype, is_symmetric), sent in of_rank["bytes_sent"].items():
+            forward, backward, evaluation = ([x for _, x in of_phase] for of_phase in sent)
             rows = num_rows * (dim * dtype.itemsize + LABEL_BYTES)
             statistics = num_rows * STATISTICS_BYTES
-            assert [x for _, x in forward] == [RECORD_BYTES, rows, SUM_BYTES + statistics]
-            assert backward == []
-            assert [x for _, x in evaluation] == [RECORD_BYTES, rows, SUM_BYTES]
+            first, sums, parts = [RECORD_BYTES, rows], SUM_BYTES, []
+            if is_symmetric:  # of every rank's columns, the sums and a part of the gradient
+                first.append(3 * statistics)
+                sums, parts = 2 * SUM_BYTES, [3 * num_rows * dim * 4]
+            assert forward == [*first, sums + statistics]
+            assert backward == parts
+            assert evaluation == [*first, sums]
+
+
+def test_both_directions_of_a_rank_are_of_one_set_of_scores(found):
+    rows_of_ranks = [5, 4, 3]
+    for of_rank, num_rows in zip(found, rows_of_ranks):
+        scores = num_rows * sum(rows_of_ranks) * 8
+        # Of 16 bits, in the forward and in the backward; a product with either side is in two parts.
+        assert of_rank["products_made"] == (1 + 1 + 2 + 2) * scores
 
 
 @pytest.mark.parametrize("name", loss_ranks.DISAGREEMENTS)
@@ -214,6 +226,20 @@ def test_gradients_that_only_some_want(found):
     torch.testing.assert_close(results[1][1]["contrast_features"], 2 * contrasts[shares[1][1]])
     mean = (results[0][2]["temperature"] + results[1][2]["temperature"]) / 2
     torch.testing.assert_close(mean, temperature)
+
+
+def test_gradients_of_both_sides_that_only_some_want(found):
+    arguments = by_id("symmetric_memory").arguments()
+    sides = ["features", "contrast_features"]
+    leaves = [arguments[name].requires_grad_() for name in sides]
+    loss = supcon_loss(**{**arguments, **dict(zip(sides, leaves))}, backend="reference")
+    gradients = torch.autograd.grad(loss, leaves)
+    shares = loss_ranks.shares(arguments, 2)
+    for rank in range(2):
+        refused, gradient, twice = found[rank]["gradients_of_both_sides_that_few_want"]
+        assert refused[1].startswith("contrast_features must require grad on no rank of group")
+        torch.testing.assert_close(gradient, 2 * gradients[rank][shares[rank][rank]])
+        assert "differentiated twice" in twice[1]
 
 
 def test_module_autocast_compilation_and_second_derivatives(found):

@@ -8,18 +8,20 @@ and soft labels are read where they are, in any dtype.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from supcon_kernels import partial_sums
 from supcon_kernels._version import __version__
 from supcon_kernels.backends.protocol import Anchors, Made, Results, Wanted
 from supcon_kernels.problem import Problem, by_sample
 
 # That of csrc/supcon.h: a core that was compiled before it changed takes other arguments.
-INTERFACE = 7
+INTERFACE = 8
 # Up to so many pairs a preparation saved is worth keeping a gradient for.
 MAX_PAIRS_AT_ONCE = 2**22
 # Of so few anchors it takes longer than the pairs, and a gradient of theirs alone is small.
@@ -111,6 +113,27 @@ def forward(problem: Problem, reduction: str) -> Results:
     return Results.of_ways(found)
 
 
+def forward_of_some(problem: Problem) -> tuple[Results, Tensor]:
+    """The loss of each row, and the sums of columns that have other contrasts besides."""
+    one_way, other_way = problem.ways()
+    found = _empty_results(one_way, "none")
+    sums = _empty((3, problem.num_cols), torch.float64)
+    places = tuple([x.data_ptr() for x in found[:3]])
+    _call(problem.by_rows()).forward("none", places, sums_of_cols=sums.data_ptr())
+    if not problem.has_integer_labels:
+        found.loss.add_(one_way.target_poison())
+        sums.add_(other_way.target_poison())
+    return found, sums
+
+
+def statistics_of(problem: Problem, sums: Tensor) -> Tensor:
+    """``RowStatistics``, base 2."""
+    lse, of_positives, total = sums
+    normalizer = total if problem.summation == "out" else of_positives / math.log(2.0)
+    stats = torch.stack((lse / math.log(2.0), normalizer, torch.ones_like(lse)))
+    return stats.masked_fill_(~partial_sums.contributes(problem, sums), torch.inf)
+
+
 def backward(
     problem: Problem, anchors: Anchors, col_anchors: Anchors | None, wanted: Wanted
 ) -> Made:
@@ -121,7 +144,7 @@ def backward(
     read = [_as_core_reads(side, problem.dtype) for side in sides]
     of_rows, *of_cols = [(*_addresses(x), x[0].numel() > 1) for x in read]
     _call(by_rows).backward(of_rows, *_addresses(made), *of_cols)
-    return _given(problem, made, problem.rows.dtype)
+    return _given(problem, made, problem.dtype if wanted.unrounded else problem.rows.dtype)
 
 
 def _as_core_reads(side: Anchors, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

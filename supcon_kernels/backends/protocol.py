@@ -12,11 +12,17 @@ from supcon_kernels.problem import Problem, as_asked, mean_of_ways
 
 
 class Wanted(NamedTuple):
-    """Which gradients are wanted. Where the rows are the columns, there is one, of the rows."""
+    """Which gradients are wanted. Where the rows are the columns, there is one, of the rows.
+
+    Attributes:
+        rows, cols, temperature: of each.
+        unrounded: the features' in the working dtype and not in theirs: parts, which are added up.
+    """
 
     rows: bool = False
     cols: bool = False
     temperature: bool = False
+    unrounded: bool = False
 
 
 class Gradients(NamedTuple):
@@ -113,6 +119,14 @@ class Fused(Backend, Protocol):
             problem: one that the backend has nothing to say against.
             reduction: as in ``supcon_loss``.
         """
+
+    def forward_of_some(self, problem: Problem) -> tuple[Results, Tensor]:
+        """The loss (N,) of each row of a symmetric problem, and the sums (3, M) of its columns, which
+        have other contrasts besides these rows: see ``partial_sums``.
+        """
+
+    def statistics_of(self, problem: Problem, sums: Tensor) -> Tensor:
+        """The statistics (k, n) of anchors, given the sums (3, n) over all their contrasts."""
 
     def backward(
         self, problem: Problem, anchors: Anchors, col_anchors: Anchors | None, wanted: Wanted

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from supcon_kernels import partial_sums
 from supcon_kernels.backends.protocol import Anchors, Made, Results, Wanted
 from supcon_kernels.backends.reference import masked_logsumexp
 from supcon_kernels.problem import (
@@ -54,33 +55,62 @@ def saved(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def forward(problem: Problem, reduction: str) -> Results:
-    """The loss. Where positives cost no look at pairs, both ways share the similarities."""
-    ways = [way.by_rows() for way in problem.ways()]
-    if not _positives_by_class(problem):
-        return Results.of_ways([_forward_pairs(way, reduction) for way in ways])
+    """The loss. Both ways share the similarities, unless positives are looked at once more."""
     problem = problem.by_rows()
+    ways = problem.ways()
+    if problem.denominator == "one_positive":
+        return Results.of_ways([_one_positive(way, reduction) for way in ways])
+    return Results.of_ways(
+        [_results(way, sums, reduction) for way, sums in zip(ways, _sums(problem))]
+    )
+
+
+def forward_of_some(problem: Problem) -> tuple[Results, Tensor]:
+    """The loss of each row, and the sums of columns that have other contrasts besides."""
+    one_way, other_way = problem.ways()
+    of_rows, of_cols = _sums(problem)
+    poisoned = of_cols + other_way.poison()
+    of_cols = torch.where(other_way.row_ignored(), of_cols, poisoned)
+    return _results(one_way, of_rows, "none"), of_cols
+
+
+def _results(problem: Problem, sums: Tensor, reduction: str) -> Results:
+    loss = partial_sums.losses(problem, sums)
+    contributes, stats = partial_sums.contributes(problem, sums), statistics_of(problem, sums)
+    return _reduced(problem, loss, contributes, stats, reduction)
+
+
+def _one_positive(problem: Problem, reduction: str) -> Results:
     rows, cols = _embeddings(problem)
     with torch.autocast(rows.device.type, enabled=False):
-        lses = _log_sum_exps(problem, rows, cols)
-        found = [
-            _class_statistics(way, *sides, lse)
-            for way, sides, lse in zip(ways, ((rows, cols), (cols, rows)), lses)
-        ]
-    return Results.of_ways([_results(way, *of, reduction) for way, of in zip(ways, found)])
+        found = _one_positive_statistics(problem, rows, cols)
+    return _reduced(problem, *found, reduction)
 
 
-def _forward_pairs(problem: Problem, reduction: str) -> Results:
-    rows, cols = _embeddings(problem)
-    with torch.autocast(rows.device.type, enabled=False):
-        found = _pair_statistics(problem, rows, cols)
-    return _results(problem, *found, reduction)
-
-
-def _results(
+def _reduced(
     problem: Problem, loss: Tensor, contributes: Tensor, stats: Tensor, reduction: str
 ) -> Results:
     loss = torch.where(problem.row_ignored(), 0.0, loss + problem.poison())
     return Results.of(problem.reduced(loss, contributes), stats, reduction)
+
+
+def _sums(problem: Problem) -> tuple[Tensor, ...]:
+    """Sums (3, N) of the rows, then those (3, M) of the columns of a symmetric problem."""
+    rows, cols = _embeddings(problem)
+    with torch.autocast(rows.device.type, enabled=False):
+        if not _positives_by_class(problem):
+            return _pair_sums(problem, rows, cols)
+        lses = _log_sum_exps(problem, rows, cols)
+        ways = zip(problem.ways(), ((rows, cols), (cols, rows)), lses)
+        return tuple([_class_sums(way, *sides, lse) for way, sides, lse in ways])
+
+
+def statistics_of(problem: Problem, sums: Tensor) -> Tensor:
+    """The statistics, given the sums over all contrasts."""
+    lse, of_positives, total = sums
+    normaliser = total if problem.summation == "out" else of_positives
+    contributes = partial_sums.contributes(problem, sums)
+    return _stack(contributes, lse, normaliser, torch.ones_like(lse))
 
 
 def backward(
@@ -98,6 +128,7 @@ def backward(
         )
 
     out_rows = out_cols = grad_tau = None
+    dtype = problem.dtype if wanted.unrounded else problem.rows.dtype
     if wanted.temperature:
         exact = accumulation_dtype(rows)
         grad_tau = -(rows.to(exact) * grad_rows.to(exact)).sum().to(rows.dtype) / problem.tau
@@ -106,10 +137,12 @@ def backward(
     if problem.square and wanted.rows:
         grad_rows += grad_cols
     if wanted.rows:
-        out_rows = by_sample(_to_input(problem, problem.rows, grad_rows), given.rows)
+        of_input = _to_input(problem, problem.rows, grad_rows).to(dtype)
+        out_rows = by_sample(of_input, given.rows)
     if wanted.cols:
         assert problem.cols is not None and given.cols is not None
-        out_cols = by_sample(_to_input(problem, problem.cols, grad_cols), given.cols)
+        of_input = _to_input(problem, problem.cols, grad_cols).to(dtype)
+        out_cols = by_sample(of_input, given.cols)
     return Made(out_rows, out_cols, grad_tau)
 
 
@@ -139,7 +172,7 @@ def _to_input(problem: Problem, x: Tensor, grad: Tensor) -> Tensor:
     ignored = problem.row_ignored() if x is problem.rows else problem.col_ignored()
     if problem.normalize:
         grad = normalize_backward(x.to(grad.dtype), grad)
-    return grad.masked_fill(ignored[:, None], 0.0).to(x.dtype)
+    return grad.masked_fill(ignored[:, None], 0.0)
 
 
 def _embeddings(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -162,7 +195,38 @@ def _chunks(problem: Problem) -> Iterator[tuple[int, int]]:
 # --- any variant, any labels: the weight of every pair of a chunk is looked at
 
 
-def _pair_statistics(problem: Problem, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pair_sums(problem: Problem, rows: Tensor, cols: Tensor) -> tuple[Tensor, ...]:
+    of_rows, of_cols = (partial_sums.over_nothing(problem, x) for x in (rows, cols))
+    dtype = short_dtype(problem.rows)
+    for start, stop in _chunks(problem):
+        s = product(rows[start:stop], cols.T, dtype) / problem.tau
+        w = problem.pair_weights(start, stop)
+        of_rows[:, start:stop] = _chunk_sums(problem, s, w)
+        if problem.symmetric:
+            of_cols = partial_sums.merged(problem, (of_cols, _chunk_sums(problem, s.T, w.T)))
+    return of_rows, of_cols
+
+
+def _chunk_sums(problem: Problem, s: Tensor, w: Tensor) -> Tensor:
+    """Sums (3, n) of anchors with similarities ``s`` (n, M) and pair weights ``w``."""
+    positive = w > 0
+    below = w >= 0 if problem.denominator == "all" else w == 0
+    weight = w.clamp(min=0.0)
+    if problem.summation == "out":
+        of_positives = (weight * s).sum(dim=1)
+    else:
+        of_positives = _log_sum_exp(s + torch.where(positive, w, 1.0).log(), positive)
+    found = (_log_sum_exp(s, below), of_positives, weight.sum(dim=1))
+    return torch.stack([x.to(accumulation_dtype(s)) for x in found])
+
+
+def _log_sum_exp(x: Tensor, mask: Tensor) -> Tensor:
+    return masked_logsumexp(x, mask).masked_fill(~mask.any(dim=1), -torch.inf)
+
+
+def _one_positive_statistics(
+    problem: Problem, rows: Tensor, cols: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     loss = rows.new_empty(rows.shape[0])
     contributes = torch.empty(rows.shape[0], dtype=torch.bool, device=rows.device)
     stats, _ = saved(problem)
@@ -179,23 +243,15 @@ def _chunk_statistics(problem: Problem, s: Tensor, w: Tensor) -> tuple[Tensor, T
     positive = w > 0
     total = w.clamp(min=0.0).sum(dim=1)
     contributes = total > 0
-    lse = masked_logsumexp(s, w >= 0 if problem.denominator == "all" else w == 0)
-    if problem.denominator == "only_negatives":
-        contributes &= (w == 0).any(dim=1)
-    logit = s
-    if problem.denominator == "one_positive":
-        logit = F.logsigmoid(s - lse[:, None])
+    lse = masked_logsumexp(s, w == 0)
+    logit = F.logsigmoid(s - lse[:, None])
     if problem.summation == "out":
         normaliser = torch.where(contributes, total, 1.0)
         loss = -torch.where(positive, w * logit, 0.0).sum(dim=1) / normaliser
     else:
         normaliser = masked_logsumexp(logit + torch.where(positive, w, 1.0).log(), positive)
         loss = torch.where(contributes, total, 1.0).log() - normaliser
-    if problem.denominator == "one_positive":
-        softmax_weight = _attraction(problem, s, w, lse, normaliser).sum(dim=1)
-    else:
-        softmax_weight = torch.ones_like(lse)
-        loss = loss + lse
+    softmax_weight = _attraction(problem, s, w, lse, normaliser).sum(dim=1)
     loss = torch.where(contributes, loss, 0.0).to(s.dtype)
     return loss, contributes, _stack(contributes, lse, normaliser, softmax_weight)
 
@@ -353,9 +409,7 @@ def _log_sum_exps(problem: Problem, rows: Tensor, cols: Tensor) -> tuple[Tensor,
     return lse, col_lse.to(rows.dtype)
 
 
-def _class_statistics(
-    problem: Problem, rows: Tensor, cols: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _class_sums(problem: Problem, rows: Tensor, cols: Tensor, lse: Tensor) -> Tensor:
     classes = _Classes.of(problem)
     exact = accumulation_dtype(rows)
     counts = classes.col_sums(classes.col_counts)[classes.of_row]
@@ -364,12 +418,8 @@ def _class_statistics(
         own_rows, own_cols, in_class = found
         counts[own_rows] -= in_class[:, 0]
         sums[own_rows] -= in_class * cols[own_cols]
-    mean = (rows.to(exact) * sums).sum(dim=1) / problem.tau / counts.clamp(min=1.0)
-    contributes = (counts * classes.row_counts) > 0
-
-    # What the positives hold, all hold: below zero there are only roundings.
-    loss = torch.where(contributes, (lse - mean).clamp(min=0.0), 0.0).to(rows.dtype)
-    return loss, contributes, _stack(contributes, lse, counts, torch.ones_like(lse))
+    of_positives = (rows.to(exact) * sums).sum(dim=1) / problem.tau
+    return torch.stack((lse.to(exact), of_positives, counts * classes.row_counts))
 
 
 def _class_gradient(

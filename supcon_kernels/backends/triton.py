@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from supcon_kernels import triton_launch, triton_run, triton_soft, triton_tiles
+from supcon_kernels import partial_sums, triton_launch, triton_run, triton_soft, triton_tiles
 from supcon_kernels.backends.protocol import Anchors, Made, Results, Wanted
 from supcon_kernels.problem import Problem
 from supcon_kernels.triton_call import DTYPES, Call, Side, size_of
 from supcon_kernels.triton_shares import Shares
 
+LN2 = math.log(2.0)
 _INTERPRETED = triton_run.INTERPRETED
 # The first with triton.knobs, by which the kernels know the interpreter.
 _OLDEST_TRITON = (3, 4)
@@ -109,37 +112,115 @@ def forward(problem: Problem, reduction: str) -> Results:
     return Results.of_ways([_losses(Call(way), reduction)[0] for way in problem.ways()])
 
 
+def forward_of_some(problem: Problem) -> tuple[Results, Tensor]:
+    """The loss of each row, and the sums of columns that have other contrasts besides."""
+    call = Call(problem)
+    if call.plan.both:
+        with call.on_device():
+            sums = _forward_sums(call)
+            assert sums.of_cols is not None
+            return _loss_of_rows(call, "none", sums), _partial_sums(call, call.cols, sums.of_cols)
+    one_way, other_way = map(Call, problem.ways())
+    (of_rows,) = _losses(one_way, "none")
+    with other_way.on_device():
+        sums = _forward_sums(other_way, of_nothing=True)
+        return of_rows, _partial_sums(other_way, other_way.rows, sums.of_rows[1])
+
+
 def _losses(call: Call, reduction: str) -> list[Results]:
     """The rows' loss and, of a symmetric problem, that of the columns, of one set of scores."""
-    problem, plan, rows, cols = call.problem, call.plan, call.rows, call.cols
-    prepared = _room(problem)
-    anchors = (rows, cols) if plan.both else (rows,)
+    rows, cols = call.rows, call.cols
     with call.on_device():
-        call.place(prepared)
-        call.prepare(anchors=anchors)
-        shares = plan.forward_shares(plan.running[0])
-        sums = call.new((shares.max_pieces, 4, rows.padded))
-        second_sums = torch.empty_like(sums) if plan.looks_twice else sums
-        of_cols: dict[str, Tensor] = {}
-        if plan.both:
-            of_cols = {"row_valid_ptr": rows.valid, "col_sums_ptr": call.sums_of_nothing(shares)}
-        for running in plan.running:
-            for first_look in (True, False) if plan.looks_twice else (False,):
-                call.run(
-                    plan.forward(running, first_look=first_look),
-                    **call.pairs(rows, cols, plan.forward_shares(running), call.own_col),
-                    **of_cols,
-                    col_valid_ptr=cols.valid,
-                    first_sums_ptr=sums,
-                    sums_ptr=sums if first_look else second_sums,
-                    max_pieces=shares.max_pieces,
-                )
-        results = [_loss(call, reduction, rows, cols, (sums, second_sums), shares)]
-        if plan.both:
-            col_sums = of_cols["col_sums_ptr"]
-            pieces = Shares.of_pieces(len(col_sums))
-            results.append(_loss(call, reduction, cols, rows, (col_sums, col_sums), pieces))
-    return [result._replace(prepared=prepared) for result in results]
+        sums = _forward_sums(call)
+        results = [_loss_of_rows(call, reduction, sums)]
+        if sums.of_cols is not None:
+            pieces = Shares.of_pieces(len(sums.of_cols))
+            found = _loss(call, reduction, cols, rows, (sums.of_cols, sums.of_cols), pieces)
+            results.append(found._replace(prepared=sums.prepared))
+    return results
+
+
+class _Sums(NamedTuple):
+    """What the pair kernels leave of a forward.
+
+    Attributes:
+        prepared: the rows and columns.
+        shares: who did which pairs.
+        of_rows: (pieces, 4, padded rows) of the first look and of the last.
+        of_cols: (slots, 4, padded columns), where both are made at once.
+    """
+
+    prepared: Tensor
+    shares: Shares
+    of_rows: tuple[Tensor, Tensor]
+    of_cols: Tensor | None
+
+
+def _forward_sums(call: Call, *, of_nothing: bool = False) -> _Sums:
+    """Of all pairs; ``of_nothing``: what no program writes of the rows is a sum of nothing."""
+    plan, rows, cols = call.plan, call.rows, call.cols
+    prepared = _room(call.problem)
+    call.place(prepared)
+    call.prepare(anchors=(rows, cols) if plan.both else (rows,))
+    shares = plan.forward_shares(plan.running[0])
+    first = call.sums(shares.max_pieces, rows, of_nothing=of_nothing)
+    last = torch.empty_like(first) if plan.looks_twice else first
+    of_cols, both = None, {}
+    if plan.both:
+        of_cols = call.sums(shares.num_col_slots, cols, of_nothing=True)
+        both = {"row_valid_ptr": rows.valid, "col_sums_ptr": of_cols}
+    for running in plan.running:
+        for first_look in (True, False) if plan.looks_twice else (False,):
+            call.run(
+                plan.forward(running, first_look=first_look),
+                **call.pairs(rows, cols, plan.forward_shares(running), call.own_col),
+                **both,
+                col_valid_ptr=cols.valid,
+                first_sums_ptr=first,
+                sums_ptr=first if first_look else last,
+                max_pieces=shares.max_pieces,
+            )
+    return _Sums(prepared, shares, (first, last), of_cols)
+
+
+def _loss_of_rows(call: Call, reduction: str, sums: _Sums) -> Results:
+    found = _loss(call, reduction, call.rows, call.cols, sums.of_rows, sums.shares)
+    return found._replace(prepared=sums.prepared)
+
+
+def _partial_sums(call: Call, owner: Side, sums: Tensor) -> Tensor:
+    """A side's sums (3, n), see ``partial_sums``, of those of the pair kernels (pieces, 4, padded n)."""
+    total = None if call.soft is None else call.put_soft_means(call.soft, owner, sums)
+    powers, largest, of_positives, pos_largest = sums[..., : owner.num_rows].double().unbind(1)
+    lse = (powers.log() + largest * LN2).logsumexp(dim=0)
+    if call.problem.summation == "out":
+        of_positives = of_positives.sum(dim=0) * LN2
+    else:
+        of_positives = (of_positives.log() + pos_largest * LN2).logsumexp(dim=0)
+    if total is None:
+        total = owner.num_positives[: owner.num_rows].double()
+    else:
+        of_positives = of_positives * total
+    valid = owner.valid[: owner.num_rows]
+    poison = (call.rows.valid.sum() + call.cols.valid.sum()) * 0
+    found = torch.stack((lse, of_positives, total))
+    return torch.where(valid == 0, found, found + poison)
+
+
+def statistics_of(problem: Problem, sums: Tensor) -> Tensor:
+    """The statistics, given the sums over all contrasts: a power of two times a number near one."""
+    contributes = partial_sums.contributes(problem, sums)
+    lse, of_positives, total = torch.where(contributes, sums, 1.0)
+    exponent, pos_exponent = (lse / LN2).floor(), (of_positives / LN2).floor()
+    power, normaliser = (lse - exponent * LN2).exp(), total
+    if problem.summation == "in":
+        normaliser = (of_positives - pos_exponent * LN2).exp()
+    stats = [power, normaliser, torch.ones_like(power), exponent, pos_exponent]
+    found = torch.stack(stats).float()
+    if not problem.has_integer_labels:
+        triton_soft.keep_totals(found, total)
+    found[1] = torch.where(contributes, found[1], torch.inf)
+    return found
 
 
 def _loss(
@@ -204,10 +285,12 @@ def backward(
         uses_rows = wanted.rows or wanted.temperature
         products = call.products(weights, of_cols, uses_rows, wanted.cols)
         if uses_rows:
-            gradient, dots = call.gradient(rows, *next(products), factor, wanted.temperature)
+            gradient, dots = call.gradient(rows, *next(products), factor, wanted)
             grad_rows = gradient if wanted.rows else None
         if wanted.cols:
-            grad_cols, _ = call.gradient(call.cols, *next(products), factor, False)
+            grad_cols, _ = call.gradient(
+                call.cols, *next(products), factor, wanted._replace(temperature=False)
+            )
         if wanted.temperature:
             call.run(
                 plan.temperature_gradient(),
