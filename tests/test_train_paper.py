@@ -334,6 +334,17 @@ def test_two_stages_of_one_encoder(tmp_path, in_this_process, capsys):
     assert evaluation["classifier"] == "linear stage (convex)"
     assert study.corruptions(two).keys() >= {"mce", *SEVERITIES}
     assert study.corruptions(one)["mce"] == 1
+    # Baselines, too, on the same images.
+    raw_pixels = Job("raw_pixels")
+    for job in (raw_pixels, replace(raw_pixels, corrupted=True)):
+        assert study.record(job) is None
+        study.do(job)
+        assert study.record(job) is not None
+    of_pixels = json.loads((study.folder(raw_pixels) / EVALUATION).read_text())["corruptions"]
+    of_run = evaluation["corruptions"]
+    assert of_pixels["of"] == of_run["of"] and of_pixels["top1"].keys() == of_run["top1"].keys()
+    assert 0 < of_pixels["mean_top1"] < of_pixels["clean_top1"]
+    assert study.corruptions(raw_pixels).keys() == study.corruptions(two).keys()
     # One that diverged has no encoder to give.
     record(study, one, 0.0)
     (study.folder(one) / RECORD).write_text(json.dumps({"failed": f"the loss is nan: {REMEDY}"}))

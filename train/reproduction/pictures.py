@@ -45,8 +45,29 @@ def pictures(runs: list[Row], claims: list[Row]) -> dict[str, Figure]:
 
 
 def _overview(rows: list[Row]) -> Figure:
-    """The difference of each claim, its interval and its verdict's colour."""
-    figure, axes = _axes(height=1.2 + 0.3 * len(rows))
+    """The difference of each claim, its interval and its verdict's colour.
+
+    Claims about accuracy come first. Those about errors have a scale of their own.
+    """
+    by_axes: dict[bool, list[Row]] = {}
+    for row in sorted(rows, key=_is_about_errors):
+        by_axes.setdefault(_is_about_errors(row), []).append(row)
+    parts = list(by_axes.values())
+    figure = Figure(figsize=(9, 1.2 * len(parts) + 0.3 * len(rows)), layout="constrained")
+    heights = [3 + len(part) for part in parts]
+    for axes, part in zip(
+        figure.subplots(len(parts), squeeze=False, height_ratios=heights)[:, 0], parts
+    ):
+        _draw_claims(axes, part)
+    return figure
+
+
+def _is_about_errors(row: Row) -> bool:
+    return not METRICS[row["metric"]][1]
+
+
+def _draw_claims(axes: Axes, rows: list[Row]) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
     for height, row in enumerate(reversed(rows)):
         low, found, high = (100 * float(row[name]) for name in ("low", "difference", "high"))
         colour = COLOURS[row["verdict"]]
@@ -60,7 +81,6 @@ def _overview(rows: list[Row]) -> Figure:
     axes.set_yticks(range(len(rows)), names)
     axes.axvline(0, color="0.2", linewidth=1)
     axes.set_xlabel("points better, with the 95% interval")
-    return figure
 
 
 def _by_severity(runs: list[Row]) -> Figure:

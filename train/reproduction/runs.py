@@ -35,7 +35,12 @@ from reproduction.methods import (
 )
 from reproduction.processes import machine, refuse_if_stopped, start
 from reproduction.scales import RECIPES, TRAINED_LINEAR, Scale
-from reproduction.scores import copy_encoder, scores_of_baseline, scores_of_run
+from reproduction.scores import (
+    copy_encoder,
+    corruptions_of_baseline,
+    scores_of_baseline,
+    scores_of_run,
+)
 from run.atomic_write import replace_file, replace_text
 from run.checkpoint import LAST
 from run.errors import UserError
@@ -91,7 +96,7 @@ def jobs_of(
             encoders = [encoder for name in asked if (encoder := METHODS[name].encoder)]
             jobs += [Job(name, seed) for name in (*encoders, *asked)]
             if table.needs_corruptions:
-                others = [name for name in asked if name != REFERENCE]
+                others = [name for name in (*BASELINES, *asked) if name != REFERENCE]
                 jobs += [Job(name, seed, corrupted=True) for name in others]
     return list(dict.fromkeys(jobs))
 
@@ -354,14 +359,25 @@ class Study:
             copy_encoder(source, folder)
 
     def _corrupt(self, job: Job, folder: Path) -> None:
-        start(
-            "evaluate.py",
-            folder,
-            checkpoint=folder,
-            baseline=self.folder(Job(REFERENCE, job.seed)),
-            corruption_images=self.scale.corruption_images,
-            **self._device(),
-        )
+        reference, num_images = self.folder(Job(REFERENCE, job.seed)), self.scale.corruption_images
+        assert reference is not None
+        common = {"corruption_images": num_images, **self._device()}
+        if job.method not in BASELINES:
+            start("evaluate.py", folder, checkpoint=folder, baseline=reference, **common)
+            return
+        start("evaluate.py", reference, checkpoint=reference, **common)
+        options = self.options(job)
+        assert options is not None
+        with ONE_AT_A_TIME:
+            refuse_if_stopped()
+            found = corruptions_of_baseline(
+                folder,
+                options,
+                json.loads((reference / EVALUATION).read_text()),
+                untrained=job.method == UNTRAINED,
+                num_images=num_images,
+            )
+        replace_text(folder / EVALUATION, json.dumps(found, indent=2) + "\n")
 
     def _device(self) -> dict[str, Any]:
         return {name: value for name, value in self.local.items() if name == "device"}

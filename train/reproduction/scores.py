@@ -1,7 +1,9 @@
 """The class scores of a run, and of the baselines that learn nothing: an accuracy of each image."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,43 @@ def scores_of_baseline(
 ) -> tuple[Tensor, Tensor]:
     """The same of a linear classifier of raw pixels, or of the features of the untrained encoder."""
     device, data, split = _images(options)
+    scores = _classifier_of_baseline(folder, options, data, device, untrained=untrained)
+    return embed(scores, split, device=device, workers=0).float().cpu(), split.labels
+
+
+def corruptions_of_baseline(
+    folder: Path,
+    options: PretrainOptions,
+    reference: dict[str, Any],
+    *,
+    untrained: bool,
+    num_images: int,
+) -> dict[str, Any]:
+    """What evaluate.py would find of such a classifier on corrupted images, and of a reference has found."""
+    # They need the libraries of evaluate.py.
+    from evaluation.classification import top1
+    from evaluation.corruptions import compare, draw_corruptions
+    from evaluation.options import EvaluateOptions
+
+    device, data, _ = _images(options)
+    scores = _classifier_of_baseline(folder, options, data, device, untrained=untrained)
+    scores_of = partial(embed, scores, device=device, workers=0)
+    drawn = draw_corruptions(data, EvaluateOptions([], corruption_images=num_images))
+    clean = top1(scores_of(drawn.split).cpu(), drawn.split.labels)
+    found: dict[str, Any] = {"of": drawn.about, "clean_top1": clean}
+    drawn.test(scores_of, {}, found.update)
+    return {"corruptions": found, "baseline": compare(found, reference["corruptions"])}
+
+
+def _classifier_of_baseline(
+    folder: Path,
+    options: PretrainOptions,
+    data: ImageData,
+    device: torch.device,
+    *,
+    untrained: bool,
+) -> Callable[[Tensor], Tensor]:
+    """Takes (B, C, S, S) uint8 images to (B, C) scores."""
     encode = pixels
     if untrained:
         torch.manual_seed(options.seeds.seed)
@@ -53,7 +92,7 @@ def scores_of_baseline(
     def scores(images: Tensor) -> Tensor:
         return linear.logits(encode(images).float())
 
-    return embed(scores, split, device=device, workers=0).float().cpu(), split.labels
+    return scores
 
 
 def copy_encoder(source: Path, target: Path) -> None:
