@@ -75,7 +75,7 @@ struct Upstream {
   // Weights in tiles are relative to a total, which the forward may have had more of than is here.
   void weigh(int64_t k, double grad, double exact, double normalizes, double softmax_weight,
              double total) {
-    if (!(normalizes < std::numeric_limits<double>::infinity())) return;
+    if (normalizes == std::numeric_limits<double>::infinity()) return;  // but not where it is NaN
     const double weight = grad * softmax_weight;
     lse[k] = static_cast<Real>(exact);
     if (weight != 0) {

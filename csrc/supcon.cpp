@@ -33,7 +33,10 @@ void clear_results(const Side<Real>& side, bool finite, const Results<Real>& out
   out.counts[0] = static_cast<Real>(std::max<int64_t>(side.size, 1));
   out.counts[1] = 1;
   if (finite) return;
-  for (int64_t i : side.order) *out.total = out.loss[i] = std::numeric_limits<Real>::quiet_NaN();
+  for (int64_t i : side.order) {
+    *out.total = out.loss[i] = std::numeric_limits<Real>::quiet_NaN();
+    s.lse[i] = s.normalizer[i] = s.softmax_weight[i] = std::numeric_limits<double>::quiet_NaN();
+  }
 }
 
 // The results of a side, of which sorted row k is anchor first + k.

@@ -96,7 +96,7 @@ class BothWays(torch.autograd.Function):
         weight = grad * ctx.ranks.membership.size
         anchors = Anchors(weight, count.to(grad.dtype), stats, prepared)
         wanted = Wanted(*op.needs_of(ctx))
-        grads = gradients(block, anchors, wanted, ctx.ranks, ctx.backend)
+        grads = gradients(inputs[1], block, anchors, wanted, ctx.ranks, ctx.backend)
         return op.by_operand(ctx, grads, inputs)
 
 
@@ -111,9 +111,10 @@ def against_all(problem: Problem, ranks: Ranks) -> Problem:
 def loss_and_saved(
     problem: Problem, block: Problem, ranks: Ranks, backend: str, reduction: str
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The reduced loss, and counts (2,) that the sums of rows and of columns were divided by; the
-    statistics of this rank's rows, of its columns, and of all columns, if a gradient needs them; and
-    what is prepared of its rows and all columns.
+    """The reduced loss, and what a gradient needs.
+
+    That is: counts (2,), which the sums of both directions were divided by; the statistics of this
+    rank's rows, of its columns, and of all columns, if any rank wants a gradient; what is prepared.
     """
     of_rows, sums = FUSED[backend].forward_of_some(block)
     one_way, other_way = problem.ways()
@@ -134,11 +135,17 @@ def loss_and_saved(
 
 
 def gradients(
-    block: Problem, anchors: Anchors, wanted: Wanted, ranks: Ranks, backend: str
+    own_cols: Tensor,
+    block: Problem,
+    anchors: Anchors,
+    wanted: Wanted,
+    ranks: Ranks,
+    backend: str,
 ) -> Gradients:
     """Gradients of this rank's rows, columns and temperature.
 
     Args:
+        own_cols: this rank's columns.
         block: as ``against_all`` has it.
         anchors: the rows and, behind them, all columns.
         wanted: which gradients of this rank's; any rank may want that of its columns.
@@ -148,15 +155,15 @@ def gradients(
     wanted = wanted._replace(cols=ranks.want_cols, unrounded=True)
     rows, cols, temperature = op.gradients_of(block, anchors, None, wanted, backend)
     if ranks.want_cols:
-        cols = _AddedUp.apply(cols, ranks)
+        cols = _AddedUp.apply(cols, own_cols, ranks)
     return Gradients(rows, cols, temperature)
 
 
 class _AddedUp(torch.autograd.Function):
-    """The parts that all ranks have of this rank's columns; what autograd would make of them is refused."""
+    """The gradient of this rank's columns, of which all ranks have parts; its own gradient is refused."""
 
     @staticmethod
-    def forward(ctx: Any, of_cols: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, of_cols: Tensor, own_cols: Tensor, ranks: Ranks) -> Tensor:
         return functools.reduce(torch.add, ranks.of_own_cols(of_cols))
 
     @staticmethod

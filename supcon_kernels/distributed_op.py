@@ -141,7 +141,10 @@ def _forward(*operands: Any) -> tuple[Tensor, ...]:
     needs = int(options.wants_rows), int(options.wants_cols)
     part = Part(problem.num_rows, problem.num_cols, *needs)
     numbers = agree(membership, options.text, failure, part)
-    ranks = Ranks(membership, [Part(*of_rank[:2]) for of_rank in numbers])
+    # The backward gathers the statistics.
+    ranks = Ranks(
+        membership, [Part(*of_rank)._replace(wants_rows=0, wants_cols=0) for of_rank in numbers]
+    )
     problem, gathered = _gathered(problem, options, ranks)
     how = (options.backend, options.reduction)
     if isinstance(gathered, Gathered):
@@ -180,7 +183,9 @@ def _backward(
         (by_rank,) = membership.gather([(own_stats.T, ranks.num_cols)])
         stats = torch.cat([of_rows, torch.cat(by_rank).T], dim=1)
         anchors = Anchors(weight, count, stats)
-        grads = both_ways.gradients(gathered, anchors, wanted, ranks, options.backend)
+        own_cols = problem.cols
+        assert own_cols is not None
+        grads = both_ways.gradients(own_cols, gathered, anchors, wanted, ranks, options.backend)
     inputs = (problem.rows, problem.cols, grads.temperature)
     return tuple(
         grad.to(x) if want else problem.rows.new_empty(0)

@@ -1,9 +1,13 @@
 """What is known of anchors from some of their contrasts, which adds up to what all of them give.
 
-Sums are (3, n) of n anchors, natural logarithms, in the accumulation dtype: the log-sum-exp of the
-denominator; the sum of weight times logit over the positives (or, to take the logarithm of their mean,
-the log-sum-exp of weight times e^logit); and the positives' total weight. The denominator is not
-"one_positive", whose positives cannot be looked at before all negatives are known.
+Sums are (3, n) of n anchors, natural logarithms, in the accumulation dtype:
+
+- the log-sum-exp of the denominator;
+- over the positives the sum of weight times logit; with summation="in" the log-sum-exp of weight times
+  e^logit;
+- the positives' total weight.
+
+The denominator is not "one_positive", whose positives are looked at when all negatives are known.
 """
 
 from __future__ import annotations

@@ -197,17 +197,12 @@ class Membership:
                 device are the same on all ranks.
             lengths: how many of them each rank gets from every other.
         """
-        most = max(lengths)
-        if min(lengths) == most:
-            sent = x.contiguous().view(self.size, most, *x.shape[1:])
-        else:
-            sent = x.new_zeros(self.size, most, *x.shape[1:])
-            for place, rows in zip(sent, x.split(list(lengths))):
-                place[: len(rows)] = rows
-        received = torch.empty_like(sent)
-        if received.numel():
-            dist.all_to_all_single(received, sent, group=self.group)
-        return [rows[: lengths[self.rank]] for rows in received]
+        own = lengths[self.rank]
+        received = x.new_empty(self.size * own, *x.shape[1:])
+        if sum(lengths):
+            splits = ([own] * self.size, list(lengths))
+            dist.all_to_all_single(received, x.contiguous(), *splits, group=self.group)
+        return list(received.view(self.size, own, *x.shape[1:]))
 
 
 def _bytes_of_row(x: Tensor) -> int:

@@ -24,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import CASES, VARIANTS, Arguments, by_id, classes, randn, takes
+from cases import CASES, NOWHERE, VARIANTS, Arguments, by_id, classes, randn, takes
 from compare import LEAVES
 from supcon_kernels import LabelQueue, SupConLoss, products, ranks, supcon_loss, triton_run
-from supcon_kernels.backends import tiled
+from supcon_kernels.backends import native, tiled
 
 REDUCTIONS = ("mean", "positive_mean", "sum")
 # No two ranks have equally many rows, and one has none.
@@ -85,7 +85,7 @@ def interpreted_plan() -> list[tuple[Any, ...]]:
     two = [(2, name, ("out", "all")) for name in ("two_views", "self_in_memory", "three_features")]
     two += [(2, "singleton", variant) for variant in VARIANTS]
     others = ("symmetric_memory", "multi_hot", "soft_self_in_memory", "symmetric_soft")
-    two += [(2, name, ("out", "all")) for name in others]
+    two += [(2, name, ("out", "all")) for name in (*others, "symmetric_wide")]
     return [
         (*call, reduction, "triton", (torch.float32, torch.bfloat16)[k % 2])
         for k, (call, reduction) in enumerate(zip(two, itertools.cycle(REDUCTIONS)))
@@ -236,7 +236,7 @@ def bytes_sent(group):
 
 @check(3)
 def products_made(group):
-    """Multiplications of this rank, of both directions."""
+    """Multiplications of this rank by tiled, of both directions, and what native is asked for."""
     rank = dist.get_rank(group)
     g = torch.Generator().manual_seed(rank)
     images, texts = (randn(g, 5 - rank, 8).bfloat16().requires_grad_() for _ in range(2))
@@ -246,13 +246,17 @@ def products_made(group):
         made.append(a.numel() * b.shape[1])
         return a.float() @ b.float()
 
+    call = {"contrast_features": texts, "symmetric": True, "group": group}
     with (
         mock.patch.object(products, "accumulated", accumulated),
         mock.patch.object(tiled, "short_dtype", lambda x: x.dtype),
     ):
-        call = {"contrast_features": texts, "symmetric": True, "backend": "tiled"}
-        supcon_loss(images, **call, group=group).backward()
-    return sum(made)
+        supcon_loss(images, **call, backend="tiled").backward()
+    with mock.patch.object(native, "_call", wraps=native._call) as calls:
+        supcon_loss(images, **call, backend="native").backward()
+    (of_forward,), (of_backward,) = (x.args for x in calls.call_args_list)
+    shapes = [(x.num_rows, x.num_cols, x.symmetric) for x in (of_forward, of_backward)]
+    return sum(made), shapes
 
 
 def refusal(call: Callable[[], object]) -> tuple[str, str, float]:
@@ -355,9 +359,30 @@ def gradients_of_both_sides_that_few_want(group):
     refused = refusal(lambda: supcon_loss(**part | (wanting if rank else {}), group=group))
     found = supcon_loss(**part | {sides[rank]: wanting[sides[rank]]}, group=group)
     (gradient,) = torch.autograd.grad(found, wanting[sides[rank]])
-    loss = supcon_loss(**part | wanting, group=group)
-    (again,) = torch.autograd.grad(loss, wanting["contrast_features"], create_graph=True)
-    return refused, gradient, refusal(lambda: again.sum().backward())
+    twice = []
+    for names in (sides, sides[:1], sides[1:]):
+        loss = supcon_loss(**part | {name: wanting[name] for name in names}, group=group)
+        (again,) = torch.autograd.grad(loss, wanting[names[-1]], create_graph=True)
+        twice.append(refusal(lambda x=again: x.sum().backward()))
+    return refused, gradient, twice
+
+
+@check(2)
+def what_is_not_finite(group):
+    """Whether everything is NaN on a rank that has only numbers, beside one that has not."""
+    rank = dist.get_rank(group)
+    found = {}
+    for name, backend in itertools.product(("ragged", "symmetric_memory"), ("tiled", "native")):
+        part = own_part(by_id(name).arguments(), 2, rank, torch.float32)
+        if rank == 1:
+            with torch.no_grad():
+                part["features"][part["labels"] != NOWHERE] = torch.nan
+        loss = supcon_loss(**part, backend=backend, group=group)
+        loss.backward()
+        takes_part = (part["labels"] != NOWHERE) & (part["features"] != 0).flatten(1).any(dim=1)
+        gradient = part["features"].grad[takes_part]
+        found[name, backend] = loss.isnan().item(), gradient.isnan().any(dim=-1).all().item()
+    return found
 
 
 @check(2)
@@ -388,6 +413,12 @@ def compiled(group):
         ("labels", (rows,), {"labels": labels}, {"reduction": "sum"}),
         ("memory", (rows[:, 0], others), memory, {}),
         ("towers", (rows[:, 0], others[:num_rows]), {}, {"symmetric": True}),
+        (
+            "one positive",
+            (rows[:, 0], others[:num_rows]),
+            {},
+            {"symmetric": True, "denominator": "one_positive"},
+        ),
     ):
 
         def step(features, temperature, *contrasts, given=(targets, options)):

@@ -162,8 +162,9 @@ def test_what_is_sent(found):
             statistics = num_rows * STATISTICS_BYTES
             first, sums, parts = [RECORD_BYTES, rows], SUM_BYTES, []
             if is_symmetric:  # of every rank's columns, the sums and a part of the gradient
-                first.append(3 * statistics)
-                sums, parts = 2 * SUM_BYTES, [3 * num_rows * dim * 4]
+                every = 3 * num_rows - 3  # one and two fewer on two of the ranks
+                first.append(every * STATISTICS_BYTES)
+                sums, parts = 2 * SUM_BYTES, [every * dim * 4]
             assert forward == [*first, sums + statistics]
             assert backward == parts
             assert evaluation == [*first, sums]
@@ -174,7 +175,9 @@ def test_both_directions_of_a_rank_are_of_one_set_of_scores(found):
     for of_rank, num_rows in zip(found, rows_of_ranks):
         scores = num_rows * sum(rows_of_ranks) * 8
         # Of 16 bits, in the forward and in the backward; a product with either side is in two parts.
-        assert of_rank["products_made"] == (1 + 1 + 2 + 2) * scores
+        by_tiled, by_native = of_rank["products_made"]
+        assert by_tiled == (1 + 1 + 2 + 2) * scores
+        assert by_native == [(num_rows, sum(rows_of_ranks), True)] * 2
 
 
 @pytest.mark.parametrize("name", loss_ranks.DISAGREEMENTS)
@@ -239,7 +242,12 @@ def test_gradients_of_both_sides_that_only_some_want(found):
         refused, gradient, twice = found[rank]["gradients_of_both_sides_that_few_want"]
         assert refused[1].startswith("contrast_features must require grad on no rank of group")
         torch.testing.assert_close(gradient, 2 * gradients[rank][shares[rank][rank]])
-        assert "differentiated twice" in twice[1]
+        assert all("differentiated twice" in message for _, message, _ in twice)
+
+
+def test_a_rank_hears_of_what_is_not_finite_on_another(found):
+    for of_rank in found[:2]:
+        assert set(of_rank["what_is_not_finite"].values()) == {(True, True)}
 
 
 def test_module_autocast_compilation_and_second_derivatives(found):
@@ -253,7 +261,7 @@ def test_module_autocast_compilation_and_second_derivatives(found):
 def test_a_compiled_call_is_whole(found):
     for of_rank in found[:2]:
         calls, refused = of_rank["compiled"]
-        assert set(calls) == {"labels", "memory", "towers"}
+        assert set(calls) == {"labels", "memory", "towers", "one positive"}
         for expected, in_one_graph in calls.values():
             for ours, want in zip(in_one_graph, expected, strict=True):
                 torch.testing.assert_close(ours, want)

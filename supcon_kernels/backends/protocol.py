@@ -137,7 +137,7 @@ class Fused(Backend, Protocol):
             problem: what ``forward`` was given.
             anchors: the rows.
             col_anchors: the columns, where these are anchors, too, with the same divisor; to
-                "native" then no column is a row itself. Unless the problem is symmetric, the temperature's gradient is
-                half of the sum of both.
+                "native" then no column is a row itself. Unless the problem is symmetric, the
+                temperature's gradient is half of the sum of both.
             wanted: which gradients.
         """

@@ -191,12 +191,12 @@ def _loss_of_rows(call: Call, reduction: str, sums: _Sums) -> Results:
 def _partial_sums(call: Call, owner: Side, sums: Tensor) -> Tensor:
     """A side's sums (3, n), see ``partial_sums``, of those of the pair kernels (pieces, 4, padded n)."""
     total = None if call.soft is None else call.put_soft_means(call.soft, owner, sums)
-    powers, largest, of_positives, pos_largest = sums[..., : owner.num_rows].double().unbind(1)
-    lse = (powers.log() + largest * LN2).logsumexp(dim=0)
+    *of_denominator, of_positives, pos_largest = sums[..., : owner.num_rows].unbind(1)
+    lse = _log_sum(*of_denominator)
     if call.problem.summation == "out":
-        of_positives = of_positives.sum(dim=0) * LN2
+        of_positives = of_positives.sum(dim=0, dtype=torch.float64) * LN2
     else:
-        of_positives = (of_positives.log() + pos_largest * LN2).logsumexp(dim=0)
+        of_positives = _log_sum(of_positives, pos_largest)
     if total is None:
         total = owner.num_positives[: owner.num_rows].double()
     else:
@@ -205,6 +205,13 @@ def _partial_sums(call: Call, owner: Side, sums: Tensor) -> Tensor:
     poison = (call.rows.valid.sum() + call.cols.valid.sum()) * 0
     found = torch.stack((lse, of_positives, total))
     return torch.where(valid == 0, found, found + poison)
+
+
+def _log_sum(powers: Tensor, exponents: Tensor) -> Tensor:
+    """(n,) float64 logarithm of the sum over the pieces of powers · 2^exponents (pieces, n)."""
+    largest = exponents.amax(dim=0)
+    scaled = (exponents - largest).exp2_().mul_(powers)
+    return scaled.sum(dim=0, dtype=torch.float64).log() + largest.double() * LN2
 
 
 def statistics_of(problem: Problem, sums: Tensor) -> Tensor:
