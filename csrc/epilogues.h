@@ -74,6 +74,15 @@ struct SumExpUnshifted : Sum {
   }
 };
 
+// Of one shift for all pairs.
+struct SumExpByOneShift : Sum {
+  static constexpr bool kCommon = true;
+  template <typename Real, typename V>
+  static SUPCON_INLINE V of(V x, V, V shift) {
+    return exp2_or_zero<Real>(x - shift);
+  }
+};
+
 // Of 2^x that an earlier pass has kept.
 struct SumKept : Sum {
   static constexpr bool kCommon = true;
@@ -135,7 +144,7 @@ struct Reduce {
     j += v * kLanes;
     V term;
     if constexpr (Fold::kCommon)
-      term = Fold::template of<Real>(x, V{}, V{});
+      term = Fold::template of<Real>(x, V{}, of_row(t.shifts, 0));
     else
       term = Fold::template of<Real>(x, of_row(t.lse, i), of_row(t.shifts, i));
     if constexpr (Fold::kCommon)  // as the first of all passes is
@@ -271,6 +280,8 @@ void tile_forward(const TilePair<typename P::Real>& t) {
       if (t.kept == Kept::kPowers) return reduce<P, false, SumKept>(t);  // positives only
       if (t.shifted) return dense ? reduce<P, true, SumExp>(t) : reduce<P, false, SumExp>(t);
       return dense ? reduce<P, true, SumExpUnshifted>(t) : reduce<P, false, SumExpUnshifted>(t);
+    case Term::kExpByOneShift:
+      return dense ? reduce<P, true, SumExpByOneShift>(t) : reduce<P, false, SumExpByOneShift>(t);
     // Positives only, which a dense tile has none of.
     case Term::kLogQ:
       return reduce<P, false, SumLogQ>(t);

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -123,10 +124,41 @@ std::vector<double> logarithms(const Team& team, std::vector<double> sum,
   return sum;
 }
 
+// The same as log_sum_exp with one shift for all anchors, which needs no maxima; empty where some
+// sum leaves Real's range. Unit rows whose largest exponents are far below what they could be are
+// rare.
+template <typename Real>
+std::vector<double> by_one_shift(const Weights<Real>& weights, Pairs pairs) {
+  typedef std::numeric_limits<Real> Limits;
+  const Sides<Real>& sides = weights.sides();
+  const double reach = kLog2E / sides.problem.temperature;
+  const bool is_hopeless = reach > 1.6 * Limits::max_exponent;
+  if (!sides.problem.normalize || is_hopeless || pairs == Pairs::kPositives || weights.given())
+    return {};
+  // No sum over a tile overflows; and a whole number takes no bits off the largest exponents.
+  const double excess = std::ceil(reach - (Limits::max_exponent - 10));
+  const std::vector<Real> shift(sides.num_anchors(), static_cast<Real>(std::max(excess, 0.0)));
+  std::vector<double> sum = sums(weights, pairs, Term::kExpByOneShift, {nullptr, &shift});
+  // Powers that are no normal numbers are lost: all of them together shall be a rounding.
+  const double num_pairs = static_cast<double>(std::max(sides.rows.size, sides.cols.size));
+  const double least = std::ldexp(num_pairs, Limits::min_exponent + Limits::digits + 1);
+  const auto all_are_in_range = [&](int64_t first, int64_t size) {
+    return std::all_of(sum.begin() + first, sum.begin() + first + size,
+                       [&](double s) { return s >= least; });
+  };
+  if (!all_are_in_range(0, sides.rows.size)) return {};
+  if (sides.problem.symmetric && !all_are_in_range(sides.first_col(), sides.cols.size)) return {};
+  return logarithms(sides.team, std::move(sum), shift);
+}
+
 // Base-2 log-sum-exp of every anchor over such pairs; -infinity where there is none.
 template <typename Real>
 std::vector<double> log_sum_exp(const Weights<Real>& weights, Pairs pairs) {
   const Sides<Real>& sides = weights.sides();
+  if (sides.shifted) {
+    std::vector<double> found = by_one_shift(weights, pairs);
+    if (!found.empty()) return found;
+  }
   const std::vector<Real> shift =
       sides.shifted ? maxima(weights, pairs) : std::vector<Real>(sides.num_anchors(), Real(0));
   return logarithms(sides.team, sums(weights, pairs, Term::kExp, {nullptr, &shift}), shift);

@@ -160,14 +160,15 @@ enum class Pairs { kAll, kNegatives, kPositives };
 // What a forward pass folds each pair into. With x the pair's exponent, l the lse of the row (or of
 // the column) and q = 1 / (1 + 2^(l - x)), the probability of a positive among the negatives:
 enum class Term {
-  kMaximum,    // the largest x
-  kMaximumQ,   // the largest log2(q); weighted pairs only
-  kMean,       // the sum of x; weighted pairs only
-  kExp,        // the sum of 2^(x - shift)
-  kLogQ,       // the sum of log2(q)
-  kQ,          // the sum of q 2^-shift
-  kNotQ,       // the sum of 1 - q
-  kQTimesNotQ  // the sum of q 2^-shift (1 - q)
+  kMaximum,        // the largest x
+  kMaximumQ,       // the largest log2(q); weighted pairs only
+  kMean,           // the sum of x; weighted pairs only
+  kExp,            // the sum of 2^(x - shift)
+  kExpByOneShift,  // the same, where all shifts are equal; no weighted pairs
+  kLogQ,           // the sum of log2(q)
+  kQ,              // the sum of q 2^-shift
+  kNotQ,           // the sum of 1 - q
+  kQTimesNotQ      // the sum of q 2^-shift (1 - q)
 };
 
 // What the scratch tile has of every pair between passes: x, or 2^x.

@@ -183,6 +183,8 @@ void weighted_forward(const TilePair<Real>& t) {
       return reduce_weighted<Real, WithExponent<Real, SumQ>>(t);
     case Term::kNotQ:
       return reduce_weighted<Real, WithFactor<Real, SumNotQ>>(t);
+    case Term::kExpByOneShift:
+      return;
     case Term::kQTimesNotQ:
       return reduce_weighted<Real, WithExponent<Real, SumQTimesNotQ>>(t);
   }

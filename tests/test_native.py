@@ -258,6 +258,29 @@ def test_gradients_of_any_magnitude(scale):
         assert whole.any() and torch.equal(scaled.double() / scale, whole.double())
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
+@pytest.mark.parametrize("temperature", [0.004, 0.0075, 0.02])
+@pytest.mark.parametrize("far", ["none", "some", "all"])
+def test_one_shift_of_all_rows_is_only_tried(far, temperature, variant):
+    # The sums of rows that are opposite to all columns leave float32's range by the shift of others.
+    g = torch.Generator().manual_seed(0)
+    direction = torch.randn(16, generator=g, dtype=torch.float64)
+    rows = direction + 0.1 * torch.randn(300, 16, generator=g, dtype=torch.float64)
+    cols = direction + 0.1 * torch.randn(200, 16, generator=g, dtype=torch.float64)
+    rows[slice({"none": 0, "some": 3, "all": 300}[far])] *= -1
+    arguments = {
+        "features": rows,
+        "contrast_features": cols,
+        "labels": torch.arange(300) % 5,
+        "contrast_labels": torch.arange(200) % 5,
+        "temperature": temperature,
+        "symmetric": True,
+        **dict(zip(("summation", "denominator"), variant)),
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_close(native_loss, arguments, dtype)
+
+
 @pytest.fixture
 def threads():
     """Sets the number of threads, and puts it back."""
