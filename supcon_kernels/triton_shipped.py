@@ -80,7 +80,7 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
             ]
     for reduction in ("mean", "positive_mean", "sum", "none"):
         found.append((f"loss {loss}, {reduction}", plan.loss(reduction, n)))
-    in_dtypes = {"": False} if plan.dtype == "float32" else {"": False, ", in float32": True}
+    in_dtypes = {"": False} if plan.dtype == "float32" else {"": False, ", unrounded": True}
     gradients = [
         (f"gradient{given}{label}", plan.gradient(n, dots=dots, unrounded=unrounded))
         for of_dtype, unrounded in in_dtypes.items()
