@@ -90,21 +90,17 @@ class Problem:
     def mirrored(self) -> Problem:
         """One way of a symmetric problem: the columns against the rows."""
         assert self.cols is not None and self.self_offset is None
-        return dataclasses.replace(
-            self,
-            rows=self.cols,
-            cols=self.rows,
-            row_labels=self.col_labels,
-            col_labels=self.row_labels,
-            weights=None if self.weights is None else self.weights.T,
-            symmetric=False,
-        )
+        sides = (self.cols, self.rows, self.col_labels, self.row_labels)
+        weights = None if self.weights is None else self.weights.T
+        one_way = self.operands()[5:-1]
+        return Problem(*sides, weights, *one_way)  # type: ignore[arg-type]
 
     def ways(self) -> tuple[Problem, ...]:
         """The problems of one way each, whose mean loss this one's is."""
         if not self.symmetric:
             return (self,)
-        return dataclasses.replace(self, symmetric=False), self.mirrored()
+        one_way = self.operands()[:-1]
+        return Problem(*one_way), self.mirrored()  # type: ignore[arg-type]
 
     @property
     def dtype(self) -> torch.dtype:
