@@ -140,8 +140,8 @@ std::vector<double> by_one_shift(const Weights<Real>& weights, Pairs pairs) {
   const std::vector<Real> shift(sides.num_anchors(), static_cast<Real>(std::max(excess, 0.0)));
   std::vector<double> sum = sums(weights, pairs, Term::kExpByOneShift, {nullptr, &shift});
   // Powers that are no normal numbers are lost: all of them together shall be a rounding.
-  const double num_pairs = static_cast<double>(std::max(sides.rows.size, sides.cols.size));
-  const double least = std::ldexp(num_pairs, Limits::min_exponent + Limits::digits + 1);
+  const double most = static_cast<double>(std::max(sides.rows.size, sides.cols.size));
+  const double least = std::ldexp(most, Limits::min_exponent + Limits::digits + 1);
   const auto all_are_in_range = [&](int64_t first, int64_t size) {
     return std::all_of(sum.begin() + first, sum.begin() + first + size,
                        [&](double s) { return s >= least; });

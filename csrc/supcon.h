@@ -99,9 +99,8 @@ struct Results {
 // What is known of anchors from some of their contrasts, for a caller that knows the others: with
 // theirs it is added up to what all of them give. Natural logarithms.
 struct Sums {
-  double* lse;  // (N,) log-sum-exp of the denominator
-  double*
-      of_positives;  // (N,) the sum of weight times logit; kIn: the log-sum-exp of weight e^logit
+  double* lse;           // (N,) log-sum-exp of the denominator
+  double* of_positives;  // (N,) sum of weight times logit; kIn: log-sum-exp of weight e^logit
   double* total_weight;  // (N,) of the positives
 };
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Problem:
     tf32: bool = False
     symmetric: bool = False
 
-    def operands(self) -> tuple[object, ...]:
+    def operands(self) -> tuple[Any, ...]:
         """The fields as a flat tuple: ``Problem(*problem.operands())`` is the same problem."""
         return tuple([getattr(self, name) for name in _FIELDS])
 
@@ -84,7 +85,7 @@ class Problem:
             None if cols is None else _by_view(cols),
             None if of_rows is None else _repeated(of_rows, self.rows),
             None if of_cols is None else _repeated(of_cols, cols),
-            *self.operands()[4:],  # type: ignore[arg-type]
+            *self.operands()[4:],
         )
 
     def mirrored(self) -> Problem:
@@ -93,14 +94,14 @@ class Problem:
         sides = (self.cols, self.rows, self.col_labels, self.row_labels)
         weights = None if self.weights is None else self.weights.T
         one_way = self.operands()[5:-1]
-        return Problem(*sides, weights, *one_way)  # type: ignore[arg-type]
+        return Problem(*sides, weights, *one_way)
 
     def ways(self) -> tuple[Problem, ...]:
         """The problems of one way each, whose mean loss this one's is."""
         if not self.symmetric:
             return (self,)
         one_way = self.operands()[:-1]
-        return Problem(*one_way), self.mirrored()  # type: ignore[arg-type]
+        return Problem(*one_way), self.mirrored()
 
     @property
     def dtype(self) -> torch.dtype:
