@@ -147,9 +147,8 @@ struct Reduce {
       term = Fold::template of<Real>(x, V{}, of_row(t.shifts, 0));
     else
       term = Fold::template of<Real>(x, of_row(t.lse, i), of_row(t.shifts, i));
-    if constexpr (Fold::kCommon)  // as the first of all passes is
-      if (t.keeps != Kept::kNothing)
-        store(t.scratch + i * kScratchStride + j, t.keeps == Kept::kPowers ? term : x);
+    if (t.keeps != Kept::kNothing)
+      store(t.scratch + i * kScratchStride + j, t.keeps == Kept::kPowers ? term : x);
     term = mask.keep(t.pairs, i, j, term, none);
     rows[i] = Fold::fold(rows[i], term);
     if (!Fold::kCommon && t.square) {

@@ -261,22 +261,31 @@ def test_gradients_of_any_magnitude(scale):
 @pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
 @pytest.mark.parametrize("temperature", [0.004, 0.0075, 0.02])
 @pytest.mark.parametrize("far", ["none", "some", "all"])
-def test_one_shift_of_all_rows_is_only_tried(far, temperature, variant):
+@pytest.mark.parametrize("targets", ["labels", "mask"])
+def test_one_shift_of_all_rows_is_only_tried(targets, far, temperature, variant):
     # The sums of rows that are opposite to all columns leave float32's range by the shift of others.
     g = torch.Generator().manual_seed(0)
     direction = torch.randn(16, generator=g, dtype=torch.float64)
     rows = direction + 0.1 * torch.randn(300, 16, generator=g, dtype=torch.float64)
     cols = direction + 0.1 * torch.randn(200, 16, generator=g, dtype=torch.float64)
     rows[slice({"none": 0, "some": 3, "all": 300}[far])] *= -1
+    of_rows, of_cols = (
+        torch.arange(300) % 6,
+        torch.arange(200) % 5,
+    )  # no column is of the last class
     arguments = {
         "features": rows,
         "contrast_features": cols,
-        "labels": torch.arange(300) % 5,
-        "contrast_labels": torch.arange(200) % 5,
+        "labels": of_rows,
+        "contrast_labels": of_cols,
         "temperature": temperature,
         "symmetric": True,
         **dict(zip(("summation", "denominator"), variant)),
     }
+    if targets == "mask":
+        del arguments["labels"], arguments["contrast_labels"]
+        weights = torch.rand(300, 200, generator=g)
+        arguments["mask"] = weights * (of_rows[:, None] == of_cols)
     for dtype in (torch.float32, torch.bfloat16):
         assert_close(native_loss, arguments, dtype)
 
