@@ -46,10 +46,13 @@ class Reducer {
     if (num_here_ == 0) return;
     if (sides_.own_in_tile(i, j, own_)) t_.own = own_;
     sides_.set_memory(i, j, memory_, &t_);
-    if (num_here_ > 1 && t_.keeps == Kept::kNothing) t_.keeps = Kept::kExponents;
+    if (num_here_ > 1 && t_.kept == Kept::kNothing && t_.keeps == Kept::kNothing)
+      t_.keeps = Kept::kExponents;
     for (int h = 0; h < num_here_; ++h) {
       fold_pairs(i, j, here_[h]);
-      if (t_.kept == Kept::kNothing) t_.kept = t_.keeps;
+      if (t_.keeps == Kept::kNothing) continue;
+      t_.kept = t_.keeps;
+      t_.keeps = Kept::kNothing;
     }
   }
   void begin_rows(int64_t, int64_t) {}
@@ -71,7 +74,8 @@ class Reducer {
   bool is_weighted(int64_t i, int64_t j, size_t k) const {
     return weights_.in_tile(i, j) && weights_.in_pass(terms_[k].pairs);
   }
-  // Where one term looks at the pairs' weights, those after it do, too.
+  // Where one term looks at the pairs' weights, those after it do, too: they leave out what the
+  // terms before have not multiplied, below the diagonal.
   void fold_pairs(int64_t i, int64_t j, size_t k) {
     const PassTerm<Real>& of = terms_[k];
     if (of.pairs != Pairs::kAll && !weights_.given()) t_.classes = sides_.classes(i, j);
@@ -165,8 +169,8 @@ class LogSumExps {
     std::iota(left_.begin(), left_.end(), 0);
     if (const std::optional<Real> shift = common_shift()) {
       const std::vector<Real> shifts(sides_.num_anchors(), *shift);
-      const bool is_simple = sides_.shifted && !weights.given();
-      add_up(is_simple ? Term::kExpByOneShift : Term::kExp, PerTerm<Real>(left_.size(), shifts),
+      const bool has_kernel = sides_.shifted && !weights.given();
+      add_up(has_kernel ? Term::kExpByOneShift : Term::kExp, PerTerm<Real>(left_.size(), shifts),
              sides_.shifted);
     }
     if (left_.empty()) return;

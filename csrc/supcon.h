@@ -170,7 +170,7 @@ enum class Term {
   kQTimesNotQ      // the sum of q 2^-shift (1 - q)
 };
 
-// What the scratch tile has of every pair between passes: x, or 2^x.
+// What the scratch tile has of every pair between passes, or between the terms of one: x, or 2^x.
 enum class Kept { kNothing, kExponents, kPowers };
 
 // How positives attract in the backward pass: the weight of the row times
@@ -234,7 +234,7 @@ struct TilePair {
   Pairs pairs;
   bool shifted;   // exponents are so large that sums of 2^x need a shift for each row and column
   Real* scratch;  // (kMaxTile, kScratchStride); of bfloat16 as much again for H in words
-  Kept keeps;     // what a forward pass leaves in the scratch tile
+  Kept keeps;     // what a forward leaves in the scratch tile
   Kept kept;      // what an earlier one has left there
   // Forward: a row's result is written, a column's where `square`. Backward: columns are anchors
   // where `square`.

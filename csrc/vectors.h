@@ -134,7 +134,7 @@ SUPCON_INLINE typename Simd<Real>::V exp2_in_range(typename Simd<Real>::V x) {
   return (V)((Bits)p + ((Bits)rounded << Simd<Real>::kMantissaBits));
 }
 
-// 2^x for x <= 0: zero below the normal numbers.
+// 2^x below the overflow: zero below the normal numbers.
 template <typename Real>
 SUPCON_INLINE typename Simd<Real>::V exp2_or_zero(typename Simd<Real>::V x) {
   typedef typename Simd<Real>::V V;

@@ -63,7 +63,8 @@ struct MaximumQWithExponent : Maximum {
   }
 };
 
-// A forward pass: folds the term of each pair into its row and its column.
+// A forward pass: folds the term of each pair into its row and its column. It leaves exponents in
+// the scratch tile, by way of which they come.
 template <typename Real, typename Fold>
 struct WeightedReduce {
   typedef typename Simd<Real>::V V;

@@ -18,6 +18,7 @@ from supcon_kernels.triton_tiles import (
     DERIVATIVES,
     FORWARD,
     FORWARD_BOTH,
+    FORWARD_BOTH_TWICE,
     MANY_ROWS,
     ROW_PADDING,
     SHORT,
@@ -107,8 +108,8 @@ def powers_fit(temperature: float) -> bool:
 _TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # Runtime arguments by type; those of the features' dtype are not listed, plain integers neither.
 _ARGUMENT_TYPES = {
-    "*fp32": "valid row_valid col_valid sums col_sums first_sums second_sums loss count stats upstream peak weights "
-    "row_weights col_weights factor slices temperature temperature_gradient",
+    "*fp32": "valid row_valid col_valid sums col_sums first_sums first_col_sums second_sums loss count stats "
+    "upstream peak weights row_weights col_weights factor slices temperature temperature_gradient",
     "*fp64": "dots partials",
     "*i64": "labels anchor_labels contrast_labels",
     "*i32": "sorted_begin sorted_end num_positives",
@@ -188,15 +189,16 @@ class Plan:
     def both(self) -> bool:
         """Whether one forward has the sums of the rows and of the columns.
 
-        Four numbers for each slot and column are no more than the backward takes: float32 products of
+        Four numbers for each look, slot and column are no more than the backward takes: float32 products of
         either side, beside a workspace.
         """
-        if not self.symmetric or not self.is_wide or self.looks_twice:
+        if not self.symmetric or not self.is_wide:
             return False
         sides = padded_rows(self.num_rows), padded_rows(self._contrasts)
-        shares = self._shares(FORWARD_BOTH, self.running[0], self.num_rows, self._contrasts)
+        shares = self._shares(self._forward_both, self.running[0], self.num_rows, self._contrasts)
         of_backward = 4 * sum(sides) * padded_dim(self.dim) + WORKSPACE_BYTES
-        return 16 * shares.num_col_slots * sides[1] <= of_backward
+        num_looks = 2 if self.looks_twice else 1
+        return 16 * num_looks * shares.num_col_slots * sides[1] <= of_backward
 
     def sorts_labels(self, num_pairs: int) -> bool:
         """Whether sorting labels takes less than comparing so many pairs."""
@@ -317,15 +319,19 @@ class Plan:
         variant: dict[str, Constexpr] = {}
         if first_look:
             variant = {"OUT": True, "DENOMINATOR": "only_negatives"}
+        of_cols = ["row_valid", "col_sums"] if self.both else []
+        if self.both and self.looks_twice and not first_look:
+            of_cols.append("first_col_sums")
+        absent = [x for x in ("row_valid", "col_sums", "first_col_sums") if x not in of_cols]
         return self._launch(
             "_forward_kernel",
             "rows cols col_valid first_sums temperature sums padded_rows padded_cols "
             "num_blocks num_tiles group share max_pieces own_offset padded_dim "
-            "host_temperature on_device either" + (" row_valid col_sums" if self.both else ""),
+            "host_temperature on_device either " + " ".join(of_cols),
             {
                 **self._pairs(running, tile),
                 **variant,
-                **({} if self.both else {"row_valid_ptr": None, "col_sums_ptr": None}),
+                **{name + "_ptr": None for name in absent},
                 "BOTH": self.both,
                 "ONE_CHUNK": tile.chunk == padded_dim(self.dim),
             },
@@ -374,7 +380,11 @@ class Plan:
 
     @property
     def _forward(self) -> tuple[Row, ...]:
-        return FORWARD_BOTH if self.both else FORWARD
+        return self._forward_both if self.both else FORWARD
+
+    @property
+    def _forward_both(self) -> tuple[Row, ...]:
+        return FORWARD_BOTH_TWICE if self.looks_twice else FORWARD_BOTH
 
     @property
     def _contrasts(self) -> int:

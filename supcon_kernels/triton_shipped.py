@@ -68,6 +68,9 @@ def _launches_of(plan: Plan) -> list[tuple[str, Launch]]:
             found.append((f"backward {call}", plan.derivatives(running, n, n_cols)))
             if symmetric.both and not plan.square:
                 found.append((f"forward of both {call}", symmetric.forward(running)))
+                if plan.looks_twice:
+                    first = symmetric.forward(running, first_look=True)
+                    found.append((f"first forward of both {call}", first))
             if not plan.square:
                 both = plan.derivatives(running, n, n_cols, both_anchor=True)
                 found.append((f"backward of both {call}", both))

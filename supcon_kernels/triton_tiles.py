@@ -128,6 +128,12 @@ FORWARD_BOTH = (
     Row(TF32, MAX_DIM, (86, 100), Tile(64, 64, 32, 8, 2), "with 64 features some spill"),
     *(row for row in FORWARD if not row.lean and not row.min_rows),
 )
+# Of one that also looks twice: the second look at 64 columns spills.
+FORWARD_BOTH_TWICE = (
+    Row(SHORT, MAX_DIM, _ALL, Tile(64, 32, 64, 4, 3), "few registers"),
+    Row(TF32X3, MAX_DIM, _ALL, Tile(64, 32, 16, 4, 2), "few registers"),
+    Row(TF32, MAX_DIM, _ALL, Tile(64, 32, 32, 4, 2), "few registers"),
+)
 BACKWARD = (
     Row(SHORT, 128, (80, 90), Tile(64, 128, 128, 4, 2, 2), "two programs", lean=True),
     Row(SHORT, 128, (86,), Tile(64, 64, 128, 4, 2, 2), "two programs in 99 KiB", lean=True),

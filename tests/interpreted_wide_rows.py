@@ -111,6 +111,10 @@ def assert_exact(ours, exact):
     (0.01, "sorted", ("out", "only_negatives")),
     (0.1, "soft", ("out", "all")),
     (0.01, "ignored", ("out", "all")),
+    (0.1, "hard", ("out", "one_positive")),
+    (0.1, "ignored", ("in", "one_positive")),
+    (0.01, "ignored", ("out", "one_positive")),
+    (0.01, "hard", ("in", "one_positive")),
 ])  # fmt: skip
 def test_both_directions_of_one_set_of_scores(tau, labels, variant, work, monkeypatch):
     monkeypatch.setattr(triton_call, "_temperature", lambda problem: problem.temperature_tensor)
@@ -127,8 +131,9 @@ def test_both_directions_of_one_set_of_scores(tau, labels, variant, work, monkey
     options |= {"summation": variant[0], "denominator": variant[1]}
     exact = gradients_of(reference, torch.float64, leaves, tau, **options)
     assert_exact(gradients_of(triton_loss, torch.float32, leaves, tau, **options), exact)
-    # One without maxima and one with, of which the device chooses.
-    assert [launch.constexprs["BOTH"] for launch in work.forwards] == [True, True]
+    # One without maxima and one with, of which the device chooses; and the same for a second look.
+    num_looks = 2 if variant[1] == "one_positive" else 1
+    assert [launch.constexprs["BOTH"] for launch in work.forwards] == [True, True] * num_looks
 
 
 def test_a_column_may_be_far_from_every_row(work):

@@ -269,10 +269,8 @@ def test_one_shift_of_all_rows_is_only_tried(targets, far, temperature, variant)
     rows = direction + 0.1 * torch.randn(300, 16, generator=g, dtype=torch.float64)
     cols = direction + 0.1 * torch.randn(200, 16, generator=g, dtype=torch.float64)
     rows[slice({"none": 0, "some": 3, "all": 300}[far])] *= -1
-    of_rows, of_cols = (
-        torch.arange(300) % 6,
-        torch.arange(200) % 5,
-    )  # no column is of the last class
+    of_rows = torch.arange(300) % 6  # no column is of the last class
+    of_cols = torch.arange(200) % 5
     arguments = {
         "features": rows,
         "contrast_features": cols,

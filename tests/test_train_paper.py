@@ -118,9 +118,9 @@ def test_methods_that_are_asked_for_bring_what_they_need():
     )
     named = list(dict.fromkeys((job.method, job.trial is None) for job in jobs))
     assert named == [
-        ("raw_pixels", True), ("untrained", True), ("supcon", False), ("supcon_tail", True),
-        ("supcon_lars", False), ("lars_rmsprop", False), ("supcon_lars", True),
-        ("lars_rmsprop", True),
+        ("raw_pixels_tail", True), ("untrained_tail", True), ("raw_pixels", True),
+        ("untrained", True), ("supcon", False), ("supcon_tail", True), ("supcon_lars", False),
+        ("lars_rmsprop", False), ("supcon_lars", True), ("lars_rmsprop", True),
     ]  # fmt: skip
     # Grey images have no policies.
     grey, coloured = (

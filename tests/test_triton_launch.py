@@ -266,6 +266,9 @@ def test_the_forward_of_both_directions_is_shipped_where_rows_are_wide():
     for running in p.running:
         assert p.forward(running).code in shipped
         assert p.forward(running).code != one_way.forward(running).code
+    p = dataclasses.replace(p, denominator="one_positive")
+    for running, first_look in itertools.product(p.running, (True, False)):
+        assert p.forward(running, first_look=first_look).code in shipped
 
 
 def test_one_forward_has_both_directions_where_its_sums_take_no_more_than_the_backward():
@@ -276,7 +279,10 @@ def test_one_forward_has_both_directions_where_its_sums_take_no_more_than_the_ba
 
     assert both(77, 77) and both(65536, 65536) and both(2**20, 2**20) and both(256, 2**24)
     assert not both(2**15, 2**24, dim=384)
-    assert not both(77, 77, denominator="one_positive")
+    # It looks at the pairs twice, with sums of each look.
+    assert both(65536, 65536, denominator="one_positive")
+    assert both(8192, 2**18, dim=384)
+    assert not both(8192, 2**18, dim=384, denominator="one_positive")
 
 
 def test_float32_is_multiplied_in_one_product_of_tf32_only_where_asked():

@@ -119,7 +119,8 @@ def forward_of_some(problem: Problem) -> tuple[Results, Tensor]:
         with call.on_device():
             sums = _forward_sums(call)
             assert sums.of_cols is not None
-            return _loss_of_rows(call, "none", sums), _partial_sums(call, call.cols, sums.of_cols)
+            of_cols = _partial_sums(call, call.cols, sums.of_cols[1])
+            return _loss_of_rows(call, "none", sums), of_cols
     one_way, other_way = map(Call, problem.ways())
     (of_rows,) = _losses(one_way, "none")
     with other_way.on_device():
@@ -134,8 +135,8 @@ def _losses(call: Call, reduction: str) -> list[Results]:
         sums = _forward_sums(call)
         results = [_loss_of_rows(call, reduction, sums)]
         if sums.of_cols is not None:
-            pieces = Shares.of_pieces(len(sums.of_cols))
-            found = _loss(call, reduction, cols, rows, (sums.of_cols, sums.of_cols), pieces)
+            pieces = Shares.of_pieces(len(sums.of_cols[1]))
+            found = _loss(call, reduction, cols, rows, sums.of_cols, pieces)
             results.append(found._replace(prepared=sums.prepared))
     return results
 
@@ -147,13 +148,13 @@ class _Sums(NamedTuple):
         prepared: the rows and columns.
         shares: who did which pairs.
         of_rows: (pieces, 4, padded rows) of the first look and of the last.
-        of_cols: (slots, 4, padded columns), where both are made at once.
+        of_cols: (slots, 4, padded columns) the same, where both are made at once.
     """
 
     prepared: Tensor
     shares: Shares
     of_rows: tuple[Tensor, Tensor]
-    of_cols: Tensor | None
+    of_cols: tuple[Tensor, Tensor] | None
 
 
 def _forward_sums(call: Call, *, of_nothing: bool = False) -> _Sums:
@@ -167,10 +168,17 @@ def _forward_sums(call: Call, *, of_nothing: bool = False) -> _Sums:
     last = torch.empty_like(first) if plan.looks_twice else first
     of_cols, both = None, {}
     if plan.both:
-        of_cols = call.sums(shares.num_col_slots, cols, of_nothing=True)
-        both = {"row_valid_ptr": rows.valid, "col_sums_ptr": of_cols}
-    for running in plan.running:
-        for first_look in (True, False) if plan.looks_twice else (False,):
+        looks = range(2 if plan.looks_twice else 1)
+        of_looks = [call.sums(shares.num_col_slots, cols, of_nothing=True) for _ in looks]
+        of_cols = of_looks[0], of_looks[-1]
+    for first_look in (True, False) if plan.looks_twice else (False,):
+        if of_cols is not None:
+            both = {"row_valid_ptr": rows.valid, "col_sums_ptr": of_cols[0 if first_look else 1]}
+            if plan.looks_twice and not first_look:
+                both["first_col_sums_ptr"] = torch.stack(
+                    _added_up(of_cols[0][:, 0], of_cols[0][:, 1])
+                )
+        for running in plan.running:
             call.run(
                 plan.forward(running, first_look=first_look),
                 **call.pairs(rows, cols, plan.forward_shares(running), call.own_col),
@@ -181,6 +189,15 @@ def _forward_sums(call: Call, *, of_nothing: bool = False) -> _Sums:
                 max_pieces=shares.max_pieces,
             )
     return _Sums(prepared, shares, (first, last), of_cols)
+
+
+def _added_up(
+    powers: Tensor, exponents: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """(n,) totals of powers · 2^exponents (pieces, n), over 2^ the largest exponents (n,), and these."""
+    largest = exponents.amax(dim=0)
+    scaled = (exponents - largest).exp2_().mul_(powers)
+    return scaled.sum(dim=0, dtype=dtype), largest
 
 
 def _loss_of_rows(call: Call, reduction: str, sums: _Sums) -> Results:
@@ -209,9 +226,8 @@ def _partial_sums(call: Call, owner: Side, sums: Tensor) -> Tensor:
 
 def _log_sum(powers: Tensor, exponents: Tensor) -> Tensor:
     """(n,) float64 logarithm of the sum over the pieces of powers · 2^exponents (pieces, n)."""
-    largest = exponents.amax(dim=0)
-    scaled = (exponents - largest).exp2_().mul_(powers)
-    return scaled.sum(dim=0, dtype=torch.float64).log() + largest.double() * LN2
+    total, largest = _added_up(powers, exponents, torch.float64)
+    return total.log() + largest.double() * LN2
 
 
 def statistics_of(problem: Problem, sums: Tensor) -> Tensor:

@@ -38,6 +38,36 @@ def add_places(x):
 
 
 @triton.jit
+def add_probabilities(log_q, not_q, total, pos_total, largest, AXIS: tl.constexpr):
+    """Add Σ q (1 - q) and Σ q along AXIS to sums that are both times 2^largest, which is the maximum."""
+    new = tl.maximum(largest, tl.max(log_q, axis=AXIS))
+    q = tl.exp2(log_q - tl.expand_dims(new, AXIS))
+    shrink = tl.exp2(largest - new)
+    total = total * shrink + tl.sum(q * not_q, axis=AXIS)
+    return total, pos_total * shrink + tl.sum(q, axis=AXIS), new
+
+
+@triton.jit
+def against_sum(power, negatives, OUT: tl.constexpr):
+    """log₂ q and 1 - q if OUT, else q and q (1 - q), with q = power / (power + negatives)."""
+    inverse = reciprocal(power + negatives)
+    q = tl.minimum(power * inverse, 1.0)
+    not_q = negatives * inverse
+    if OUT:
+        return logarithm(q), not_q
+    else:
+        return q, q * not_q
+
+
+@triton.jit
+def against_log_sum(x, lse):
+    """log₂ q and 1 - q, with q = 2^x / (2^x + 2^lse)."""
+    distance = x - lse
+    t, _, not_q = sigmoid(distance)
+    return tl.minimum(distance, 0.0) - logarithm(1.0 + t), not_q
+
+
+@triton.jit
 def add_to_columns(
     sums_ptr,  # (4, padded cols) of this slot, at the tile's columns
     padded_cols,
@@ -70,6 +100,39 @@ def add_to_columns(
 
 
 @triton.jit
+def add_positives_to_columns(
+    sums_ptr,  # (4, padded cols) of this slot, at the tile's columns
+    first_sums_ptr,  # (2, padded cols) the negatives' total and largest, at the tile's columns
+    padded_cols,
+    x,  # exponents (ROWS, COLS)
+    positive,
+    RUNNING: tl.constexpr,
+    OUT: tl.constexpr,
+):
+    """Add a tile to the sums of its columns in the second look."""
+    negatives = tl.load(first_sums_ptr)
+    if RUNNING:
+        lse = log_sum(negatives, tl.load(first_sums_ptr + padded_cols))
+        of_positives, rest = against_log_sum(x, lse[None, :])
+    else:
+        of_positives, rest = against_sum(tl.exp2(x), negatives[None, :], OUT)
+    if RUNNING and not OUT:
+        log_q = tl.where(positive, of_positives, float("-inf"))
+        largest_ptr = sums_ptr + padded_cols
+        pos_ptr = largest_ptr + padded_cols
+        total, pos_total, largest = add_probabilities(
+            log_q, rest, tl.load(sums_ptr), tl.load(pos_ptr), tl.load(largest_ptr), 0
+        )
+        tl.store(sums_ptr, total)
+        tl.store(largest_ptr, largest)
+        tl.store(pos_ptr, pos_total)
+        tl.store(pos_ptr + padded_cols, largest)
+    else:
+        rest = tl.where(positive, rest, 0.0)
+        add_to_columns(sums_ptr, padded_cols, rest, of_positives, positive, False, OUT)
+
+
+@triton.jit
 def _forward_kernel(
     rows_ptr,  # (padded rows, padded_dim) anchors, and their classes
     cols_ptr,  # (padded cols, padded_dim) contrasts, and their classes
@@ -91,6 +154,7 @@ def _forward_kernel(
     either,  # whether it decides which of two kernels returns at once: this, or that with other RUNNING
     row_valid_ptr,  # (padded rows,) as that of columns, if BOTH
     col_sums_ptr,  # (slots, 4, padded cols) as the rows', if BOTH: sums of nothing, which are added to
+    first_col_sums_ptr,  # (2, padded cols) the first look's total and largest, if BOTH and it is the second
     RUNNING: tl.constexpr,
     OUT: tl.constexpr,
     DENOMINATOR: tl.constexpr,
@@ -177,22 +241,21 @@ def _forward_kernel(
                 if part == 1:
                     other = j[None, :] != (own_offset + i)[:, None]
                     positive = positive & other
+                if SECOND and BOTH:
+                    add_positives_to_columns(
+                        slot_ptr + j, first_col_sums_ptr + j, padded_cols, x, positive, RUNNING, OUT
+                    )
                 if SECOND and RUNNING:
-                    distance = x - lse[:, None]
-                    t, _, not_q = sigmoid(distance)
-                    log_q = tl.minimum(distance, 0.0) - logarithm(1.0 + t)
+                    log_q, not_q = against_log_sum(x, lse[:, None])
                     if OUT:
                         total += tl.sum(tl.where(positive, not_q, 0.0), axis=1)
                         pos_total += tl.sum(tl.where(positive, log_q, 0.0), axis=1)
                     else:
                         log_q = tl.where(positive, log_q, float("-inf"))
-                        new = tl.maximum(largest, tl.max(log_q, axis=1))
-                        q = tl.exp2(log_q - new[:, None])
-                        shrink = tl.exp2(largest - new)
-                        total = total * shrink + tl.sum(q * not_q, axis=1)
-                        pos_total = pos_total * shrink + tl.sum(q, axis=1)
-                        largest = new
-                        pos_largest = new
+                        total, pos_total, largest = add_probabilities(
+                            log_q, not_q, total, pos_total, largest, 1
+                        )
+                        pos_largest = largest
                 elif RUNNING:
                     counts = (valid != 0.0)[None, :]
                     if part == 1:
@@ -219,16 +282,13 @@ def _forward_kernel(
                         power = tl.where(other, power, 0.0)
                     of_positives = x if OUT else power
                     if SECOND:
-                        inverse = reciprocal(power + negatives[:, None])
-                        q = tl.minimum(power * inverse, 1.0)
-                        not_q = negatives[:, None] * inverse
-                        of_positives = logarithm(q) if OUT else q
-                        power = tl.where(positive, not_q if OUT else q * not_q, 0.0)
+                        of_positives, rest = against_sum(power, negatives[:, None], OUT)
+                        power = tl.where(positive, rest, 0.0)
                     elif DENOMINATOR != "all":
                         power = tl.where(positive, 0.0, power)
                     pos_total += add_places(tl.where(positive, of_positives, 0.0))
                     total += add_places(power if SECOND else power * valid[None, :])
-                    if BOTH:
+                    if BOTH and not SECOND:
                         of_col = power * row_valid[:, None]
                         add_to_columns(
                             slot_ptr + j, padded_cols, of_col, of_positives, positive, RUNNING, OUT

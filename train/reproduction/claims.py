@@ -13,11 +13,13 @@ from reproduction.methods import (
     CONDITIONS,
     OPTIMIZERS,
     POSITIVES,
+    RAW_PIXELS,
     REFERENCE,
     SETTINGS,
     SUPCON,
     SUPERVISED,
     TEMPERATURES,
+    UNTRAINED,
 )
 
 SEVERITIES = {f"severity_{number}": f"top-1, severity {number}" for number in range(1, 6)}
@@ -58,6 +60,7 @@ class Table:
         claims: the most telling first.
         columns: the metrics that it shows.
         published: the paper's top-1 in percent, by method and data set (ImageNet: ResNet-50).
+        baselines: what stands beside its methods.
     """
 
     title: str
@@ -65,6 +68,7 @@ class Table:
     claims: tuple[Claim, ...]
     columns: tuple[str, ...] = ("top1",)
     published: dict[str, dict[str, float]] = field(default_factory=dict)
+    baselines: tuple[str, ...] = (RAW_PIXELS, UNTRAINED)
 
     @property
     def needs_corruptions(self) -> bool:
@@ -85,7 +89,10 @@ def _claims(
 def _pays(condition: str) -> Table:
     name, *others = (f"{of}_{condition}" for of in SUPERVISED)
     return Table(
-        f"Beyond the paper: {CONDITIONS[condition][0]}", (name, *others), _claims(name, ours=others)
+        f"Beyond the paper: {CONDITIONS[condition][0]}",
+        (name, *others),
+        _claims(name, ours=others),
+        baselines=(f"{RAW_PIXELS}_{condition}", f"{UNTRAINED}_{condition}"),
     )
 
 

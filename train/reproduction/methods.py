@@ -9,7 +9,6 @@ from typing import Any
 
 # Baselines that learn nothing, by a linear classifier: they stand beside every table.
 RAW_PIXELS, UNTRAINED = "raw_pixels", "untrained"
-BASELINES = (RAW_PIXELS, UNTRAINED)
 # The run that errors under corruptions are relative to.
 REFERENCE = "cross_entropy"
 SUPCON = "supcon"
@@ -95,6 +94,18 @@ CONDITIONS: dict[str, tuple[str, dict[str, Any]]] = {
 for (_name, (_title, _options)), _of in product(CONDITIONS.items(), SUPERVISED):
     METHODS[f"{_of}_{_name}"] = _changed(_of, _title, options=_options, of=_of)
 
+# The baselines of every condition have its images, and the network of SupCon.
+BASELINES = {
+    RAW_PIXELS: Compared("Raw pixels, linear classifier", METHODS[SUPCON].options),
+    UNTRAINED: Compared("Untrained encoder", METHODS[SUPCON].options),
+}
+for (_of, _baseline), (_name, (_title, _options)) in product(
+    list(BASELINES.items()), CONDITIONS.items()
+):
+    BASELINES[f"{_of}_{_name}"] = Compared(
+        f"{_baseline.title}, {_title}", _baseline.options | _options
+    )
+
 # Of Figure 4: of each setting its title, what changes, and whether its learning rate is tuned anew. That
 # without any change is there, too: it has one of the optimisers.
 SETTINGS: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -114,6 +125,13 @@ TEMPERATURES = {
 for _of, _settings in ((SUPCON, SETTINGS | TEMPERATURES), (REFERENCE, SETTINGS)):
     for _name, (_title, _changes, _tuned) in _settings.items():
         METHODS[f"{_of}_{_name}"] = _changed(_of, _title, **_changes, of=None if _tuned else _of)
+
+
+def baseline_of(name: str) -> str | None:
+    """Which of the two a baseline is; None: it is a method."""
+    if name not in BASELINES:
+        return None
+    return UNTRAINED if name.startswith(UNTRAINED) else RAW_PIXELS
 
 
 def settings_of(name: str) -> list[str]:

@@ -7,13 +7,12 @@ from matplotlib.figure import Figure
 
 from reproduction.claims import METRICS, SEVERITIES, TABLES
 from reproduction.methods import (
+    BASELINES,
     METHODS,
-    RAW_PIXELS,
     REFERENCE,
     SETTINGS,
     SUPCON,
     TEMPERATURES,
-    UNTRAINED,
 )
 from reproduction.verdicts import CONTRADICTED, NOT_RUN, OPEN, SHOWN
 
@@ -23,8 +22,7 @@ FIGURES = {"figure 3": "paper_figure3_{}.png", "figure 4": "paper_figure4_{}.png
 COLOURS = {SHOWN: "tab:green", OPEN: "0.5", CONTRADICTED: "tab:red"}
 # A row as it is read from a file: what is not there is empty.
 Row = dict[str, str]
-TITLES = {RAW_PIXELS: "Raw pixels, linear classifier", UNTRAINED: "Untrained encoder"}
-TITLES |= {name: method.title for name, method in METHODS.items()}
+TITLES = {name: method.title for name, method in (METHODS | BASELINES).items()}
 
 
 def of_method(runs: list[Row], method: str, metric: str) -> list[float]:

@@ -60,16 +60,19 @@ python train/paper.py --table 2 1 5 --figure 3 4 --scale fmnist10k --data_root D
   out of the training images. Test images choose nothing.
 - **Compute.** Contrastive methods see two views of an image in a step, cross-entropy sees one. So cross-entropy
   is trained twice: with equal epochs, and with twice as many (equal compute).
-- **Baselines.** Each table also has raw pixels and the untrained encoder, with a linear classifier.
+- **Baselines.** Each table also has raw pixels and the untrained encoder, with a linear classifier
+  that is trained on the same images.
 
 """
 
 
 def rows_of_runs(study: Study, scale: str, tables: Sequence[str], seeds: int) -> list[Row]:
     """A row of each run that is done: what it reached, and what it was made with."""
-    names = [name for table in tables for name in TABLES[table].methods]
+    chosen = [TABLES[table] for table in tables]
+    names = [name for table in chosen for name in table.methods]
+    names += [name for table in chosen for name in table.baselines]
     rows = []
-    for method in dict.fromkeys([*names, *BASELINES]):
+    for method in dict.fromkeys(names):
         for seed in range(seeds):
             job = Job(method, seed)
             record, options = study.record(job), study.options(job)
@@ -218,7 +221,7 @@ def _table(table: Table, scale: str, runs: list[Row], *, only_run: bool = False)
     """The methods of a table, or those that were run: ours, over seeds, beside the paper's."""
     datasets = list(dict.fromkeys(d for numbers in table.published.values() for d in numbers))
     lines = []
-    for method in (*table.methods, *BASELINES):
+    for method in (*table.methods, *table.baselines):
         if not SCALES[scale].has(method):
             continue
         numbers = [of_method(runs, method, metric) for metric in table.columns]

@@ -28,9 +28,9 @@ from reproduction.methods import (
     METHODS,
     PRETRAINING_RATES,
     REFERENCE,
-    SUPCON,
     UNTRAINED,
     Compared,
+    baseline_of,
     tuned_for,
 )
 from reproduction.processes import machine, refuse_if_stopped, start
@@ -86,8 +86,10 @@ def jobs_of(
 
     Of a table all learning rates first; then seed by seed, so that every seed is a whole comparison.
     """
-    jobs = [Job(name, seed) for seed in range(seeds) for name in BASELINES]
-    for table in (TABLES[name] for name in TABLES if name in tables):
+    chosen = [TABLES[name] for name in TABLES if name in tables]
+    baselines = dict.fromkeys(name for table in chosen for name in table.baselines)
+    jobs = [Job(name, seed) for seed in range(seeds) for name in baselines]
+    for table in chosen:
         asked = [name for name in table.methods if name in methods and scale.has(name)]
         if trials > 1:
             tuned = [other for name in asked for other in tuned_for(name)]
@@ -96,7 +98,7 @@ def jobs_of(
             encoders = [encoder for name in asked if (encoder := METHODS[name].encoder)]
             jobs += [Job(name, seed) for name in (*encoders, *asked)]
             if table.needs_corruptions:
-                others = [name for name in (*BASELINES, *asked) if name != REFERENCE]
+                others = [name for name in (*table.baselines, *asked) if name != REFERENCE]
                 jobs += [Job(name, seed, corrupted=True) for name in others]
     return list(dict.fromkeys(jobs))
 
@@ -197,10 +199,10 @@ class Study:
         values = {
             name: value for name, value in _not_default(options).items() if name not in PLACES
         }
-        if job.method in BASELINES:
+        if baseline := baseline_of(job.method):
             kept = (*vars(options.data), *vars(options.network), "seed")
             values = {key: value for key, value in values.items() if key in kept}
-            return values | {"baseline": job.method}
+            return values | {"baseline": baseline}
         own = {} if METHODS[job.method].encoder is None else {"two_stages": True}
         return values | {"linear": linear} | own
 
@@ -343,7 +345,9 @@ class Study:
         options = self.options(job)
         assert options is not None
         if job.method in BASELINES:
-            return scores_of_baseline(folder, options, untrained=job.method == UNTRAINED)
+            return scores_of_baseline(
+                folder, options, untrained=baseline_of(job.method) == UNTRAINED
+            )
         return scores_of_run(folder, options)
 
     def _take_encoder(self, job: Job, folder: Path) -> None:
@@ -374,7 +378,7 @@ class Study:
                 folder,
                 options,
                 json.loads((reference / EVALUATION).read_text()),
-                untrained=job.method == UNTRAINED,
+                untrained=baseline_of(job.method) == UNTRAINED,
                 num_images=num_images,
             )
         replace_text(folder / EVALUATION, json.dumps(found, indent=2) + "\n")
@@ -384,8 +388,8 @@ class Study:
 
 
 def _compared(job: Job) -> Compared:
-    """The method of a job; baselines have the data and the network of SupCon."""
-    return METHODS[SUPCON if job.method in BASELINES else job.method]
+    """The method or the baseline of a job."""
+    return METHODS[job.method] if job.method in METHODS else BASELINES[job.method]
 
 
 def _rate(recipe: dict[str, Any], optimizer: str, rates: dict[str, float]) -> float:
