@@ -243,11 +243,15 @@ def _mean(numbers: list[float]) -> str:
 
 
 def _made_with(runs: list[Row]) -> str:
+    """The machines, each with its commits."""
+    commits: dict[tuple[str, str], list[str]] = {}
+    for hardware, torch, commit in dict.fromkeys(
+        (row["hardware"], row["torch"], row["commit"]) for row in runs
+    ):
+        commits.setdefault((hardware, torch), []).append(commit)
     return "; ".join(
-        f"{hardware}, torch {torch}, commit {commit}"
-        for hardware, torch, commit in dict.fromkeys(
-            (row["hardware"], row["torch"], row["commit"]) for row in runs
-        )
+        f"{hardware}, torch {torch}, {'commit' if len(found) == 1 else 'commits'} {', '.join(found)}"
+        for (hardware, torch), found in commits.items()
     )
 
 
