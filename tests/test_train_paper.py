@@ -18,7 +18,7 @@ import torch
 import train_fixtures  # noqa: F401  puts train/ on the path
 from reproduction import processes
 from reproduction.claims import METRICS, SEVERITIES, TABLES, Claim
-from reproduction.methods import METHODS, SETTINGS
+from reproduction.methods import BASELINES, METHODS, SETTINGS
 from reproduction.pictures import FIGURES, OVERVIEW, pictures
 from reproduction.report import CLAIM_COLUMNS, RUN_COLUMNS, read_rows, summary
 from reproduction.runs import EVALUATION, RECORD, Job, Study, jobs_of
@@ -87,6 +87,10 @@ def test_the_learning_rate_is_that_of_the_best_trial(tmp_path):
     assert options.data.validation_fraction is None and options.schedule.epochs == 60
     # Under a condition of ours the rate is that of without.
     assert study.options(Job("supcon_few")).optimizer.learning_rate == 0.2
+    # Its baselines see the same images.
+    for name in ("supcon_few", "raw_pixels_few", "untrained_few"):
+        assert study.options(Job(name)).data.train_images == 500
+    assert len({study.folder(Job(name)) for name in BASELINES}) == len(BASELINES)
 
 
 def test_every_run_of_every_scale_has_options_that_are_accepted(tmp_path):
