@@ -6,7 +6,7 @@
 
 namespace supcon {
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SUPCON_BASELINE_ONLY)
 extern const Isa kAvx512, kAvx2, kBaseline;
 #ifdef SUPCON_BFLOAT16
 extern const Functions<float> kBfloat16OfAvx512;

@@ -1,5 +1,10 @@
 """docs/migration.md: the losses of other libraries, and the calls that replace them."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -85,3 +90,21 @@ def test_nt_xent_loss_of_lightly():
         NTXentLoss(temperature=0.5),
         *rows(2, 30, 16),
     )
+
+
+def test_losses_of_two_ranks(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = Path(__file__).with_name("losses_of_ranks.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, program, tmp_path], env=environment, check=True)
+    by_rank = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for name in ("ClipLoss", "NTXentLoss"):
+        ours, theirs = ([of_rank[name][k] for of_rank in by_rank] for k in range(2))
+        for loss, *_ in ours:  # theirs is of one rank's rows
+            mean = torch.stack([of_rank[0] for of_rank in theirs]).mean()
+            torch.testing.assert_close(loss, mean, **TOLERANCE)
+        for of_ours, of_theirs in zip(ours, theirs):
+            torch.testing.assert_close(of_ours[1:3], of_theirs[1:3], **TOLERANCE)
+    # DistributedDataParallel averages what each has of the scale.
+    scales = [torch.stack([r["ClipLoss"][k][3] for r in by_rank]).mean() for k in range(2)]
+    torch.testing.assert_close(*scales, **TOLERANCE)

@@ -27,7 +27,7 @@ from supcon_kernels.problem import (
     accumulation_dtype,
     mean_of_ways,
 )
-from supcon_kernels.ranks import Membership, Part, agree, text_of
+from supcon_kernels.ranks import Membership, Part, agree, text_and_sizes, text_of
 from supcon_kernels.validation import Call
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _OPTIONS = (
     "str backend, str reduction, str group, str text, bool first_views, bool unlabelled, "
-    "bool wants_rows, bool wants_cols"
+    "bool wants_rows, bool wants_cols, SymInt[] sizes"
 )
 forward = op.define(
     f"loss_of_ranks({SCHEMA}, {_OPTIONS}) "
@@ -54,10 +54,11 @@ class _Options(NamedTuple):
     Attributes:
         backend, reduction: as in ``supcon_loss``.
         group: the name of the process group.
-        text: what must agree between ranks.
+        text: what must agree between ranks, except for sizes and the temperature.
         first_views: whether the anchors are the first of the contrasts.
         unlabelled: whether every rank has numbered its samples for itself.
         wants_rows, wants_cols: as in ``Part``.
+        sizes: those in the text.
     """
 
     backend: str
@@ -68,6 +69,7 @@ class _Options(NamedTuple):
     unlabelled: bool
     wants_rows: bool
     wants_cols: bool
+    sizes: Sequence[int]
 
 
 def traced_loss(
@@ -82,6 +84,9 @@ def traced_loss(
     one_way.check(problem, backend, call.reduction)
     fields = dict(zip(Call._fields, call))  # torch 2.5 does not trace _asdict
     alike = {**fields, "backend": backend, "requires_grad": _wants_gradient(problem)}
+    if problem.temperature_tensor is None:
+        del alike["temperature"]  # a number that may be known by name alone
+    text, sizes = text_and_sizes(alike)
     losses = []
     for way in (problem,) if one_way.exchanges_sums(problem) else problem.ways():
         part = one_way.part_of(way)
@@ -89,11 +94,12 @@ def traced_loss(
             backend,
             call.reduction,
             group.group_name,
-            text_of(alike),
+            text,
             call.contrast_features is None,
             call.labels is None,
             bool(part.wants_rows),
             bool(part.wants_cols),
+            sizes,
         )
         losses.append(forward(*way.operands(), *options)[0])
     return problem, mean_of_ways(losses)
@@ -140,7 +146,10 @@ def _forward(*operands: Any) -> tuple[Tensor, ...]:
         failure = error
     needs = int(options.wants_rows), int(options.wants_cols)
     part = Part(problem.num_rows, problem.num_cols, *needs)
-    numbers = agree(membership, options.text, failure, part)
+    text = options.text.format(*options.sizes)
+    if problem.temperature_tensor is None:
+        text += "\n" + text_of({"temperature": problem.temperature})
+    numbers = agree(membership, text, failure, part)
     # The backward gathers the statistics.
     ranks = Ranks(
         membership, [Part(*of_rank)._replace(wants_rows=0, wants_cols=0) for of_rank in numbers]

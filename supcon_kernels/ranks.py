@@ -211,7 +211,19 @@ def _bytes_of_row(x: Tensor) -> int:
 
 def text_of(alike: Mapping[str, object]) -> str:
     """What must agree, one argument a line."""
-    return "\n".join(f"{name}: {_kind(name, value)}" for name, value in alike.items())
+    text, sizes = text_and_sizes(alike)
+    return text.format(*sizes)
+
+
+def text_and_sizes(alike: Mapping[str, object]) -> tuple[str, list[int]]:
+    """The text with {} in the place of each size, which in a trace may be known by name alone."""
+    text = "\n".join(f"{name}: {_kind(name, value)}" for name, value in alike.items())
+    return text, [size for value in alike.values() for size in _sizes(value)]
+
+
+def _sizes(value: object) -> Sequence[int]:
+    """Of a tensor of numbers, each but how many rows it has."""
+    return value.shape[1:] if isinstance(value, Tensor) and value.is_floating_point() else ()
 
 
 def _kind(name: str, value: Any) -> str:
@@ -223,7 +235,7 @@ def _kind(name: str, value: Any) -> str:
         return "a tensor"
     if not value.is_floating_point():
         return "integers"
-    shape = ", ".join(["·", *map(str, value.shape[1:])])
+    shape = ", ".join(["·", *["{}"] * (value.ndim - 1)])
     return f"{value.dtype} of shape ({shape}) on {value.device.type}"
 
 

@@ -75,6 +75,22 @@ def test_every_case(case, variant, dtype):
     assert_close(triton_loss, arguments_of(case.id, variant), dtype)
 
 
+def calls_of_wide_rows():
+    """Each case with one variant."""
+    for k, case in enumerate(CASES):
+        if (variants := variants_of(case)) and case.id != "several_tiles":
+            variant = variants[k % len(variants)]
+            yield pytest.param(case, variant, id=f"{case.id}-{'/'.join(variant)}")
+
+
+@pytest.mark.parametrize("case, variant", list(calls_of_wide_rows()))
+def test_every_case_as_if_rows_were_wide(case, variant, monkeypatch):
+    # As those of float32 are on an H100, whatever their width.
+    monkeypatch.setattr(triton_launch, "is_wide", lambda *which: True)
+    monkeypatch.setattr(triton_call, "_target", lambda device: triton_tiles.Target(0, 5))
+    assert_close(triton_loss, arguments_of(case.id, variant), torch.float32)
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids="/".join)
 @pytest.mark.parametrize("name", ["relabelled_self_in_memory", "cold_twins", "cold_one_class"])
 def test_every_variant(name, variant):

@@ -121,8 +121,8 @@ def test_both_directions_of_one_set_of_scores(tau, labels, variant, work, monkey
     if labels == "sorted":
         monkeypatch.setattr(triton_launch, "SORTED_PAIRS", 0)
     g = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(n, 130, generator=g) for n in (140, 70)]
-    of_rows, of_cols = torch.arange(140) % 9, torch.arange(70) % 7  # two classes without a column
+    leaves = [torch.randn(n, 130, generator=g) for n in (120, 70)]
+    of_rows, of_cols = torch.arange(120) % 9, torch.arange(70) % 7  # two classes without a column
     if labels == "ignored":
         of_rows[20:90], of_cols[3:60:2] = -100, -100
     if labels == "soft":
@@ -182,11 +182,11 @@ def test_both_directions_take_four_products(work, monkeypatch):
 ])  # fmt: skip
 def test_parts_of_the_rows_have_parts_of_the_columns_sums(tau, labels, variant, dim, work):
     g = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(n, dim, generator=g) for n in (210, 130)]
-    of_rows, of_cols = torch.arange(210) % 9, torch.arange(130) % 7
-    of_rows[:140][of_rows[:140] == 3] = 4  # no row of the first part is of this class
+    leaves = [torch.randn(n, dim, generator=g) for n in (105, 100)]
+    of_rows, of_cols = torch.arange(105) % 9, torch.arange(100) % 7
+    of_rows[:70][of_rows[:70] == 3] = 4  # no row of the first part is of this class
     if labels == "ignored":
-        of_rows[40:170], of_cols[3:100:2] = -100, -100
+        of_rows[20:85], of_cols[3:80:2] = -100, -100
     if labels == "soft":
         of_rows, of_cols = F.one_hot(of_rows, 9).float(), F.one_hot(of_cols, 9).float()
     options = {"labels": of_rows, "contrast_labels": of_cols, "reduction": "sum"}

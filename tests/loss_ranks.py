@@ -438,6 +438,32 @@ def compiled(group):
     return found, refusal(lambda: frozen(leaf))
 
 
+@check(2)
+def compiled_for_all_sizes(group):
+    """Losses and gradients of two temperatures and widths, and the same in one graph, whatever changes;
+    and what is said where they are not alike.
+    """
+
+    def step(features, soft, temperature):
+        return supcon_loss(features, soft, temperature=temperature, group=group)
+
+    torch._dynamo.reset()
+    in_one_graph = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    g, rank = torch.Generator().manual_seed(dist.get_rank(group)), dist.get_rank(group)
+    found = []
+    for width, num_classes, tau in ((8, 3, 0.1), (12, 4, 0.2), (16, 5, 0.3)):
+        features = randn(g, 5 + rank, 2, width)
+        soft = torch.rand(5 + rank, num_classes, generator=g)
+        found.append(
+            [
+                _differentiated(lambda x, f=f, y=soft, t=tau: f(x, y, t), features)
+                for f in (step, in_one_graph)
+            ]
+        )
+    unlike = (randn(g, 5, 2, 8 + rank), soft[:5], 0.1), (randn(g, 5, 2, 8), soft[:5], 0.1 + rank)
+    return found, [refusal(lambda call=call: in_one_graph(*call)) for call in unlike]
+
+
 def _differentiated(step: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
     leaves = [x.clone().requires_grad_() for x in inputs]
     loss = step(*leaves)

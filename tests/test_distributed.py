@@ -268,6 +268,19 @@ def test_a_compiled_call_is_whole(found):
         assert "requires_grad must be alike on every rank of group" in refused[1]
 
 
+def test_a_call_is_compiled_for_all_sizes_and_temperatures(found):
+    for of_rank in found[:2]:
+        calls, (by_width, by_temperature) = of_rank["compiled_for_all_sizes"]
+        for expected, in_one_graph in calls:
+            for ours, want in zip(in_one_graph, expected, strict=True):
+                torch.testing.assert_close(ours, want)
+        said = "must be alike on every rank of group, got"
+        shapes = [f"torch.float64 of shape (·, 2, {d}) on cpu on rank {d - 8}" for d in (8, 9)]
+        # Behind it torch 2.5 says where in the graph.
+        assert by_width[1].startswith(f"features {said} {'; '.join(shapes)}")
+        assert by_temperature[1].startswith(f"temperature {said} 0.1 on rank 0; 1.1 on rank 1")
+
+
 def test_a_group_is_a_group_that_one_is_in(found):
     for rank, of_rank in enumerate(found):
         no_group, no_name, *not_ours = of_rank["groups_that_are_none"]
