@@ -190,18 +190,20 @@ class Reduced {
 };
 
 // `of_cols` is of the other way where the problem is symmetric; or `sums_of_cols` is the address of
-// (3, M) sums.
+// sums (3, M), or (4, M) with that of the log-sum-exps (M,) of all negatives.
 template <typename Real>
 void forward(const Call& call, const std::string& reduction, const ResultsAt& of_rows,
-             const std::optional<ResultsAt>& of_cols, uintptr_t sums_of_cols) {
+             const std::optional<ResultsAt>& of_cols, uintptr_t sums_of_cols, uintptr_t negatives) {
   const supcon::Reduction reduces = reduction_of(reduction);
   Reduced<Real> rows(reduces, call.num_rows, of_rows);
   std::optional<Reduced<Real>> cols;
   if (of_cols) cols.emplace(reduces, call.num_cols, *of_cols);
   double* const first = pointer<double>(sums_of_cols);
-  const supcon::Sums sums = {first, first + call.num_cols, first + 2 * call.num_cols};
+  const int64_t m = call.num_cols;
+  const supcon::Sums sums = {first, first + m, first + 2 * m, first + 3 * m};
   supcon::forward<Real>(call.problem<Real>(), isa_of(call.isa), call.team(), rows.results,
-                        {cols ? &cols->results : nullptr, sums_of_cols == 0 ? nullptr : &sums});
+                        {cols ? &cols->results : nullptr, sums_of_cols == 0 ? nullptr : &sums,
+                         pointer<const double>(negatives)});
   rows.reduce();
   if (cols) cols->reduce();
 }
@@ -308,12 +310,13 @@ void define(py::module_ module) {
       .def(
           "forward",
           [](const Call& call, const std::string& reduction, const ResultsAt& of_rows,
-             const std::optional<ResultsAt>& of_cols, uintptr_t sums_of_cols) {
+             const std::optional<ResultsAt>& of_cols, uintptr_t sums_of_cols, uintptr_t negatives) {
             const auto run = call.is_double ? forward<double> : forward<float>;
-            run(call, reduction, of_rows, of_cols, sums_of_cols);
+            run(call, reduction, of_rows, of_cols, sums_of_cols, negatives);
           },
           py::arg("reduction"), py::arg("of_rows"), py::arg("of_cols") = py::none(),
-          py::arg("sums_of_cols") = 0, py::call_guard<py::gil_scoped_release>())
+          py::arg("sums_of_cols") = 0, py::arg("negatives") = 0,
+          py::call_guard<py::gil_scoped_release>())
       .def(
           "loss_and_gradients",
           [](const Call& call, const std::string& reduction, uintptr_t loss, uintptr_t rows,

@@ -248,8 +248,9 @@ std::vector<Real> rounded(const std::vector<double>& x) {
 // What the forward knows of every anchor, base 2 where it is a logarithm.
 template <typename Real>
 struct Statistics {
-  // `mirrored` is of the other way where the problem is symmetric, else null.
-  Statistics(const Weights<Real>& weights, const Weights<Real>* mirrored)
+  // `mirrored` is of the other way where the problem is symmetric, else null; `negatives` the
+  // columns' log-sum-exp, where they have others besides these rows, else null.
+  Statistics(const Weights<Real>& weights, const Weights<Real>* mirrored, const double* negatives)
       : softmax_weight(weights.sides().num_anchors(), 1.0), mirrored_(mirrored) {
     total_weight = of_anchors(weights, [](const Weights<Real>& way) {
       return way.given() ? way.rows().total : count_positives(way.sides());
@@ -263,6 +264,11 @@ struct Statistics {
     LogSumExps<Real> found(weights, std::move(sets), total_weight,
                            is_mean && !one_positive && weights.any());
     lse = std::move(found.of[0]);
+    if (negatives != nullptr) {
+      const Sides<Real>& sides = weights.sides();
+      for (int64_t k = 0; k < sides.cols.size; ++k)
+        lse[sides.first_col() + k] = negatives[sides.cols.order[k]] / kLn2;
+    }
     if (one_positive)
       look_at_positives(weights);
     else if (is_mean)

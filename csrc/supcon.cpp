@@ -74,20 +74,25 @@ void write_sums(const Sides<Real>& sides, const Side<Real>& side,
   std::fill(out.lse, out.lse + n, kNothing);
   std::fill(out.of_positives, out.of_positives + n, is_mean ? 0 : kNothing);
   std::fill(out.total_weight, out.total_weight + n, 0);
+  const bool has_rest = sides.problem.denominator == Denominator::kOnePositive;
+  if (has_rest) std::copy(out.of_positives, out.of_positives + n, out.rest);
   for (int64_t k = 0; k < side.size; ++k) {
     const int64_t i = side.order[k];
     if (statistics == nullptr) {
       out.lse[i] = out.of_positives[i] = out.total_weight[i] =
           std::numeric_limits<double>::quiet_NaN();
+      if (has_rest) out.rest[i] = out.lse[i];
       continue;
     }
     const double total = statistics->total_weight[first + k];
     out.lse[i] = statistics->lse[first + k] * kLn2;
     out.total_weight[i] = total;
-    if (total > 0)
-      out.of_positives[i] =
-          (is_mean ? statistics->mean_log[first + k] * total : statistics->log_mean[first + k]) *
-          kLn2;
+    if (!(total > 0)) continue;
+    out.of_positives[i] =
+        (is_mean ? statistics->mean_log[first + k] * total : statistics->log_mean[first + k]) *
+        kLn2;
+    const double weight = statistics->softmax_weight[first + k];
+    if (has_rest) out.rest[i] = is_mean ? weight * total : std::log(weight) + out.of_positives[i];
   }
 }
 
@@ -101,12 +106,12 @@ void forward(const Sides<Real>& sides, const Results<Real>& out, const OfColumns
   if (!sides.finite) return;
   const Weights<Real> weights(sides, both);
   if (!both) {
-    const Statistics<Real> statistics(weights, nullptr);
+    const Statistics<Real> statistics(weights, nullptr, nullptr);
     return write_side(sides, sides.rows, statistics, 0, out);
   }
   const Sides<Real> other_way = sides.mirrored();
   const Weights<Real> other_weights = weights.mirrored(other_way);
-  const Statistics<Real> statistics(weights, &other_weights);
+  const Statistics<Real> statistics(weights, &other_weights, of_cols.negatives);
   write_side(sides, sides.rows, statistics, 0, out);
   if (of_cols.results != nullptr)
     write_side(sides, sides.cols, statistics, sides.first_col(), *of_cols.results);

@@ -13,7 +13,7 @@
 namespace supcon {
 
 // Changes whenever the Python module's functions take or return something else.
-constexpr int kInterface = 8;
+constexpr int kInterface = 9;
 
 enum class Summation { kOut, kIn };
 enum class Denominator { kAll, kOnePositive, kOnlyNegatives };
@@ -102,6 +102,8 @@ struct Sums {
   double* lse;           // (N,) log-sum-exp of the denominator
   double* of_positives;  // (N,) sum of weight times logit; kIn: log-sum-exp of weight e^logit
   double* total_weight;  // (N,) of the positives
+  // kOnePositive alone, where a logit is that of a positive's probability q against all negatives:
+  double* rest;  // (N,) sum of weight (1 - q); kIn: logarithm of the sum of weight q (1 - q)
 };
 
 // What the backward is given and writes; a null gradient is not wanted.
@@ -122,11 +124,13 @@ struct Gradients {
 struct Isa;
 
 // Where the problem is symmetric, the columns as anchors have (M,) results of their own; or, where
-// they have other contrasts besides these rows, sums, though not for kOnePositive.
+// they have other contrasts besides these rows, sums, which for kOnePositive need the log-sum-exp
+// (M,) of all negatives.
 template <typename Real>
 struct OfColumns {
   const Results<Real>* results = nullptr;
   const Sums* sums = nullptr;
+  const double* negatives = nullptr;  // natural logarithms
 };
 
 template <typename Real>

@@ -203,10 +203,11 @@ std::vector<Real> losses_of(const supcon::Problem<Real>& problem, const supcon::
   std::vector<Real> losses(problem.num_cols);
   for (int64_t j = 0; j < problem.num_cols; ++j) {
     const double total = sums.total_weight[j];
-    if (total == 0 || std::isinf(sums.lse[j])) continue;
+    const bool is_probability = problem.denominator == supcon::Denominator::kOnePositive;
+    if (total == 0 || (std::isinf(sums.lse[j]) && !is_probability)) continue;
     const double logit =
         is_mean ? sums.of_positives[j] / total : sums.of_positives[j] - std::log(total);
-    losses[j] = static_cast<Real>(sums.lse[j] - logit);
+    losses[j] = static_cast<Real>((is_probability ? 0.0 : sums.lse[j]) - logit);
   }
   return losses;
 }
@@ -272,14 +273,31 @@ void test_both_ways(const Isa& isa, const Data<Real>& data, double tolerance, do
          isa, shape);
   expect(together == in_one_call(3), "bits of several threads, both ways", isa, shape);
 
-  if (problem.denominator == supcon::Denominator::kOnePositive) return;
-  std::vector<double> numbers(3 * m);
-  const supcon::Sums sums = {numbers.data(), numbers.data() + m, numbers.data() + 2 * m};
+  std::vector<double> numbers(4 * m), negatives;
+  double* const first = numbers.data();
+  const supcon::Sums sums = {first, first + m, first + 2 * m, first + 3 * m};
   BothWays<Real> with_sums(n, m, dim);
-  supcon::forward<Real>(problem, isa, alone, with_sums.results(), {nullptr, &sums});
+  if (problem.denominator == supcon::Denominator::kOnePositive) {
+    supcon::Problem<Real> before = problem;
+    before.denominator = supcon::Denominator::kOnlyNegatives;
+    supcon::forward<Real>(before, isa, alone, with_sums.results(), {nullptr, &sums});
+    negatives.assign(sums.lse, sums.lse + m);
+  }
+  supcon::forward<Real>(problem, isa, alone, with_sums.results(),
+                        {nullptr, &sums, negatives.empty() ? nullptr : negatives.data()});
   expect(with_sums.loss == together.loss, "bits of rows beside sums of columns", isa, shape);
   is_near("losses of columns by their sums", losses_of(problem, sums), expected.col_loss,
           tolerance * reach);
+  if (negatives.empty()) return;
+  const bool is_mean = problem.summation == supcon::Summation::kOut;
+  std::vector<Real> weights(m), want(m);
+  for (int64_t j = 0; j < m; ++j) {
+    if (sums.total_weight[j] == 0) continue;
+    weights[j] = static_cast<Real>(is_mean ? sums.rest[j] / sums.total_weight[j]
+                                           : std::exp(sums.rest[j] - sums.of_positives[j]));
+    want[j] = static_cast<Real>(expected.col_statistics().softmax_weight[j]);
+  }
+  is_near("softmax weights of columns by their sums", weights, want, tolerance * reach);
 }
 
 // In float32 as in float64, and the same bits from several threads.

@@ -19,7 +19,7 @@ from torch._compile import _disable_dynamo
 from supcon_kernels import op
 from supcon_kernels.backends.protocol import Anchors, Gradients, Wanted
 from supcon_kernels.distributed_both_ways import BothWays, Ranks, count_of, sums_of
-from supcon_kernels.problem import NUM_TENSORS, Problem, mean_of_ways
+from supcon_kernels.problem import NUM_TENSORS, Problem
 from supcon_kernels.ranks import Membership, Part, agree, text_of
 
 if TYPE_CHECKING:
@@ -60,25 +60,14 @@ def loss_of_all(
     if call.labels is None:  # every rank has numbered its samples for itself
         first = sum(of_rank.num_cols for of_rank in parts[: membership.rank])
         problem = renumbered(problem, first)
-    if exchanges_sums(problem):
+    if problem.symmetric:
         ranks = Ranks(membership, parts)
         ranks.check()
         loss: Tensor = BothWays.apply(*problem.operands(), ranks, backend, call.reduction)
         return problem, loss
-    losses = []
-    for way, of_ranks in zip(problem.ways(), (parts, [part.mirrored() for part in parts])):
-        gathered = Gathered.of(way, call.contrast_features is None, membership, of_ranks)
-        options = (membership, backend, call.reduction)
-        losses.append(_Differentiable.apply(*way.operands(), gathered, *options))
-    return problem, mean_of_ways(losses)
-
-
-def exchanges_sums(problem: Problem) -> bool:
-    """Whether a symmetric loss is of one set of scores, and not of two calls, one for each way.
-
-    The positives of "one_positive" are looked at when all negatives are known, other ranks' too.
-    """
-    return problem.symmetric and problem.denominator != "one_positive"
+    gathered = Gathered.of(problem, call.contrast_features is None, membership, parts)
+    options = (gathered, membership, backend, call.reduction)
+    return problem, _Differentiable.apply(*problem.operands(), *options)
 
 
 def part_of(problem: Problem) -> Part:

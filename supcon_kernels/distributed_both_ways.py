@@ -3,7 +3,8 @@
 A rank contrasts its rows with all columns, so that it knows of each column the sums over these rows.
 The ranks exchange them, and each adds up those of its own columns. With everybody's statistics the
 same pairs then give the whole gradient of the rows, and a part of each column's, which are exchanged
-and added up, too.
+and added up, too. Where each positive stands against all negatives alone, other ranks' too, these are
+exchanged first.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ class Ranks:
                 "contrast_features must require grad on no rank of group with symmetric=True, "
                 "or something must on every rank, since their gradient is made by all of them"
             )
+
+    def merged(self, problem: Problem, sums: Tensor) -> Tensor:
+        """The sums of this rank's columns over all ranks' rows, given those of all over this rank's."""
+        return partial_sums.merged(problem, [part.T for part in self.of_own_cols(sums.T)])
 
     def of_own_cols(self, of_cols: Tensor) -> list[Tensor]:
         """What every rank has of this rank's columns, given what this rank has of all (M, …)."""
@@ -116,9 +121,10 @@ def loss_and_saved(
     That is: counts (2,), which the sums of both directions were divided by; the statistics of this
     rank's rows, of its columns, and of all columns, if any rank wants a gradient; what is prepared.
     """
-    of_rows, sums = FUSED[backend].forward_of_some(block)
+    negatives = of_all_negatives(block, ranks, backend)
+    of_rows, sums = FUSED[backend].forward_of_some(block, negatives)
     one_way, other_way = problem.ways()
-    own_sums = partial_sums.merged(other_way, [part.T for part in ranks.of_own_cols(sums.T)])
+    own_sums = ranks.merged(other_way, sums)
     col_losses = partial_sums.losses(other_way, own_sums)
     own_stats = FUSED[backend].statistics_of(other_way, own_sums)
     found = (one_way, of_rows.loss, of_rows.stats), (other_way, col_losses, own_stats)
@@ -132,6 +138,17 @@ def loss_and_saved(
     loss: Tensor = (totals / count).sum().to(of_rows.loss.dtype)
     of_cols = torch.cat(stats_by_rank).T
     return loss, (count, of_rows.stats, own_stats, of_cols, of_rows.prepared)
+
+
+def of_all_negatives(block: Problem, ranks: Ranks, backend: str) -> Tensor | None:
+    """The log-sum-exp of every column over its negatives among the rows of all ranks, if it is needed."""
+    if block.denominator != "one_positive":
+        return None
+    block = dataclasses.replace(block, summation="out", denominator="only_negatives")
+    _, sums = FUSED[backend].forward_of_some(block)
+    own, *_ = ranks.merged(block, sums)
+    (by_rank,) = ranks.membership.gather([(own, ranks.num_cols)])
+    return torch.cat(by_rank)
 
 
 def gradients(

@@ -25,7 +25,6 @@ from supcon_kernels.problem import (
     SCHEMA,
     Problem,
     accumulation_dtype,
-    mean_of_ways,
 )
 from supcon_kernels.ranks import Membership, Part, agree, text_and_sizes, text_of
 from supcon_kernels.validation import Call
@@ -87,22 +86,19 @@ def traced_loss(
     if problem.temperature_tensor is None:
         del alike["temperature"]  # a number that may be known by name alone
     text, sizes = text_and_sizes(alike)
-    losses = []
-    for way in (problem,) if one_way.exchanges_sums(problem) else problem.ways():
-        part = one_way.part_of(way)
-        options = _Options(
-            backend,
-            call.reduction,
-            group.group_name,
-            text,
-            call.contrast_features is None,
-            call.labels is None,
-            bool(part.wants_rows),
-            bool(part.wants_cols),
-            sizes,
-        )
-        losses.append(forward(*way.operands(), *options)[0])
-    return problem, mean_of_ways(losses)
+    part = one_way.part_of(problem)
+    options = _Options(
+        backend,
+        call.reduction,
+        group.group_name,
+        text,
+        call.contrast_features is None,
+        call.labels is None,
+        bool(part.wants_rows),
+        bool(part.wants_cols),
+        sizes,
+    )
+    return problem, forward(*problem.operands(), *options)[0]
 
 
 def _wants_gradient(problem: Problem) -> bool:

@@ -104,10 +104,6 @@ class Part(NamedTuple):
     wants_rows: int = 0
     wants_cols: int = 0
 
-    def mirrored(self) -> Part:
-        """In the other way of a symmetric call."""
-        return Part(self.num_cols, self.num_rows, self.wants_cols, self.wants_rows)
-
 
 @dataclasses.dataclass(frozen=True)
 class Membership:

@@ -46,12 +46,24 @@ def parts_of(problem: Problem) -> list[Problem]:
     ]
 
 
+def negatives_of(parts: list[Problem], backend: str) -> Tensor | None:
+    """(M,) log-sum-exp of each column over its negatives, where positives are looked at after them."""
+    if parts[0].denominator != "one_positive":
+        return None
+    looks = [
+        dataclasses.replace(part, summation="out", denominator="only_negatives") for part in parts
+    ]
+    _, sums = zip(*map(FUSED[backend].forward_of_some, looks))
+    return partial_sums.merged(looks[0].ways()[1], sums)[0]
+
+
 class _InParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *_, problem, backend = arguments
         parts, (_, mirrored) = parts_of(problem), problem.ways()
-        found, sums = zip(*map(FUSED[backend].forward_of_some, parts))
+        negatives = negatives_of(parts, backend)
+        found, sums = zip(*[FUSED[backend].forward_of_some(part, negatives) for part in parts])
         merged = partial_sums.merged(mirrored, sums)
         stats = FUSED[backend].statistics_of(mirrored, merged)
         ctx.parts = [(part, of_rows, stats) for part, of_rows in zip(parts, found)]

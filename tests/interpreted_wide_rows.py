@@ -179,6 +179,8 @@ def test_both_directions_take_four_products(work, monkeypatch):
     (0.1, "soft", ("out", "all"), 130),
     (0.01, "ignored", ("in", "only_negatives"), 130),
     (0.1, "ignored", ("out", "only_negatives"), 20),
+    (0.1, "ignored", ("in", "one_positive"), 130),
+    (0.01, "hard", ("out", "one_positive"), 20),
 ])  # fmt: skip
 def test_parts_of_the_rows_have_parts_of_the_columns_sums(tau, labels, variant, dim, work):
     g = torch.Generator().manual_seed(0)
@@ -194,4 +196,8 @@ def test_parts_of_the_rows_have_parts_of_the_columns_sums(tau, labels, variant, 
     exact = gradients_of(reference, torch.float64, leaves, tau, **options)
     in_parts = functools.partial(loss_in_parts, backend="triton")
     assert_exact(gradients_of(in_parts, torch.float32, leaves, tau, **options), exact)
-    assert sum(launch.constexprs["BOTH"] for launch in work.forwards) == (3 if dim == 130 else 0)
+    num_looks = (
+        3 if variant[1] == "one_positive" else 1
+    )  # at negatives, again at these, at positives
+    num_parts = 3 if dim == 130 else 0
+    assert sum(x.constexprs["BOTH"] for x in work.forwards) == num_looks * num_parts

@@ -86,6 +86,7 @@ def interpreted_plan() -> list[tuple[Any, ...]]:
     two += [(2, "singleton", variant) for variant in VARIANTS]
     others = ("symmetric_memory", "multi_hot", "soft_self_in_memory", "symmetric_soft")
     two += [(2, name, ("out", "all")) for name in (*others, "symmetric_wide")]
+    two += [(2, "symmetric_memory", ("in", "one_positive"))]
     return [
         (*call, reduction, "triton", (torch.float32, torch.bfloat16)[k % 2])
         for k, (call, reduction) in enumerate(zip(two, itertools.cycle(REDUCTIONS)))
@@ -222,7 +223,8 @@ def bytes_sent(group):
         others = torch.randn_like(features, requires_grad=True)
         labels = torch.arange(num_rows - rank) % 4
         of_others = {"contrast_features": others, "contrast_labels": labels, "symmetric": True}
-        for is_symmetric, more in enumerate(({}, of_others)):
+        of_one = {**of_others, "denominator": "one_positive"}
+        for kind, more in {"rows": {}, "both": of_others, "one_positive": of_one}.items():
             with Counter() as forward:
                 loss = supcon_loss(features, labels, **more, group=group)
             with Counter() as backward:
@@ -230,33 +232,36 @@ def bytes_sent(group):
             with Counter() as evaluation, torch.no_grad():
                 supcon_loss(features, labels, **more, group=group)
             sent = forward.sent, backward.sent, evaluation.sent
-            found[num_rows, dim, dtype, bool(is_symmetric)] = sent
+            found[num_rows, dim, dtype, kind] = sent
     return found
 
 
 @check(3)
 def products_made(group):
-    """Multiplications of this rank by tiled, of both directions, and what native is asked for."""
+    """By denominator: multiplications of this rank by tiled, and what native is asked for."""
     rank = dist.get_rank(group)
     g = torch.Generator().manual_seed(rank)
     images, texts = (randn(g, 5 - rank, 8).bfloat16().requires_grad_() for _ in range(2))
-    made = []
+    found = {}
+    made: list[int] = []
 
     def accumulated(a: Tensor, b: Tensor) -> Tensor:
         made.append(a.numel() * b.shape[1])
         return a.float() @ b.float()
 
     call = {"contrast_features": texts, "symmetric": True, "group": group}
-    with (
-        mock.patch.object(products, "accumulated", accumulated),
-        mock.patch.object(tiled, "short_dtype", lambda x: x.dtype),
-    ):
-        supcon_loss(images, **call, backend="tiled").backward()
-    with mock.patch.object(native, "_call", wraps=native._call) as calls:
-        supcon_loss(images, **call, backend="native").backward()
-    (of_forward,), (of_backward,) = (x.args for x in calls.call_args_list)
-    shapes = [(x.num_rows, x.num_cols, x.symmetric) for x in (of_forward, of_backward)]
-    return sum(made), shapes
+    for denominator in ("all", "one_positive"):
+        made.clear()
+        with (
+            mock.patch.object(products, "accumulated", accumulated),
+            mock.patch.object(tiled, "short_dtype", lambda x: x.dtype),
+        ):
+            supcon_loss(images, **call, denominator=denominator, backend="tiled").backward()
+        with mock.patch.object(native, "_call", wraps=native._call) as calls:
+            supcon_loss(images, **call, denominator=denominator, backend="native").backward()
+        asked = [x.args[0] for x in calls.call_args_list]
+        found[denominator] = sum(made), [(x.num_rows, x.num_cols, x.symmetric) for x in asked]
+    return found
 
 
 def refusal(call: Callable[[], object]) -> tuple[str, str, float]:

@@ -156,14 +156,16 @@ def test_averaged_parameter_gradients_are_those_of_one_process(found):
 
 def test_what_is_sent(found):
     for of_rank in found[:3]:
-        for (num_rows, dim, dtype, is_symmetric), sent in of_rank["bytes_sent"].items():
+        for (num_rows, dim, dtype, kind), sent in of_rank["bytes_sent"].items():
             forward, backward, evaluation = ([x for _, x in of_phase] for of_phase in sent)
             rows = num_rows * (dim * dtype.itemsize + LABEL_BYTES)
             statistics = num_rows * STATISTICS_BYTES
             first, sums, parts = [RECORD_BYTES, rows], SUM_BYTES, []
-            if is_symmetric:  # of every rank's columns, the sums and a part of the gradient
+            if kind != "rows":  # of every rank's columns, the sums and a part of the gradient
                 every = 3 * num_rows - 3  # one and two fewer on two of the ranks
                 first.append(every * STATISTICS_BYTES)
+                if kind == "one_positive":  # and first what is known of negatives; then four sums
+                    first += [8 * num_rows, every * (STATISTICS_BYTES + 8)]
                 sums, parts = 2 * SUM_BYTES, [every * dim * 4]
             assert forward == [*first, sums + statistics]
             assert backward == parts
@@ -175,9 +177,10 @@ def test_both_directions_of_a_rank_are_of_one_set_of_scores(found):
     for of_rank, num_rows in zip(found, rows_of_ranks):
         scores = num_rows * sum(rows_of_ranks) * 8
         # Of 16 bits, in the forward and in the backward; a product with either side is in two parts.
-        by_tiled, by_native = of_rank["products_made"]
-        assert by_tiled == (1 + 1 + 2 + 2) * scores
-        assert by_native == [(num_rows, sum(rows_of_ranks), True)] * 2
+        for denominator, num_forwards in (("all", 1), ("one_positive", 2)):
+            by_tiled, by_native = of_rank["products_made"][denominator]
+            assert by_tiled == (num_forwards + 1 + 2 + 2) * scores
+            assert by_native == [(num_rows, sum(rows_of_ranks), True)] * (num_forwards + 1)
 
 
 @pytest.mark.parametrize("name", loss_ranks.DISAGREEMENTS)

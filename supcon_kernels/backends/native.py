@@ -21,7 +21,7 @@ from supcon_kernels.backends.protocol import Anchors, Made, Results, Wanted
 from supcon_kernels.problem import Problem, by_sample
 
 # That of csrc/supcon.h: a core that was compiled before it changed takes other arguments.
-INTERFACE = 8
+INTERFACE = 9
 # Up to so many pairs a preparation saved is worth keeping a gradient for.
 MAX_PAIRS_AT_ONCE = 2**22
 # Of so few anchors it takes longer than the pairs, and a gradient of theirs alone is small.
@@ -113,13 +113,14 @@ def forward(problem: Problem, reduction: str) -> Results:
     return Results.of_ways(found)
 
 
-def forward_of_some(problem: Problem) -> tuple[Results, Tensor]:
+def forward_of_some(problem: Problem, negatives: Tensor | None = None) -> tuple[Results, Tensor]:
     """The loss of each row, and the sums of columns that have other contrasts besides."""
     one_way, other_way = problem.ways()
     found = _empty_results(one_way, "none")
-    sums = _empty((3, problem.num_cols), torch.float64)
+    sums = _empty((partial_sums.count(problem), problem.num_cols), torch.float64)
     places = tuple([x.data_ptr() for x in found[:3]])
-    _call(problem.by_rows()).forward("none", places, sums_of_cols=sums.data_ptr())
+    given = {} if negatives is None else {"negatives": negatives.contiguous().data_ptr()}
+    _call(problem.by_rows()).forward("none", places, sums_of_cols=sums.data_ptr(), **given)
     if not problem.has_integer_labels:
         found.loss.add_(one_way.target_poison())
         sums.add_(other_way.target_poison())
@@ -128,9 +129,10 @@ def forward_of_some(problem: Problem) -> tuple[Results, Tensor]:
 
 def statistics_of(problem: Problem, sums: Tensor) -> Tensor:
     """``RowStatistics``, base 2."""
-    lse, of_positives, total = sums
+    lse, of_positives, total = sums[:3]
     normalizer = total if problem.summation == "out" else of_positives / math.log(2.0)
-    stats = torch.stack((lse / math.log(2.0), normalizer, torch.ones_like(lse)))
+    softmax_weight = partial_sums.softmax_weights(problem, sums)
+    stats = torch.stack((lse / math.log(2.0), normalizer, softmax_weight))
     return stats.masked_fill_(~partial_sums.contributes(problem, sums), torch.inf)
 
 

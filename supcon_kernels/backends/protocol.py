@@ -120,13 +120,20 @@ class Fused(Backend, Protocol):
             reduction: as in ``supcon_loss``.
         """
 
-    def forward_of_some(self, problem: Problem) -> tuple[Results, Tensor]:
-        """The loss (N,) of each row of a symmetric problem, and the sums (3, M) of its columns, which
-        have other contrasts besides these rows: see ``partial_sums``.
+    def forward_of_some(
+        self, problem: Problem, negatives: Tensor | None = None
+    ) -> tuple[Results, Tensor]:
+        """The loss (N,) of each row of a symmetric problem, and the sums of its columns, which have
+        other contrasts besides these rows: see ``partial_sums``.
+
+        Args:
+            problem: one whose rows meet all their contrasts.
+            negatives: for "one_positive", (M,) each column's log-sum-exp over all its negatives,
+                in the accumulation dtype.
         """
 
     def statistics_of(self, problem: Problem, sums: Tensor) -> Tensor:
-        """The statistics (k, n) of anchors, given the sums (3, n) over all their contrasts."""
+        """The statistics (k, n) of anchors, given the sums over all their contrasts."""
 
     def backward(
         self, problem: Problem, anchors: Anchors, col_anchors: Anchors | None, wanted: Wanted

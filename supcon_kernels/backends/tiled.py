@@ -9,6 +9,7 @@ softmax over everything but the anchor itself, without a look at the labels.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -58,48 +59,33 @@ def forward(problem: Problem, reduction: str) -> Results:
     """The loss. Both ways share the similarities, unless positives are looked at once more."""
     problem = problem.by_rows()
     ways = problem.ways()
-    if problem.denominator == "one_positive":
-        return Results.of_ways([_one_positive(way, reduction) for way in ways])
-    return Results.of_ways(
-        [_results(way, sums, reduction) for way, sums in zip(ways, _sums(problem))]
-    )
+    looks = ways if problem.denominator == "one_positive" else [problem]
+    sums = itertools.chain.from_iterable(map(_sums, looks))
+    return Results.of_ways([_results(*of_way, reduction) for of_way in zip(ways, sums)])
 
 
-def forward_of_some(problem: Problem) -> tuple[Results, Tensor]:
+def forward_of_some(problem: Problem, negatives: Tensor | None = None) -> tuple[Results, Tensor]:
     """The loss of each row, and the sums of columns that have other contrasts besides."""
     one_way, other_way = problem.ways()
-    of_rows, of_cols = _sums(problem)
+    of_rows, of_cols = _sums(problem, negatives)
     poisoned = of_cols + other_way.poison()
     of_cols = torch.where(other_way.row_ignored(), of_cols, poisoned)
     return _results(one_way, of_rows, "none"), of_cols
 
 
 def _results(problem: Problem, sums: Tensor, reduction: str) -> Results:
-    loss = partial_sums.losses(problem, sums)
-    contributes, stats = partial_sums.contributes(problem, sums), statistics_of(problem, sums)
-    return _reduced(problem, loss, contributes, stats, reduction)
+    loss = partial_sums.losses(problem, sums) + problem.poison()
+    loss = torch.where(problem.row_ignored(), 0.0, loss)
+    losses = problem.reduced(loss, partial_sums.contributes(problem, sums))
+    return Results.of(losses, statistics_of(problem, sums), reduction)
 
 
-def _one_positive(problem: Problem, reduction: str) -> Results:
-    rows, cols = _embeddings(problem)
-    with torch.autocast(rows.device.type, enabled=False):
-        found = _one_positive_statistics(problem, rows, cols)
-    return _reduced(problem, *found, reduction)
-
-
-def _reduced(
-    problem: Problem, loss: Tensor, contributes: Tensor, stats: Tensor, reduction: str
-) -> Results:
-    loss = torch.where(problem.row_ignored(), 0.0, loss + problem.poison())
-    return Results.of(problem.reduced(loss, contributes), stats, reduction)
-
-
-def _sums(problem: Problem) -> tuple[Tensor, ...]:
-    """Sums (3, N) of the rows, then those (3, M) of the columns of a symmetric problem."""
+def _sums(problem: Problem, negatives: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Sums of the rows, then, of a symmetric problem, those of the columns, given their negatives."""
     rows, cols = _embeddings(problem)
     with torch.autocast(rows.device.type, enabled=False):
         if not _positives_by_class(problem):
-            return _pair_sums(problem, rows, cols)
+            return _pair_sums(problem, rows, cols, negatives)
         lses = _log_sum_exps(problem, rows, cols)
         ways = zip(problem.ways(), ((rows, cols), (cols, rows)), lses)
         return tuple([_class_sums(way, *sides, lse) for way, sides, lse in ways])
@@ -107,10 +93,12 @@ def _sums(problem: Problem) -> tuple[Tensor, ...]:
 
 def statistics_of(problem: Problem, sums: Tensor) -> Tensor:
     """The statistics, given the sums over all contrasts."""
-    lse, of_positives, total = sums
+    lse, of_positives, total = sums[:3]
     normaliser = total if problem.summation == "out" else of_positives
-    contributes = partial_sums.contributes(problem, sums)
-    return _stack(contributes, lse, normaliser, torch.ones_like(lse))
+    stats = torch.stack((lse, normaliser, partial_sums.softmax_weights(problem, sums)))
+    # Infinite, they make every probability of an idle anchor zero.
+    stats[:2].masked_fill_(~partial_sums.contributes(problem, sums), torch.inf)
+    return stats.to(statistics_dtype(problem.rows))
 
 
 def backward(
@@ -195,7 +183,9 @@ def _chunks(problem: Problem) -> Iterator[tuple[int, int]]:
 # --- any variant, any labels: the weight of every pair of a chunk is looked at
 
 
-def _pair_sums(problem: Problem, rows: Tensor, cols: Tensor) -> tuple[Tensor, ...]:
+def _pair_sums(
+    problem: Problem, rows: Tensor, cols: Tensor, negatives: Tensor | None
+) -> tuple[Tensor, ...]:
     of_rows, of_cols = (partial_sums.over_nothing(problem, x) for x in (rows, cols))
     dtype = short_dtype(problem.rows)
     for start, stop in _chunks(problem):
@@ -203,65 +193,35 @@ def _pair_sums(problem: Problem, rows: Tensor, cols: Tensor) -> tuple[Tensor, ..
         w = problem.pair_weights(start, stop)
         of_rows[:, start:stop] = _chunk_sums(problem, s, w)
         if problem.symmetric:
-            of_cols = partial_sums.merged(problem, (of_cols, _chunk_sums(problem, s.T, w.T)))
-    return of_rows, of_cols
+            of_chunk = _chunk_sums(problem, s.T, w.T, negatives)
+            of_cols = partial_sums.merged(problem, (of_cols, of_chunk))
+    return (of_rows, of_cols) if problem.symmetric else (of_rows,)
 
 
-def _chunk_sums(problem: Problem, s: Tensor, w: Tensor) -> Tensor:
-    """Sums (3, n) of anchors with similarities ``s`` (n, M) and pair weights ``w``."""
-    positive = w > 0
+def _chunk_sums(problem: Problem, s: Tensor, w: Tensor, negatives: Tensor | None = None) -> Tensor:
+    """Sums of anchors with similarities ``s`` (n, M) and pair weights ``w`` (n, M).
+
+    For "one_positive" ``negatives`` (n,) is their log-sum-exp, if these are not all contrasts.
+    """
     below = w >= 0 if problem.denominator == "all" else w == 0
-    weight = w.clamp(min=0.0)
+    lse = _log_sum_exp(s, below) if negatives is None else negatives.to(s.dtype)
+    logits, positive, weight = [s], w > 0, w.clamp(min=0.0)
+    if problem.denominator == "one_positive":
+        distance = s - lse[:, None]
+        not_q = F.logsigmoid(-distance).clamp(min=torch.finfo(s.dtype).min / 4)
+        log_q = F.logsigmoid(distance)
+        logits = [log_q, not_q.exp() if problem.summation == "out" else log_q + not_q]
     if problem.summation == "out":
-        of_positives = (weight * s).sum(dim=1)
+        of_positives, *rest = [(weight * x).sum(dim=1) for x in logits]
     else:
-        of_positives = _log_sum_exp(s + torch.where(positive, w, 1.0).log(), positive)
-    found = (_log_sum_exp(s, below), of_positives, weight.sum(dim=1))
+        log_weight = torch.where(positive, w, 1.0).log()
+        of_positives, *rest = [_log_sum_exp(x + log_weight, positive) for x in logits]
+    found = (lse, of_positives, weight.sum(dim=1), *rest)
     return torch.stack([x.to(accumulation_dtype(s)) for x in found])
 
 
 def _log_sum_exp(x: Tensor, mask: Tensor) -> Tensor:
     return masked_logsumexp(x, mask).masked_fill(~mask.any(dim=1), -torch.inf)
-
-
-def _one_positive_statistics(
-    problem: Problem, rows: Tensor, cols: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = rows.new_empty(rows.shape[0])
-    contributes = torch.empty(rows.shape[0], dtype=torch.bool, device=rows.device)
-    stats, _ = saved(problem)
-    dtype = short_dtype(problem.rows)
-    for start, stop in _chunks(problem):
-        chunk = slice(start, stop)
-        s = product(rows[chunk], cols.T, dtype) / problem.tau
-        w = problem.pair_weights(start, stop)
-        loss[chunk], contributes[chunk], stats[:, chunk] = _chunk_statistics(problem, s, w)
-    return loss, contributes, stats
-
-
-def _chunk_statistics(problem: Problem, s: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    positive = w > 0
-    total = w.clamp(min=0.0).sum(dim=1)
-    contributes = total > 0
-    lse = masked_logsumexp(s, w == 0)
-    logit = F.logsigmoid(s - lse[:, None])
-    if problem.summation == "out":
-        normaliser = torch.where(contributes, total, 1.0)
-        loss = -torch.where(positive, w * logit, 0.0).sum(dim=1) / normaliser
-    else:
-        normaliser = masked_logsumexp(logit + torch.where(positive, w, 1.0).log(), positive)
-        loss = torch.where(contributes, total, 1.0).log() - normaliser
-    softmax_weight = _attraction(problem, s, w, lse, normaliser).sum(dim=1)
-    loss = torch.where(contributes, loss, 0.0).to(s.dtype)
-    return loss, contributes, _stack(contributes, lse, normaliser, softmax_weight)
-
-
-def _stack(contributes: Tensor, lse: Tensor, normaliser: Tensor, softmax_weight: Tensor) -> Tensor:
-    """The statistics (3, n); infinite normalisers make every probability of an idle anchor zero."""
-    lse = torch.where(contributes, lse, torch.inf)
-    normaliser = torch.where(contributes, normaliser, torch.inf)
-    dtype = statistics_dtype(lse)
-    return torch.stack([x.to(dtype) for x in (lse, normaliser, softmax_weight)])
 
 
 def _attraction(problem: Problem, s: Tensor, w: Tensor, lse: Tensor, normaliser: Tensor) -> Tensor:

@@ -112,20 +112,20 @@ def forward(problem: Problem, reduction: str) -> Results:
     return Results.of_ways([_losses(Call(way), reduction)[0] for way in problem.ways()])
 
 
-def forward_of_some(problem: Problem) -> tuple[Results, Tensor]:
+def forward_of_some(problem: Problem, negatives: Tensor | None = None) -> tuple[Results, Tensor]:
     """The loss of each row, and the sums of columns that have other contrasts besides."""
     call = Call(problem)
     if call.plan.both:
         with call.on_device():
-            sums = _forward_sums(call)
+            sums = _forward_sums(call, col_negatives=negatives)
             assert sums.of_cols is not None
-            of_cols = _partial_sums(call, call.cols, sums.of_cols[1])
+            of_cols = _partial_sums(call, call.cols, sums.of_cols[1], negatives)
             return _loss_of_rows(call, "none", sums), of_cols
     one_way, other_way = map(Call, problem.ways())
     (of_rows,) = _losses(one_way, "none")
     with other_way.on_device():
-        sums = _forward_sums(other_way, of_nothing=True)
-        return of_rows, _partial_sums(other_way, other_way.rows, sums.of_rows[1])
+        sums = _forward_sums(other_way, of_nothing=True, negatives=negatives)
+        return of_rows, _partial_sums(other_way, other_way.rows, sums.of_rows[1], negatives)
 
 
 def _losses(call: Call, reduction: str) -> list[Results]:
@@ -157,27 +157,44 @@ class _Sums(NamedTuple):
     of_cols: tuple[Tensor, Tensor] | None
 
 
-def _forward_sums(call: Call, *, of_nothing: bool = False) -> _Sums:
-    """Of all pairs; ``of_nothing``: what no program writes of the rows is a sum of nothing."""
+def _forward_sums(
+    call: Call,
+    *,
+    of_nothing: bool = False,
+    negatives: Tensor | None = None,
+    col_negatives: Tensor | None = None,
+) -> _Sums:
+    """Of all pairs.
+
+    Args:
+        call: whose pairs.
+        of_nothing: what no program writes of the rows is a sum of nothing.
+        negatives: (N,) the rows' log-sum-exp over all negatives, if there are others than these;
+            then only positives are looked at.
+        col_negatives: (M,) the same of columns.
+    """
     plan, rows, cols = call.plan, call.rows, call.cols
     prepared = _room(call.problem)
     call.place(prepared)
     call.prepare(anchors=(rows, cols) if plan.both else (rows,))
     shares = plan.forward_shares(plan.running[0])
     first = call.sums(shares.max_pieces, rows, of_nothing=of_nothing)
-    last = torch.empty_like(first) if plan.looks_twice else first
+    last = call.sums(shares.max_pieces, rows, of_nothing=of_nothing) if plan.looks_twice else first
     of_cols, both = None, {}
     if plan.both:
         looks = range(2 if plan.looks_twice else 1)
         of_looks = [call.sums(shares.num_col_slots, cols, of_nothing=True) for _ in looks]
         of_cols = of_looks[0], of_looks[-1]
-    for first_look in (True, False) if plan.looks_twice else (False,):
+    if negatives is not None:
+        first[0, :2, : rows.num_rows] = _power(negatives)
+    for first_look in (True, False) if plan.looks_twice and negatives is None else (False,):
         if of_cols is not None:
             both = {"row_valid_ptr": rows.valid, "col_sums_ptr": of_cols[0 if first_look else 1]}
             if plan.looks_twice and not first_look:
-                both["first_col_sums_ptr"] = torch.stack(
-                    _added_up(of_cols[0][:, 0], of_cols[0][:, 1])
-                )
+                known = torch.stack(_added_up(of_cols[0][:, 0], of_cols[0][:, 1]))
+                if col_negatives is not None:
+                    known[:, : cols.num_rows] = _power(col_negatives)
+                both["first_col_sums_ptr"] = known
         for running in plan.running:
             call.run(
                 plan.forward(running, first_look=first_look),
@@ -205,12 +222,13 @@ def _loss_of_rows(call: Call, reduction: str, sums: _Sums) -> Results:
     return found._replace(prepared=sums.prepared)
 
 
-def _partial_sums(call: Call, owner: Side, sums: Tensor) -> Tensor:
-    """A side's sums (3, n), see ``partial_sums``, of those of the pair kernels (pieces, 4, padded n)."""
+def _partial_sums(call: Call, owner: Side, sums: Tensor, negatives: Tensor | None) -> Tensor:
+    """A side's sums (k, n), see ``partial_sums``, of those of the pair kernels (pieces, 4, padded n)."""
     total = None if call.soft is None else call.put_soft_means(call.soft, owner, sums)
-    *of_denominator, of_positives, pos_largest = sums[..., : owner.num_rows].unbind(1)
-    lse = _log_sum(*of_denominator)
-    if call.problem.summation == "out":
+    is_mean = call.problem.summation == "out"
+    *rest, of_positives, pos_largest = sums[..., : owner.num_rows].unbind(1)
+    lse = _log_sum(*rest) if negatives is None else negatives
+    if is_mean:
         of_positives = of_positives.sum(dim=0, dtype=torch.float64) * LN2
     else:
         of_positives = _log_sum(of_positives, pos_largest)
@@ -218,10 +236,21 @@ def _partial_sums(call: Call, owner: Side, sums: Tensor) -> Tensor:
         total = owner.num_positives[: owner.num_rows].double()
     else:
         of_positives = of_positives * total
+    found = [lse, of_positives, total]
+    if call.plan.looks_twice:
+        found.append(rest[0].sum(dim=0, dtype=torch.float64) if is_mean else _log_sum(*rest))
     valid = owner.valid[: owner.num_rows]
     poison = (call.rows.valid.sum() + call.cols.valid.sum()) * 0
-    found = torch.stack((lse, of_positives, total))
-    return torch.where(valid == 0, found, found + poison)
+    of_all = torch.stack(found)
+    return torch.where(valid == 0, of_all, of_all + poison)
+
+
+def _power(lse: Tensor) -> Tensor:
+    """(2, n) float32 of log-sum-exps (n,): a sum, and the exponent of two that it is times."""
+    exponent = (lse / LN2).floor()
+    # A kernel without a maximum takes sums as they are.
+    exponent = torch.where(exponent.abs() < 100, 0.0, exponent).clamp(min=triton_launch.LOWEST)
+    return torch.stack(((lse - exponent * LN2).exp(), exponent)).float()
 
 
 def _log_sum(powers: Tensor, exponents: Tensor) -> Tensor:
@@ -231,15 +260,17 @@ def _log_sum(powers: Tensor, exponents: Tensor) -> Tensor:
 
 
 def statistics_of(problem: Problem, sums: Tensor) -> Tensor:
-    """The statistics, given the sums over all contrasts: a power of two times a number near one."""
+    """The statistics, given the sums over all contrasts."""
     contributes = partial_sums.contributes(problem, sums)
-    lse, of_positives, total = torch.where(contributes, sums, 1.0)
-    exponent, pos_exponent = (lse / LN2).floor(), (of_positives / LN2).floor()
-    power, normaliser = (lse - exponent * LN2).exp(), total
+    sums = torch.where(contributes, sums, 1.0)
+    lse, of_positives, total = sums[:3]
+    power, exponent = _power(lse)
+    pos_exponent = (of_positives / LN2).floor()
+    normaliser = total
     if problem.summation == "in":
         normaliser = (of_positives - pos_exponent * LN2).exp()
-    stats = [power, normaliser, torch.ones_like(power), exponent, pos_exponent]
-    found = torch.stack(stats).float()
+    softmax_weight = partial_sums.softmax_weights(problem, sums)
+    found = torch.stack([power, normaliser, softmax_weight, exponent, pos_exponent]).float()
     if not problem.has_integer_labels:
         triton_soft.keep_totals(found, total)
     found[1] = torch.where(contributes, found[1], torch.inf)
