@@ -218,4 +218,4 @@ def test_both_directions_are_measured_in_every_way(tmp_path: Path) -> None:
     small = ["--num-rows", "96", "--dim", "8", "--rounds", "1", "--output-dir", str(tmp_path)]
     assert bench_both_ways.main(small) == 0
     rows = (tmp_path / bench_both_ways.RESULTS).read_text().splitlines()
-    assert len(rows) == 1 + len(bench_both_ways.WAYS)
+    assert len(rows) == 1 + len(bench_both_ways.WAYS | bench_both_ways.VARIANTS)
