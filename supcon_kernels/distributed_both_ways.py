@@ -146,7 +146,7 @@ def of_all_negatives(block: Problem, ranks: Ranks, backend: str) -> Tensor | Non
         return None
     block = dataclasses.replace(block, summation="out", denominator="only_negatives")
     _, sums = FUSED[backend].forward_of_some(block)
-    own, *_ = ranks.merged(block, sums)
+    (own,) = ranks.merged(block, sums[:1])
     (by_rank,) = ranks.membership.gather([(own, ranks.num_cols)])
     return torch.cat(by_rank)
 

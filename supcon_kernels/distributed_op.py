@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _OPTIONS = (
     "str backend, str reduction, str group, str text, bool first_views, bool unlabelled, "
-    "bool wants_rows, bool wants_cols, SymInt[] sizes"
+    "bool wants_rows, bool wants_cols, SymInt[] sizes, float? base_temperature"
 )
 forward = op.define(
     f"loss_of_ranks({SCHEMA}, {_OPTIONS}) "
@@ -53,11 +53,12 @@ class _Options(NamedTuple):
     Attributes:
         backend, reduction: as in ``supcon_loss``.
         group: the name of the process group.
-        text: what must agree between ranks, except for sizes and the temperature.
+        text: what must agree between ranks, except for sizes and numbers.
         first_views: whether the anchors are the first of the contrasts.
         unlabelled: whether every rank has numbered its samples for itself.
         wants_rows, wants_cols: as in ``Part``.
         sizes: those in the text.
+        base_temperature: as in ``supcon_loss``.
     """
 
     backend: str
@@ -69,6 +70,7 @@ class _Options(NamedTuple):
     wants_rows: bool
     wants_cols: bool
     sizes: Sequence[int]
+    base_temperature: float | None
 
 
 def traced_loss(
@@ -82,9 +84,9 @@ def traced_loss(
     problem = problem.by_rows()
     one_way.check(problem, backend, call.reduction)
     fields = dict(zip(Call._fields, call))  # torch 2.5 does not trace _asdict
+    for number in ("temperature", "base_temperature", "ignore_index"):
+        del fields[number]  # it may be known by name alone
     alike = {**fields, "backend": backend, "requires_grad": _wants_gradient(problem)}
-    if problem.temperature_tensor is None:
-        del alike["temperature"]  # a number that may be known by name alone
     text, sizes = text_and_sizes(alike)
     part = one_way.part_of(problem)
     options = _Options(
@@ -97,6 +99,7 @@ def traced_loss(
         bool(part.wants_rows),
         bool(part.wants_cols),
         sizes,
+        call.base_temperature,
     )
     return problem, forward(*problem.operands(), *options)[0]
 
@@ -142,9 +145,13 @@ def _forward(*operands: Any) -> tuple[Tensor, ...]:
         failure = error
     needs = int(options.wants_rows), int(options.wants_cols)
     part = Part(problem.num_rows, problem.num_cols, *needs)
-    text = options.text.format(*options.sizes)
-    if problem.temperature_tensor is None:
-        text += "\n" + text_of({"temperature": problem.temperature})
+    tau = problem.temperature_tensor
+    given = {
+        "temperature": problem.temperature if tau is None else tau,
+        "base_temperature": options.base_temperature,
+        "ignore_index": problem.ignore_index,
+    }
+    text = options.text.format(*options.sizes) + "\n" + text_of(given)
     numbers = agree(membership, text, failure, part)
     # The backward gathers the statistics.
     ranks = Ranks(

@@ -60,7 +60,7 @@ def losses(problem: Problem, sums: Tensor) -> Tensor:
     loss = -of_positives / total if problem.summation == "out" else total.log() - of_positives
     if problem.denominator != "one_positive":
         loss = lse + loss
-    if problem.denominator == "all":  # what the positives hold, all hold: below 0 it is roundings
+    if problem.denominator != "only_negatives":  # of probabilities: below 0 it is roundings
         loss = loss.clamp(min=0.0)
     return torch.where(contributes(problem, sums), loss, 0.0).to(problem.dtype)
 

@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import CASES, NOWHERE, VARIANTS, Arguments, by_id, classes, randn, takes
@@ -445,28 +446,32 @@ def compiled(group):
 
 @check(2)
 def compiled_for_all_sizes(group):
-    """Losses and gradients of two temperatures and widths, and the same in one graph, whatever changes;
-    and what is said where they are not alike.
+    """Losses and gradients whose sizes and numbers change, as they are and compiled; how many graphs
+    there are after each; and what is said where they are not alike.
     """
 
-    def step(features, soft, temperature):
-        return supcon_loss(features, soft, temperature=temperature, group=group)
+    def step(features, soft, temperature, base):
+        options = {"temperature": temperature, "base_temperature": base}
+        return supcon_loss(features, soft, **options, group=group)
 
     torch._dynamo.reset()
-    in_one_graph = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    in_one_graph = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
     g, rank = torch.Generator().manual_seed(dist.get_rank(group)), dist.get_rank(group)
-    found = []
-    for width, num_classes, tau in ((8, 3, 0.1), (12, 4, 0.2), (16, 5, 0.3)):
+    found, num_graphs = [], []
+    for width, num_classes, tau, base in ((8, 3, 0.1, 1.0), (12, 4, 0.1, 1.0), (16, 5, 0.3, 0.7)):
         features = randn(g, 5 + rank, 2, width)
         soft = torch.rand(5 + rank, num_classes, generator=g)
         found.append(
             [
-                _differentiated(lambda x, f=f, y=soft, t=tau: f(x, y, t), features)
+                _differentiated(lambda x, f=f, more=(soft, tau, base): f(x, *more), features)
                 for f in (step, in_one_graph)
             ]
         )
-    unlike = (randn(g, 5, 2, 8 + rank), soft[:5], 0.1), (randn(g, 5, 2, 8), soft[:5], 0.1 + rank)
-    return found, [refusal(lambda call=call: in_one_graph(*call)) for call in unlike]
+        num_graphs.append(counter.frame_count)
+    unlike = [(randn(g, 5, 2, 8 + rank), 0.1), (randn(g, 5, 2, 8), 0.1 + rank)]
+    refused = [refusal(lambda x=x, t=t: in_one_graph(x, soft[:5], t, 1.0)) for x, t in unlike]
+    return found, num_graphs, refused
 
 
 def _differentiated(step: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:

@@ -119,8 +119,10 @@ def forward_of_some(problem: Problem, negatives: Tensor | None = None) -> tuple[
     found = _empty_results(one_way, "none")
     sums = _empty((partial_sums.count(problem), problem.num_cols), torch.float64)
     places = tuple([x.data_ptr() for x in found[:3]])
-    given = {} if negatives is None else {"negatives": negatives.contiguous().data_ptr()}
-    _call(problem.by_rows()).forward("none", places, sums_of_cols=sums.data_ptr(), **given)
+    if negatives is not None:
+        negatives = negatives.double().contiguous()
+    known = 0 if negatives is None else negatives.data_ptr()
+    _call(problem.by_rows()).forward("none", places, sums_of_cols=sums.data_ptr(), negatives=known)
     if not problem.has_integer_labels:
         found.loss.add_(one_way.target_poison())
         sums.add_(other_way.target_poison())

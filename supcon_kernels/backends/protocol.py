@@ -123,8 +123,8 @@ class Fused(Backend, Protocol):
     def forward_of_some(
         self, problem: Problem, negatives: Tensor | None = None
     ) -> tuple[Results, Tensor]:
-        """The loss (N,) of each row of a symmetric problem, and the sums of its columns, which have
-        other contrasts besides these rows: see ``partial_sums``.
+        """The loss (N,) of each row of a symmetric problem, and the sums (k, M) of its columns, which
+        have other contrasts besides these rows: see ``partial_sums``.
 
         Args:
             problem: one whose rows meet all their contrasts.

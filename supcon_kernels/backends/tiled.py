@@ -207,16 +207,15 @@ def _chunk_sums(problem: Problem, s: Tensor, w: Tensor, negatives: Tensor | None
     lse = _log_sum_exp(s, below) if negatives is None else negatives.to(s.dtype)
     logits, positive, weight = [s], w > 0, w.clamp(min=0.0)
     if problem.denominator == "one_positive":
-        distance = s - lse[:, None]
-        not_q = F.logsigmoid(-distance).clamp(min=torch.finfo(s.dtype).min / 4)
-        log_q = F.logsigmoid(distance)
-        logits = [log_q, not_q.exp() if problem.summation == "out" else log_q + not_q]
+        log_q = F.logsigmoid(s - lse[:, None])
+        rest = F.logsigmoid(lse[:, None] - s).clamp_(min=torch.finfo(s.dtype).min / 4)
+        logits = [log_q, rest.exp_() if problem.summation == "out" else rest.add_(log_q)]
     if problem.summation == "out":
-        of_positives, *rest = [(weight * x).sum(dim=1) for x in logits]
+        of_positives = [(weight * x).sum(dim=1) for x in logits]
     else:
         log_weight = torch.where(positive, w, 1.0).log()
-        of_positives, *rest = [_log_sum_exp(x + log_weight, positive) for x in logits]
-    found = (lse, of_positives, weight.sum(dim=1), *rest)
+        of_positives = [_log_sum_exp(x + log_weight, positive) for x in logits]
+    found = (lse, of_positives[0], weight.sum(dim=1), *of_positives[1:])
     return torch.stack([x.to(accumulation_dtype(s)) for x in found])
 
 

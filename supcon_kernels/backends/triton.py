@@ -248,7 +248,7 @@ def _partial_sums(call: Call, owner: Side, sums: Tensor, negatives: Tensor | Non
 def _power(lse: Tensor) -> Tensor:
     """(2, n) float32 of log-sum-exps (n,): a sum, and the exponent of two that it is times."""
     exponent = (lse / LN2).floor()
-    # A kernel without a maximum takes sums as they are.
+    # A kernel without a maximum takes sums as they are; it has none that are so small or so large.
     exponent = torch.where(exponent.abs() < 100, 0.0, exponent).clamp(min=triton_launch.LOWEST)
     return torch.stack(((lse - exponent * LN2).exp(), exponent)).float()
 
