@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,33 +17,49 @@ from supcon_kernels import supcon_loss
 
 DTYPES = ("bfloat16", "float32", "float16")
 NUM_ROWS = 3000
+WIDE = ", both directions of wide rows"
+WIDE_DIM = 512
 
 
 def items(place: Place) -> Items:
-    checks = {
+    of_both = {
         "the same bits three times": check_determinism,
         "no host synchronisation": check_no_sync,
-        "no host synchronisation, soft labels and a mask": check_no_sync_of_weights,
         "capture and replay on other features": check_cuda_graph,
         "torch.compile in one graph": check_compile,
     }
+    checks = {name + kind: check for name, check in of_both.items() for kind in ("", WIDE)}
+    checks["no host synchronisation, soft labels and a mask"] = check_no_sync_of_weights
     dtypes = DTYPES[1:2] if place.is_tiny else DTYPES
     return {
-        f"{name}, {dtype}": functools.partial(_run, check, place, dtype)
+        f"{name}, {dtype}": functools.partial(_run, check, place, dtype, name.endswith(WIDE))
         for name, check in checks.items()
         for dtype in dtypes
     }
 
 
-def _run(check: Callable[[Place, Problem], None], place: Place, dtype: str) -> Iterator[Row]:
+def _run(
+    check: Callable[[Place, Problem], None], place: Place, dtype: str, is_wide: bool
+) -> Iterator[Row]:
     num_rows = 60 if place.is_tiny else NUM_ROWS
-    check(place, make_problem(Workload(num_rows, dtype=dtype, device=place.device)))
+    workload = Workload(num_rows, dtype=dtype, device=place.device)
+    if is_wide:
+        workload = replace(workload, dim=WIDE_DIM, num_cols=num_rows)
+    check(place, make_problem(workload))
     yield from ()
 
 
-def _step(place: Place, problem: Problem) -> tuple[Tensor, Tensor]:
-    loss = supcon_loss(problem.features, problem.labels, temperature=0.1, backend=place.backend)
-    return loss.detach(), torch.autograd.grad(loss, problem.features)[0]
+def _loss(problem: Problem, **options: Any) -> Tensor:
+    """Of the rows with each other, or with others in both directions."""
+    if problem.contrast_features is not None:
+        options |= {"contrast_features": problem.contrast_features, "symmetric": True}
+        options |= {"contrast_labels": problem.contrast_labels}
+    return supcon_loss(problem.features, problem.labels, **{"temperature": 0.1, **options})
+
+
+def _step(place: Place, problem: Problem) -> tuple[Tensor, ...]:
+    loss = _loss(problem, backend=place.backend)
+    return loss.detach(), *torch.autograd.grad(loss, problem.leaves)
 
 
 def check_determinism(place: Place, problem: Problem) -> None:
@@ -64,9 +81,7 @@ def check_no_sync(place: Place, problem: Problem) -> None:
     tau = torch.tensor(0.1, device=place.device, requires_grad=True)
 
     def learned() -> None:
-        supcon_loss(
-            problem.features, problem.labels, temperature=tau, backend=place.backend
-        ).backward()
+        _loss(problem, temperature=tau, backend=place.backend).backward()
 
     for step in (functools.partial(_step, place, problem), learned):
         _assert_no_sync(step)
@@ -118,12 +133,9 @@ def check_cuda_graph(place: Place, problem: Problem) -> None:
 def check_compile(place: Place, problem: Problem) -> None:
     """The loss without a break in the graph, and the gradient through it."""
     torch.compiler.reset()
-    loss_of = functools.partial(supcon_loss, temperature=0.1, backend=place.backend)
+    loss_of = functools.partial(_loss, problem, backend=place.backend)
     compiler = "aot_eager" if place.is_tiny else "inductor"
-    eager = loss_of(problem.features, problem.labels)
-    compiled = torch.compile(loss_of, fullgraph=True, backend=compiler)(
-        problem.features, problem.labels
-    )
+    eager, compiled = loss_of(), torch.compile(loss_of, fullgraph=True, backend=compiler)()
     torch.testing.assert_close(compiled, eager)
-    grads = [torch.autograd.grad(loss, problem.features)[0] for loss in (compiled, eager)]
+    grads = [torch.autograd.grad(loss, problem.leaves) for loss in (compiled, eager)]
     torch.testing.assert_close(*grads)

@@ -49,7 +49,7 @@ def test_each_stage_runs_on_a_cpu(stage: str, rehearsal: tuple[list[Row], str]) 
     ended = {row["item"]: row for row in rows if row.get("event") == "end"}
     skipped = {item for item, row in ended.items() if row["status"] == "skipped"}
     assert {row["status"] for row in ended.values()} <= {"ok", "skipped"}
-    on_cuda = {"counters": 1, "sanitizers": 1, "behaviour": 3, "choices": 1}
+    on_cuda = {"counters": 1, "sanitizers": 1, "behaviour": 5, "choices": 1}
     assert len(skipped) == on_cuda.get(stage, 0)
     assert all(ended[item]["detail"] == "there is none on cpu" for item in skipped)
     (whole,) = [row for row in rows if row.get("event") == "stage"]

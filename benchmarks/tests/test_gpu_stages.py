@@ -89,7 +89,7 @@ def test_soft_labels_and_a_mask_are_watched_for_a_host_sync(
     for part in checks.values():
         list(part())
     assert watched == {("labels", "tiled"), ("mask", "tiled")}
-    assert modes[-1] == "default" and modes.count("error") == 4
+    assert modes[-1] == "default" and modes.count("error") == 6
 
 
 def test_a_burst_is_made_shorter_until_the_queue_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
