@@ -11,11 +11,13 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from supcon_kernels import supcon_loss
+from supcon_kernels.backends import reference as dense
 from supcon_kernels.problem import normalize
 
 Loss = Callable[..., Tensor]
@@ -51,12 +53,14 @@ def reference(**arguments: Any) -> Tensor:
     return supcon_loss(**arguments, backend="reference")
 
 
-def dense_on_rounded_rows(*, fold: float = 1.0, **arguments: Any) -> Tensor:
-    """The dense formula, accumulating in float32, on rows rounded after their normalisation.
+def dense_in_short_products(*, fold: float = 1.0, **arguments: Any) -> Tensor:
+    """The dense formula, accumulating in float32, with both factors of each product in 16 bits.
 
-    This is what 16-bit inputs may cost a kernel that multiplies in 16 bits. ``fold`` is what rows
-    are multiplied by before they are rounded.
+    Rows are rounded after their normalisation, and the derivatives by similarities, which the backward
+    multiplies with rows. This is what 16-bit inputs may cost a kernel that multiplies in 16 bits.
+    ``fold`` is what rows are multiplied by before they are rounded.
     """
+    dtype = arguments["features"].dtype
     for name in ("features", "contrast_features"):
         if arguments.get(name) is not None:
             x = arguments[name]
@@ -67,7 +71,26 @@ def dense_on_rounded_rows(*, fold: float = 1.0, **arguments: Any) -> Tensor:
                 rows = torch.where(ignored, torch.nan, rows)
             rounded = (rows * fold).to(x.dtype).float() / fold
             arguments[name] = rows + (rounded - rows).detach()
-    return reference(**{**arguments, "normalize": False})
+    pair_loss = functools.partial(_pair_loss_in_short_products, dtype)
+    with mock.patch.object(dense, "pair_loss", pair_loss):
+        return reference(**{**arguments, "normalize": False})
+
+
+_pair_loss = dense.pair_loss
+
+
+def _pair_loss_in_short_products(dtype: torch.dtype, s: Tensor, *others: Any) -> Any:
+    """The losses of anchors, whose derivatives by their similarities ``s`` are rounded to ``dtype``."""
+
+    def rounded(derivatives: Tensor) -> Tensor:
+        # Relative to the largest, so that float16 flushes none that counts.
+        _, exponent = torch.frexp(derivatives.abs().amax())
+        scaled = torch.ldexp(derivatives, -exponent)
+        return torch.ldexp(scaled.to(dtype).to(s.dtype), exponent)
+
+    if s.requires_grad and s.numel():
+        s.register_hook(rounded)
+    return _pair_loss(s, *others)
 
 
 def assert_close(loss_function: Loss, arguments: dict[str, Any], dtype: torch.dtype) -> None:
@@ -118,10 +141,10 @@ def _dense_formulas(arguments: dict[str, Any], dtype: torch.dtype) -> list[Loss]
     if dtype.itemsize != 2:
         return [reference]
     if not arguments.get("normalize", True):
-        return [dense_on_rounded_rows]  # rows are multiplied as they are given
+        return [dense_in_short_products]  # rows are multiplied as they are given
     fold = (math.log2(math.e) / float(arguments["temperature"])) ** 0.5
-    folded = functools.partial(dense_on_rounded_rows, fold=fold)
-    return [dense_on_rounded_rows, folded]
+    folded = functools.partial(dense_in_short_products, fold=fold)
+    return [dense_in_short_products, folded]
 
 
 def _row_scale(name: str, arguments: dict[str, Any]) -> Tensor | float:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+import calls_of_ranks
 import loss_ranks
 from cases import by_id
 from compare import LEAVES, assert_close
@@ -80,7 +81,7 @@ class _Found(torch.autograd.Function):
 def whole(results: list, call: tuple):
     """The loss function that gives what the ranks found for this call, put together."""
     world, dtype = call[0], call[-1]
-    shares = loss_ranks.shares(loss_ranks.arguments_of(call), world)
+    shares = calls_of_ranks.shares(calls_of_ranks.arguments_of(call), world)
 
     def loss_function(**arguments):
         loss = results[0][0]
@@ -112,11 +113,11 @@ def name_of(call: tuple) -> str:
 def compare(found: list[dict], k: int, call: tuple) -> None:
     results = [of_rank["table"][k] for of_rank in found[: call[0]]]
     assert all(torch.equal(loss, results[0][0]) or loss.isnan() for loss, _ in results)
-    assert_close(whole(results, call), loss_ranks.arguments_of(call), call[-1])
+    assert_close(whole(results, call), calls_of_ranks.arguments_of(call), call[-1])
 
 
-PLAN = list(enumerate(loss_ranks.plan()))
-INTERPRETED = list(enumerate(loss_ranks.interpreted_plan()))
+PLAN = list(enumerate(calls_of_ranks.plan()))
+INTERPRETED = list(enumerate(calls_of_ranks.interpreted_plan()))
 
 
 @pytest.mark.parametrize("k, call", PLAN, ids=lambda x: name_of(x) if isinstance(x, tuple) else "")
@@ -218,7 +219,7 @@ def test_queues_stay_equal(found):
 
 def test_gradients_that_only_some_want(found):
     arguments = by_id("memory").arguments()
-    shares = loss_ranks.shares(arguments, 2)
+    shares = calls_of_ranks.shares(arguments, 2)
     leaves = [
         torch.as_tensor(arguments[name], dtype=torch.float64).requires_grad_() for name in LEAVES
     ]
@@ -240,7 +241,7 @@ def test_gradients_of_both_sides_that_only_some_want(found):
     leaves = [arguments[name].requires_grad_() for name in sides]
     loss = supcon_loss(**{**arguments, **dict(zip(sides, leaves))}, backend="reference")
     gradients = torch.autograd.grad(loss, leaves)
-    shares = loss_ranks.shares(arguments, 2)
+    shares = calls_of_ranks.shares(arguments, 2)
     for rank in range(2):
         refused, gradient, twice = found[rank]["gradients_of_both_sides_that_few_want"]
         assert refused[1].startswith("contrast_features must require grad on no rank of group")
