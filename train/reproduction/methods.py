@@ -62,11 +62,6 @@ METHODS = {
     "supcon_in": Compared("SupCon, L_in", {"method": "supcon", "summation": "in"}),
     "sincere": Compared("SINCERE", {"method": "supcon", "denominator": "one_positive"}),
     "dcl": Compared("DCL", {"method": "supcon", "denominator": "only_negatives"}),
-    "small_batch": Compared("SupCon, batch 32", {"method": "supcon", "batch_size": 32}),
-    "small_batch_queue": Compared(
-        "SupCon, batch 32, queue and momentum encoder",
-        {"method": "supcon", "batch_size": 32, "queue_size": 2048, "queue_momentum": 0.99},
-    ),
 }
 SUPERVISED = ("supcon", "cross_entropy", "cross_entropy_2x")
 
@@ -84,6 +79,14 @@ POSITIVES = {f"positives_{count}": count for count in (1, 3, 7)}
 for _name, _count in POSITIVES.items():
     _title = f"{_count} positive" + "s" * (_count > 1)
     METHODS[_name] = _changed(SUPCON, _title, options={"max_positives": _count})
+
+# Of the table of memory: a queue of 32 batches, as the paper's of 8,192 keys is at a batch of 256.
+BATCHES = (32, 64, 128, 256)
+for _size in BATCHES:
+    _name, _of_batch = f"batch_{_size}", {"batch_size": _size}
+    _queue = {"queue_size": 32 * _size, "queue_momentum": 0.99}
+    METHODS[_name] = _changed(SUPCON, f"batch {_size}", options=_of_batch)
+    METHODS[f"{_name}_queue"] = _changed(_name, "queue", options=_queue)
 
 # Beyond the paper: of each condition its title and its options. Learning rates are those of without.
 CONDITIONS: dict[str, tuple[str, dict[str, Any]]] = {
