@@ -84,9 +84,10 @@ for _name, _count in POSITIVES.items():
 BATCHES = (32, 64, 128, 256)
 for _size in BATCHES:
     _name, _of_batch = f"batch_{_size}", {"batch_size": _size}
-    _queue = {"queue_size": 32 * _size, "queue_momentum": 0.99}
     METHODS[_name] = _changed(SUPCON, f"batch {_size}", options=_of_batch)
-    METHODS[f"{_name}_queue"] = _changed(_name, "queue", options=_queue)
+    _keys = 32 * _size
+    _queue = {"queue_size": _keys, "queue_momentum": 0.99}
+    METHODS[f"{_name}_queue"] = _changed(_name, f"queue of {_keys:,} keys", options=_queue)
 
 # Beyond the paper: of each condition its title and its options. Learning rates are those of without.
 CONDITIONS: dict[str, tuple[str, dict[str, Any]]] = {
