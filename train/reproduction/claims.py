@@ -175,7 +175,7 @@ TABLES = {
         columns=("top1", *SEVERITIES),
     ),
     "memory": Table(
-        "Memory: a queue and a momentum encoder beside small batches",
+        "Memory: a queue and a momentum encoder (the paper's claim is for ImageNet)",
         (*WITH_QUEUE, *WITHOUT_QUEUE, SUPCON),
         (
             Claim("batch_256_queue", SUPCON),
