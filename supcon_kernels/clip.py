@@ -73,7 +73,7 @@ class ClipLoss(nn.Module):
         Raises:
             ValueError: an argument that is not as described, named in the message.
         """
-        validation.check_clip(logit_scale, logit_bias)
+        validation.check_clip(image_features, text_features, logit_scale, logit_bias)
         if isinstance(logit_scale, Tensor):
             logit_scale = logit_scale.reshape(()).to(working_dtype(logit_scale))
         loss = supcon_loss(

@@ -92,7 +92,7 @@ def check(problem: Problem, backend: str, reduction: str) -> None:
     if backend == "reference":
         raise ValueError(
             "backend must be None, 'native', 'triton' or 'tiled' with group, got 'reference', "
-            "which is the loss of one process"
+            "which is the loss of one process, and the only one for torch.func"
         )
 
 

@@ -174,6 +174,8 @@ def _checked_loss(loss: object) -> Tensor:
     if not isinstance(loss, Tensor) or loss.ndim != 0:
         came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
         raise TypeError(f"loss_function must return a 0-dim tensor, got {came}")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("grad_cache_backward makes gradients: call it outside torch.no_grad()")
     if not loss.requires_grad:
         raise ValueError("loss_function must return a loss that depends on the embeddings")
     return loss

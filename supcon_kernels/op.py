@@ -209,6 +209,7 @@ class SupConLossFunction(torch.autograd.Function):
         call = (grad_loss, *saved, *needs_of(ctx), *tensors, *ctx.options)
         # A graph of the gradient is made, and refused, by the operator.
         by_operator = torch.is_grad_enabled() or not _is_plain((grad_loss, *tensors))
+        by_operator = by_operator or _is_batched(grad_loss)
         grads = backward(*call) if by_operator else _backward(*call)
         return by_operand(ctx, grads, tensors)
 
@@ -264,7 +265,8 @@ class SupConLossWithGradients(torch.autograd.Function):
 
 def _is_batched(grad_loss: Tensor) -> bool:
     """Whether ``is_grads_batched=True`` gave it, so that it has no value of its own."""
-    return not torch._C._dispatch_keys(grad_loss).has(torch._C.DispatchKey.CPU)
+    keys, of_devices = torch._C._dispatch_keys(grad_loss), torch._C.DispatchKey
+    return not (keys.has(of_devices.CPU) or keys.has(of_devices.CUDA))
 
 
 def _loss_and_gradients(ctx: Any, problem: Problem) -> tuple[Tensor, Made]:

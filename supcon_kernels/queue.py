@@ -29,7 +29,7 @@ class LabelQueue(nn.Module):
         device: where the buffers live.
 
     Raises:
-        ValueError: ``size`` or ``dim`` below 1.
+        ValueError: ``size`` or ``dim`` below 1, or a ``dtype`` that is not floating-point.
 
     Example:
         >>> queue = LabelQueue(8192, 128)
@@ -52,13 +52,19 @@ class LabelQueue(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if dtype not in (None, *FLOATS):
+            raise ValueError(f"dtype must be None or one of {list(FLOATS)}, got {dtype}")
         # Buffers made under inference_mode could not be part of a loss that is differentiated later.
         with torch.inference_mode(False):
             self.register_buffer("features", torch.zeros(size, dim, dtype=dtype, device=device))
             empty = torch.full((size,), ignore_index, dtype=torch.int64, device=device)
             self.register_buffer("labels", empty)
+
+    def extra_repr(self) -> str:
+        """The size and the width, for ``print(queue)``."""
+        return "size={}, dim={}".format(*self.features.shape)
 
     @torch.inference_mode(False)
     @torch.no_grad()

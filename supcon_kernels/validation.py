@@ -90,8 +90,7 @@ def _check_features(features: Any, contrast_features: Any) -> None:
                 f"{name} must be a float16, bfloat16, float32 or float64 tensor, "
                 f"got {_described(x)}"
             )
-        if x.layout != torch.strided:
-            raise ValueError(f"{name} must be a strided tensor, got the layout {x.layout}")
+        _check_layout(name, x)
         if x.ndim != 2 and (name, x.ndim) != ("features", 3):
             shapes = "(N, D) or (B, V, D)" if name == "features" else "(M, D)"
             raise ValueError(f"{name} must have shape {shapes}, got {tuple(x.shape)}")
@@ -141,8 +140,18 @@ def _check_temperature_tensor(features: Tensor, temperature: Tensor) -> None:
         raise ValueError(f"temperature must be > 0 and finite, got {float(temperature.detach())}")
 
 
-def check_clip(logit_scale: Any, logit_bias: Any) -> None:
-    """The scale of CLIP's logits is a positive number, and there is no bias."""
+def check_clip(image_features: Any, text_features: Any, logit_scale: Any, logit_bias: Any) -> None:
+    """Features of images and of texts are as many; the scale of logits is positive, and without a bias."""
+    for name, x in (("image_features", image_features), ("text_features", text_features)):
+        if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.ndim != 2:
+            raise ValueError(
+                f"{name} must be a floating-point tensor of shape (N, D), got {_described(x)}"
+            )
+    if text_features.shape != image_features.shape:
+        raise ValueError(
+            f"text_features must have the shape of image_features {tuple(image_features.shape)}, "
+            f"got {tuple(text_features.shape)}"
+        )
     if logit_bias is not None:
         raise ValueError(
             f"logit_bias must be None, got {_described(logit_bias)}: it changes nothing in a softmax"
@@ -236,7 +245,7 @@ def _check_contrast(call: Call) -> None:
     if unlabelled:
         raise ValueError(f"self_offset must be None without labels or mask, got {self_offset!r}")
     if isinstance(self_offset, bool) or not isinstance(self_offset, (int, torch.SymInt)):
-        raise ValueError(f"self_offset must be an integer, got {self_offset!r}")
+        raise ValueError(f"self_offset must be an int, got {self_offset!r}")
     if not 0 <= self_offset <= m - n:
         raise ValueError(
             f"self_offset must lie in [0, {m - n}] for {n} anchors and {m} contrast_features, "
@@ -250,12 +259,13 @@ def _check_labels(name: str, labels: Any, length: int, features: Tensor) -> None
         not isinstance(labels, Tensor)
         or labels.dtype not in dtypes.get(labels.ndim, ())
         or labels.shape[0] != length
-        or labels.shape[-1] == 0 < labels.ndim - 1
+        or (labels.ndim == 2 and labels.shape[1] < 2)
     ):
         raise ValueError(
-            f"{name} must be a tensor of ({length},) integers or ({length}, C) floats, C > 0, "
+            f"{name} must be a tensor of ({length},) integers or ({length}, C) floats, C > 1, "
             f"got {_described(labels)}{_conversion(name, labels)}"
         )
+    _check_layout(name, labels)
     _check_no_grad(name, labels)
     _check_device(name, labels, features)
     if labels.ndim == 2 and _readable(labels) and not _in_range(labels, 0.0):
@@ -266,7 +276,8 @@ def _conversion(name: str, labels: Any) -> str:
     """What the caller may have meant, where the dtype alone is wrong."""
     if not isinstance(labels, Tensor) or labels.is_complex():
         return ""
-    if labels.ndim == 1 and labels.dtype not in INTEGERS:
+    is_vector = labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == 1)
+    if is_vector and labels.dtype not in INTEGERS:
         return f": if these are class numbers, pass {name}.long()"
     if labels.ndim == 2 and not labels.is_floating_point():
         return f": if these are one-hot or multi-hot, pass {name}.float()"
@@ -279,6 +290,7 @@ def _check_mask(mask: Any, shapes: list[tuple[int, int]], features: Tensor) -> N
         raise ValueError(f"mask must be a tensor of shape {accepted}, got {_described(mask)}")
     if mask.dtype not in (torch.bool, *INTEGERS, *FLOATS):
         raise ValueError(f"mask must be boolean, integer or floating-point, got {mask.dtype}")
+    _check_layout("mask", mask)
     _check_no_grad("mask", mask)
     _check_device("mask", mask, features)
     if mask.is_floating_point() and _readable(mask) and not _in_range(mask, -math.inf):
@@ -298,6 +310,11 @@ def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} of shape {tuple(value.shape)}"
     return type(value).__name__
+
+
+def _check_layout(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} must be a strided tensor, got the layout {x.layout}")
 
 
 def _check_no_grad(name: str, x: Tensor) -> None:

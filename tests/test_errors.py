@@ -38,10 +38,13 @@ CALLS = [
     ("labels", r"\(4, 0\)", ValueError, {"labels": torch.zeros(4, 0)}),
     ("labels", r"float32.* pass labels\.long\(\)", ValueError, {"labels": LABELS.float()}),
     ("labels", r"bool.* pass labels\.long\(\)", ValueError, {"labels": LABELS.bool()}),
+    ("labels", r"float32.* pass labels\.long\(\)", ValueError, {"labels": LABELS[:, None].float()}),
+    ("labels", "sparse", ValueError, {"labels": SOFT.to_sparse()}),
+    ("mask", "sparse", ValueError, {"mask": MASK.to_sparse()}),
     ("labels", r"pass labels\.float\(\)", ValueError, {"labels": F.one_hot(LABELS)}),
     ("labels", r"\(3,\)", ValueError, {"labels": LABELS[:3, None]}),
     ("labels", ">= 0", ValueError, {"labels": -SOFT}),
-    ("labels", ">= 0 and finite", ValueError, {"labels": SOFT.log()[:, :1] * torch.nan}),
+    ("labels", ">= 0 and finite", ValueError, {"labels": SOFT.log() * torch.nan}),
     ("labels", "require grad", ValueError, {"labels": SOFT.clone().requires_grad_()}),
     ("labels", "device", ValueError, {"labels": LABELS.to("meta")}),
     ("mask", "both", ValueError, {"labels": LABELS, "mask": MASK}),
@@ -184,10 +187,27 @@ def test_clip_names_the_argument(name, said, scale, bias):
 
 
 @pytest.mark.parametrize(
+    "name, said, images, texts",
+    [
+        ("image_features", "list", [[1.0]], FEATURES),
+        ("text_features", "int64", FEATURES, FEATURES.long()),
+        ("text_features", r"\(4, 3\), got \(3, 3\)", FEATURES, FEATURES[:3]),
+        ("text_features", r"\(4, 3\), got \(4, 2\)", FEATURES, FEATURES[:, :2]),
+    ],
+)
+def test_clip_names_the_tower(name, said, images, texts):
+    with pytest.raises(ValueError, match=rf"^{name} must .*{said}"):
+        ClipLoss()(images, texts, 10.0)
+
+
+@pytest.mark.parametrize(
     "name, call",
     [
         ("size", lambda: LabelQueue(0, 4)),
+        ("size", lambda: LabelQueue(4.5, 4)),
         ("dim", lambda: LabelQueue(4, 0)),
+        ("dim", lambda: LabelQueue(4, "3")),
+        ("dtype", lambda: LabelQueue(4, 3, dtype=torch.int64)),
         ("features", lambda: LabelQueue(4, 3).enqueue(torch.zeros(2, 5), LABELS[:2])),
         ("labels", lambda: LabelQueue(4, 3).enqueue(torch.zeros(2, 3), LABELS)),
         *(

@@ -236,6 +236,12 @@ def test_a_loss_that_is_none_is_refused(loss_function, error, said):
         grad_cache_backward(make_network(), images.split(6), loss_function)
 
 
+def test_a_call_without_gradients_is_refused():
+    images, _ = make_batch()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"outside torch\.no_grad"):
+        grad_cache_backward(make_network(), images.split(6), loss_of)
+
+
 def test_what_cannot_be_encoded_twice_is_refused():
     images, _ = make_batch()
     with pytest.raises(TypeError, match="chunks must be a sequence"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cases import CASES, VARIANTS, takes
+from supcon_kernels import supcon_loss
 from supcon_kernels.backends import native
 from test_native import WHY_NOT, arguments_of, native_loss, value_and_gradients
 
@@ -56,6 +57,17 @@ def test_gradients_made_with_the_loss_are_scaled_by_many_gradients_of_it_at_once
     loss, factors = native_loss(features, labels), torch.tensor([1.0, 2.0])
     (both,) = torch.autograd.grad(loss, features, factors, is_grads_batched=True)
     torch.testing.assert_close(both, factors[:, None, None] * expected)
+
+
+@pytest.mark.parametrize("backend", ["native", "tiled"])
+def test_many_gradients_of_each_loss_at_once(backend):
+    features, labels = torch.randn(8, 4, requires_grad=True), torch.arange(8) % 3
+
+    def jacobian(backend):
+        losses = supcon_loss(features, labels, reduction="none", backend=backend)
+        return torch.autograd.grad(losses, features, torch.eye(8), is_grads_batched=True)[0]
+
+    torch.testing.assert_close(jacobian(backend), jacobian("reference"))
 
 
 def test_the_gradient_of_many_gradients_at_once_is_refused():

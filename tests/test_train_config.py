@@ -46,6 +46,15 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
     assert (config.batches.batch_size, config.method.temperature) == (48, 0.2)
 
 
+@pytest.mark.parametrize("text", ["", "- epochs: 10\n"])
+def test_config_file_without_options(tmp_path, capsys, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        read("--config", str(tmp_path / "a.yaml"))
+    error = capsys.readouterr().err
+    assert error.startswith("error: --config: the file must have a line such as 'epochs: 10'")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -57,6 +66,7 @@ def test_later_of_two_recipes_wins(recipe, tmp_path):
         (["--batch", "3"], "--batch 3"),
         (["--sync_batchnorm", "--compile"], "--sync_batchnorm contradicts --compile"),
         (["--batch_size", "many"], "batch_size"),
+        (["--decay_epochs", "10"], "--decay_epochs 10: a list is accepted, such as [10]"),
         (["--batch_size", "1"], "--batch_size 1: must be at least 2"),
         (["--num_views", "1"], "--num_views 1: must be at least 2 for --method supcon"),
         (["--min_crop_area", "0"], "--min_crop_area 0.0: must be greater than 0 and at most 1"),

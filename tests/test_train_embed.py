@@ -148,8 +148,9 @@ def test_filters_and_images_lie_as_in_the_run(tmp_path, monkeypatch, channels_la
     write_images(tmp_path / "images", {"cat": 3, "dog": 3})
     dataset = ("--dataset", f"imagefolder:{tmp_path / 'images'}", "--val_fraction", 0.4)
     run = pretrain(
-        tmp_path, *dataset, "--batch_size", 4, "--max_steps", 1, "--channels_last", channels_last
-    )
+        tmp_path, *dataset, "--batch_size", 4, "--max_steps", 1, "--width", 16,
+        "--channels_last", channels_last,
+    )  # fmt: skip
     seen = []
 
     def encode(model, views, images):

@@ -217,7 +217,7 @@ def test_export_rebuilds_encoder_and_input(tmp_path, channels, options):
     write_encoder(tmp_path, model.encoder, config.network, data)
 
     loaded = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()
-    loaded = loaded.to(memory_format=torch.channels_last)
+    loaded = loaded.to(memory_format=config.network.memory_format)
     expected = model.encoder.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())

@@ -101,6 +101,7 @@ def test_two_runs_side_by_side(folder, capsys):
 
     table = list(csv.DictReader((folder / "comparison.csv").read_text().splitlines()))
     assert [row["run"] for row in table] == ["ce", "supcon"]
+    assert float(table[1]["corrupted top-1 of 6 images"]) == supcon["corruptions"]["mean_top1"]
     assert float(table[1]["mCE"]) == supcon["baseline"]["mce"]
     markdown = (folder / "comparison.md").read_text()
     assert markdown.count("\n") == 4 and "| supcon | supcon | linear stage (convex) |" in markdown
@@ -320,6 +321,9 @@ def test_runs_that_cannot_be_evaluated_are_named(folder, copy, capsys):
     baseline = ("--checkpoint", folder / "ce", "--baseline", folder / "other")
     error = error_of(capsys, *baseline, *SHORT)
     assert f"{folder / 'other/last.pt'} has other test images" in error
+    photos = f"--transfer=imagefolder:{folder}"
+    error = error_of(capsys, "--checkpoint", folder / "ce", photos, *PLAIN)
+    assert "no val/ folder: hold images out by --transfer_val_fraction 0.1" in error
 
 
 @pytest.mark.parametrize(

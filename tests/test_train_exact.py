@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -173,9 +174,11 @@ def test_signal_finishes_the_step_and_saves(whole, tmp_path, name, workers, step
     assert run_in_fork(tmp_path, at_step(step, signal_group), options=options) == 75
     run = tmp_path / NAME
     assert (run / "REQUEUE").exists()
-    assert f"{name}: stopped" in (tmp_path / "stderr").read_text()
+    said = (tmp_path / "stderr").read_text()
+    assert f"{name}: stopped" in said
     assert load_checkpoint(run / "last.pt")["state"]["step"] == step + 1
-    pretrain(tmp_path, *OPTIONS, "--workers", workers, "--resume", "auto")
+    # As it was told, and nothing else.
+    pretrain(tmp_path, *shlex.split(said.split("continue by ")[1].splitlines()[0]))
     assert not (run / "REQUEUE").exists()
     assert_same(run, whole)
 

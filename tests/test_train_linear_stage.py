@@ -73,7 +73,7 @@ def test_convex_fit_is_the_logistic_regression_of_scikit_learn(run, capsys):
     peer = LogisticRegression(C=1 / (0.01 * len(rows)), tol=1e-6, max_iter=2000)
     peer.fit((rows - mean) / std, labels)
     weight = classifier.weight.numpy() * std
-    np.testing.assert_allclose(weight, peer.coef_, atol=2e-3)
+    np.testing.assert_allclose(weight, peer.coef_, atol=4e-3)
     assert found["converged"] and found["protocol"] == "convex"
     said = capsys.readouterr().out
     assert f"converged after {found['iterations']} iterations of L-BFGS" in said

@@ -47,7 +47,9 @@ def test_extended_run_ends_like_one_that_was_always_as_long(whole, cut_short, mo
     assert all(torch.equal(value, expected[name]) for name, value in weights(cut_short).items())
     assert (cut_short / "config.yaml").read_text().count("max_steps: 12\n") == 1
     # Once it is longer, it is so for good. What of the machine differs is said.
-    assert "last bits" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "warning: the run now ends after step 12, not 7 as before" in said
+    assert "last bits" not in said
     machine = describe_machine(torch.device("cpu"), 1) | {"torch": "9.9"}
     monkeypatch.setattr("run.resume.describe_machine", lambda *arguments: machine)
     pretrain(cut_short, *OPTIONS, "--max_steps", 12, "--resume", cut_short)

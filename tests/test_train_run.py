@@ -120,11 +120,13 @@ def test_encoder_is_rebuilt_from_its_metadata_alone(run):
         about = json.loads(file.metadata()["encoder"])
     encoder = timm.create_model(about["model"], **about["options"])
     encoder.load_state_dict(load_file(path))
-    encoder = encoder.to(memory_format=torch.channels_last)
-    size, mean, std = (about[key] for key in ("image_size", "mean", "std"))
-    views = Views(nn.Identity(), image_size=size, mean=mean, std=std, seed=0)
-
     config = options_of(**yaml.safe_load((run / "config.yaml").read_text()))
+    memory_format = config.network.memory_format
+    encoder = encoder.to(memory_format=memory_format)
+    size, mean, std = (about[key] for key in ("image_size", "mean", "std"))
+    same = {"image_size": size, "mean": mean, "std": std, "memory_format": memory_format}
+    views = Views(nn.Identity(), **same, seed=0)
+
     data = load_data(config)
     model = build_model(config, channels=1)
     model.load_state_dict(weights(run))
@@ -251,7 +253,11 @@ def test_default_names_are_numbered_and_taken_names_refused(tmp_path):
         [folders[2] / "last.pt"],
     )
     named = options_of(output_dir=str(tmp_path), name=folders[2].name)
-    with pytest.raises(UserError, match=r"already holds a run.*--resume auto"):
+    with pytest.raises(UserError, match=r"already holds a run.*--config .* --resume "):
+        opened(named)
+    (folders[1] / "notes.txt").touch()
+    named = options_of(output_dir=str(tmp_path), name=folders[1].name)
+    with pytest.raises(UserError, match=r"seed0-2 is not empty, and holds no run"):
         opened(named)
 
 

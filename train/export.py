@@ -56,9 +56,9 @@ def main(argv: list[str] | None = None) -> Path:
 
 def export(options: ExportOptions) -> Path:
     """Write the encoder whose weights the run would have evaluated."""
+    run = open_run(Path(options.checkpoint))
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise UserError(f"ONNX needs more packages: pip install {' '.join(missing)}")
-    run = open_run(Path(options.checkpoint))
     about, size = run.prepared_images(), run.options.data.image_size
     assert size is not None
     encoder = run.network().encoder.eval()

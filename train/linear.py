@@ -14,6 +14,9 @@ import run.quiet_interrupt  # noqa: F401  before all that takes long to import
 # isort: split
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,8 @@ def main(argv: list[str] | None = None) -> float:
 def linear(options: LinearOptions) -> float:
     """Fit on the training images of a run, measure on its test images, write both to its folder."""
     run = open_run(Path(options.stage.checkpoint))
+    with writing_to(run.path.parent) as folder, tempfile.TemporaryFile(dir=folder):
+        pass  # before what takes long
     device = pick_device(options.stage.device)
     set_arithmetic(run.options.device, device)
     stage = LinearStage(options, run, images_of(run, options), device)
@@ -72,15 +77,22 @@ def images_of(run: SavedRun, options: LinearOptions) -> ImageData:
     return data
 
 
+@contextmanager
+def writing_to(folder: Path) -> Iterator[Path]:
+    """Turn the error of a folder that cannot be written to into one of the user's."""
+    try:
+        yield folder
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+
+
 def write(run: SavedRun, found: Found, results: dict[str, Any]) -> None:
     """Write linear.json and linear.pt to the folder of a run."""
     folder = run.path.parent
     found.classifier.step = run.state.step
-    try:
+    with writing_to(folder):
         written = save_classifier(folder, found.classifier)
         replace_text(folder / "linear.json", json.dumps(results, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
     print(f"written to {folder / 'linear.json'} and {written}")
 
 

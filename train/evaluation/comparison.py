@@ -10,6 +10,7 @@ from run.errors import UserError
 
 MARKDOWN, CSV = "comparison.md", "comparison.csv"
 ABOUT = ("run", "method", "classifier")
+CORRUPTED = "corrupted top-1"
 # The columns before and after those of transfer: where a run's results have the number.
 BEFORE = {
     "top-1": ("classification", "top1"),
@@ -20,7 +21,7 @@ BEFORE = {
     "MAP@R": ("retrieval", "map@r"),
 }
 AFTER = {
-    "corrupted top-1": ("corruptions", "mean_top1"),
+    CORRUPTED: ("corruptions", "mean_top1"),
     "mCE": ("baseline", "mce"),
     "relative mCE": ("baseline", "relative_mce"),
 }
@@ -40,6 +41,9 @@ def numbers_of(results: dict[str, Any]) -> dict[str, float]:
         value: Any = results
         for key in place:
             value = value.get(key, {})
+        if title == CORRUPTED:  # of other images it is another column
+            images = results.get("corruptions", {}).get("of", {}).get("images")
+            title = f"{CORRUPTED} of {images} images"
         if isinstance(value, float):
             found[title] = value
     return found

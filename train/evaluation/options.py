@@ -92,9 +92,10 @@ class EvaluateOptions:
 
 def transfer_mistakes(data: DataOptions) -> list[str]:
     """Those of the data set of --transfer, by the names of its options here."""
-    return [
-        sentence.replace("--dataset", "--transfer").replace(
-            "--val_fraction", "--transfer_val_fraction"
-        )
-        for sentence in data.mistakes()
-    ]
+    return [by_names_here(sentence) for sentence in data.mistakes()]
+
+
+def by_names_here(sentence: str) -> str:
+    """A sentence on the options of a data set, by the names that those of --transfer have."""
+    renamed = sentence.replace("--dataset", "--transfer")
+    return renamed.replace("--val_fraction", "--transfer_val_fraction")

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from data.images import ImageData
-from data.sources import load_data
+from data.sources import DataOptions, load_data
 from data.views import Views, build_views
 from evaluation.classification import classify, top1
 from evaluation.comparison import numbers_of, write_table, written
 from evaluation.corruptions import Corruptions, compare, draw_corruptions
 from evaluation.embeddings import embed, encode_stored
-from evaluation.options import EvaluateOptions
+from evaluation.options import EvaluateOptions, by_names_here
 from evaluation.page import draw_page
 from evaluation.retrieval import retrieve
 from evaluation.scores import Classifier, open_classifier
@@ -138,7 +138,7 @@ def measure(one: Opened, options: EvaluateOptions, device: torch.device, ranks: 
         channels = one.run.about_images["channels"]
         fitted = replace(named, image_size=one.data.image_size, in_chans=channels)
         with ranks.local_rank_0_first():
-            data = load_data(fitted)
+            data = load_transferred(fitted)
         shares = transfer(partial(embed_all, encode), data)
         results["transfer"] = results.get("transfer", {}) | {data.name: shares}
     if (corruptions := one.corruptions) is not None:
@@ -156,6 +156,14 @@ def measure(one: Opened, options: EvaluateOptions, device: torch.device, ranks: 
         found = before.get("top1", {}) if before.get("of") == corruptions.about else {}
         corruptions.test(partial(embed_all, one.classifier.scores), found, keep)
     return results
+
+
+def load_transferred(named: DataOptions) -> ImageData:
+    """The data set of --transfer; an error names the options as they are called here."""
+    try:
+        return load_data(named)
+    except UserError as error:
+        raise UserError(by_names_here(str(error))) from error
 
 
 def write(one: Opened, results: Results) -> None:

@@ -96,6 +96,7 @@ def say_what_is_next(folder: Path, dataset: str) -> None:
     print(f"files in {folder}:")
     for what, names in files.items():
         there = [name for name in names if (folder / name).exists()]
-        print(f"  {what:10}  {'  '.join(there)}")
+        if there:
+            print(f"  {what:10}  {'  '.join(there)}")
     following = next_steps.linear(folder), next_steps.embed(folder, dataset)
     print(next_steps.lines(*following), flush=True)

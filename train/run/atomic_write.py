@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from run import next_steps
 from run.errors import UserError
 
 TEMPORARY = ".tmp"
@@ -54,7 +55,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"cannot write to {folder}: {error.strerror}. Every checkpoint there is whole: free "
-            f"some space and continue by --resume {folder}"
+            f"some space and continue by {next_steps.resume(folder)}"
         ) from error
 
 

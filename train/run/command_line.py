@@ -23,6 +23,10 @@ ALIASES = {
     "lr": "learning_rate", "bs": "batch_size", "wd": "weight_decay", "arch": "model",
     "temp": "temperature", "tau": "temperature",
 }  # fmt: skip
+# What jsonargparse says of a number where a list belongs.
+LIST_EXPECTED = re.compile(
+    r"""Parser key "(\w+)":.*Expected a <class 'list'>.*Given value: (\S+)""", re.DOTALL
+)
 INTERRUPTED = 128 + signal.SIGINT  # as shells count a program that a signal ended
 
 
@@ -55,6 +59,10 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with code 2."""
         message = message.replace("invalid _boolean_type value", "true or false is accepted, not")
+        if found := LIST_EXPECTED.search(message):
+            message = f"--{found[1]} {found[2]}: a list is accepted, such as [{found[2]}]"
+        if message.startswith("Unexpected config:"):
+            message = "--config: the file must have a line such as 'epochs: 10' for each option"
         # argparse lists the unknown words of the command line, jsonargparse quotes a key of YAML.
         _, _, unknown = message.partition("nrecognized arguments: ")
         words = [word for word in unknown.split() if word.startswith("-")]

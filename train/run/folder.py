@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from run import next_steps
 from run.checkpoint import LAST, checkpoints_in
 from run.errors import UserError
 from run.rules import broken
@@ -128,9 +129,13 @@ def open_folder(
     except OSError as error:
         raise UserError(f"cannot write a run: {error}; choose another --output_dir") from error
     if options.resume == "none" and any(path.name != LOCK for path in folder.iterdir()):
-        raise UserError(
-            f"{folder} already holds a run: choose another --name, or continue it by --resume auto"
-        )
+        what = "is not empty, and holds no run: choose another --name"
+        if (folder / "config.yaml").is_file() or checkpoints_in(folder):
+            what = (
+                "already holds a run: choose another --name, or continue it by "
+                + next_steps.resume(folder)
+            )
+        raise UserError(f"{folder} {what}")
     if options.resume in ("none", "auto"):
         # Without any the run stopped before its first checkpoint: nothing to keep, it starts again.
         return folder, checkpoints_in(folder)

@@ -1,5 +1,6 @@
 """What a script says last: the commands to run next, ready to be copied."""
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,11 @@ def lines(*commands: tuple[str, str]) -> str:
     """What each command does, and the command: the last lines of a script."""
     width = max(len(what) for what, _ in commands)
     return "\n".join(["next:", *(f"  {what:{width}}  {command}" for what, command in commands)])
+
+
+def resume(folder: Path) -> str:
+    """The options that continue the run in a folder, with all that it was started with."""
+    return shlex.join(["--config", str(folder / "config.yaml"), "--resume", str(folder)])
 
 
 def linear(checkpoint: Path) -> tuple[str, str]:
@@ -37,7 +43,7 @@ def export(checkpoint: Path) -> tuple[str, str]:
 
 def read(embeddings: Path) -> tuple[str, str]:
     """Read what embed.py has written."""
-    program = f"import numpy; print(numpy.load({str(embeddings)!r})['embeddings'])"
+    program = f'import numpy; print(numpy.load({json.dumps(str(embeddings))})["embeddings"])'
     return "read them", shlex.join(["python", "-c", program])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from run import next_steps
 from run.processes import ALONE, Ranks
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -70,7 +71,7 @@ class Requests:
                 self.mark.touch()
                 name = signal.Signals(self.received).name
                 print(
-                    f"{name}: stopped after saving; continue by --resume {self.mark.parent}",
+                    f"{name}: stopped after saving; continue by {next_steps.resume(self.mark.parent)}",
                     file=sys.stderr,
                 )
             # The first that ends has torchrun end the others, who must not be saving any more.

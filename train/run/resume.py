@@ -98,7 +98,13 @@ def resume(
     trainer.schedule = build_schedule(
         options.schedule, trainer.optimizer, steps_per_epoch=steps_per_epoch
     )
-    if total_steps != saved.options.schedule.total_steps(steps_per_epoch):
+    before = saved.options.schedule.total_steps(steps_per_epoch)
+    if total_steps != before:
+        print(
+            f"warning: the run now ends after step {total_steps}, not {before} as before "
+            f"(--config {saved.path.parent / 'config.yaml'} repeats its options)",
+            file=sys.stderr,
+        )
         # An epoch that was cut short, or is now the last, is not over: it is evaluated at its end.
         last_epoch = math.ceil(total_steps / steps_per_epoch) - 1
         state.epoch = min(state.epoch, state.step // steps_per_epoch, last_epoch)
