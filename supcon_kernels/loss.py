@@ -57,9 +57,9 @@ def supcon_loss(
     Args:
         features: (N, D), or (B, V, D) for V views of each of B samples, which become N = V·B
             rows ordered view by view. float16, bfloat16, float32 or float64.
-        labels: (N,) or (B,) integers, also as a column (N, 1). Or (N, C) or (B, C) soft or
-            multi-hot labels, floats >= 0 or booleans: the dot product of two rows is the weight of
-            the pair. Or None: the views of a sample are each other's positives (SimCLR's NT-Xent).
+        labels: (N,) or (B,) integers, also as a column (N, 1). Or (N, C) or (B, C), C > 1, soft
+            or multi-hot labels, floats >= 0 or booleans: the dot product of two rows is the weight
+            of the pair. Or None: the views of a sample are each other's positives (SimCLR's NT-Xent).
         mask: instead of labels. (B, B), (N, N), or (N, M) with ``contrast_features``, any real
             dtype: > 0 is a positive with that weight, 0 a negative, < 0 is ignored.
         contrast_features: (M, D), on the device of ``features`` and converted to their dtype.

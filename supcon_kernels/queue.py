@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +53,7 @@ class LabelQueue(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         if dtype not in (None, *FLOATS):
             raise ValueError(f"dtype must be None or one of {list(FLOATS)}, got {dtype}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from supcon_kernels import LabelQueue, supcon_loss
 
 
 def test_oldest_entries_leave_first():
-    queue = LabelQueue(4, 2)
+    queue = LabelQueue(np.int64(4), 2)
+    assert repr(queue) == "LabelQueue(size=4, dim=2)"
     assert queue.labels.tolist() == [-100] * 4
     queue.enqueue(torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.tensor([1, 2]))
     assert queue.labels.tolist() == [-100, -100, 1, 2]
