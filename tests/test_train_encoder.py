@@ -30,6 +30,7 @@ def run(tmp_path_factory):
 
 
 def test_linear_head_sees_embeddings_of_length_one():
+    torch.manual_seed(0)  # of some seeds so narrow a network embeds all images as zeros
     config = options_of(model="resnet10", width=4, head="linear", normalize_embedding=True)
     model = build_model(config, channels=1).eval()
     images = torch.rand(3, 1, 8, 8)
