@@ -141,7 +141,7 @@ def _check_temperature_tensor(features: Tensor, temperature: Tensor) -> None:
 
 
 def check_clip(image_features: Any, text_features: Any, logit_scale: Any, logit_bias: Any) -> None:
-    """Features of images and of texts are as many; the scale of logits is positive, and without a bias."""
+    """There are as many texts as images, of one width; the scale is positive, and there is no bias."""
     for name, x in (("image_features", image_features), ("text_features", text_features)):
         if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.ndim != 2:
             raise ValueError(

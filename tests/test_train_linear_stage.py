@@ -135,6 +135,11 @@ def test_a_machine_without_room_is_named_in_one_line(run, monkeypatch, capsys):
         error = error_of(capsys, run)
     assert f"cannot write to {run}: No space left on device" in error
     with monkeypatch.context() as patch:
+        patch.setattr("linear.tempfile.TemporaryFile", full)
+        patch.setattr("linear.LinearStage", lambda *arguments: pytest.fail("it takes long"))
+        error = error_of(capsys, run)
+    assert f"cannot write to {run}: No space left on device" in error
+    with monkeypatch.context() as patch:
         patch.setattr("linear_stage.stage.Features", out_of_memory)
         error = error_of(capsys, run)
     assert "out of memory: lower one of --features_gib 8.0" in error

@@ -132,6 +132,15 @@ def test_images_and_filters_lie_as_asked(channels_last):
         assert tensor.is_contiguous() != channels_last
 
 
+def test_a_narrow_network_trains_on_images_of_64_pixels():
+    # Of channels-last filters of 8 channels the backward has ended the process there.
+    options = {"width": 8, "image_size": 64, "batch_size": 4, "dataset": "digits"}
+    trainer, images, labels = trainer_and_batch(**options)
+    assert trainer.views.memory_format == torch.contiguous_format
+    trainer.step(images[:4], labels[:4], 0)
+    assert trainer.gradient_norm.isfinite()
+
+
 @pytest.mark.parametrize("options", [{}, {"queue_size": 128, "probe": True}], ids=["plain", "all"])
 def test_compiled_trains_the_same_under_plain_names(monkeypatch, options):
     # Traced and differentiated as for real, without the minutes of a C++ compiler.
