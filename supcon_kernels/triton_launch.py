@@ -429,18 +429,19 @@ class Plan:
     @property
     def _row_block(self) -> dict[str, int]:
         """About 512 features a program, in whole rows of one block of any pair kernel."""
-        width = self._row_width
-        return {
-            "BLOCK_ROWS": max(512 // width, 1),
-            "BLOCK_DIM": width,
-        }
+        return {"BLOCK_ROWS": self._rows_of(512), "BLOCK_DIM": self._row_width}
 
     def _prepare_block(self, num_rows: int) -> dict[str, int]:
         """More rows than in ``_row_block`` where there are many: a program reads the labels of all."""
-        width = self._row_width
-        rows = min(max((2048 if num_rows >= MANY_ROWS else 512) // width, 1), 16)
+        rows = self._rows_of(2048 if num_rows >= MANY_ROWS else 512, most=16)
         labels = 32 * 32 * PREPARE_WARPS // rows  # 32 comparisons in a thread
-        return {"BLOCK_ROWS": rows, "BLOCK_DIM": width, "WIDTH": min(labels, 2048)}
+        return {"BLOCK_ROWS": rows, "BLOCK_DIM": self._row_width, "WIDTH": min(labels, 2048)}
+
+    def _rows_of(self, features: int, most: int = ROW_PADDING) -> int:
+        """Rows of about so many features."""
+        if not self.target.capability:  # the interpreter, whose time is that of its programs
+            return 32
+        return min(max(features // self._row_width, 1), most)
 
     def _launch(
         self,
