@@ -42,7 +42,13 @@ WHOLE = Shares.of_pieces(1)
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def size_of(features: Tensor) -> int:
+def room(problem: Problem) -> Tensor:
+    """Where the prepared rows and columns are put."""
+    sides = [problem.rows] if problem.cols is None else [problem.rows, problem.cols]
+    return problem.rows.new_empty(sum(_size_of(side) for side in sides))
+
+
+def _size_of(features: Tensor) -> int:
     """Elements of a side's prepared rows, with as many 32-bit classes behind them."""
     padded = triton_tiles.padded_rows(features.shape[:-1].numel())
     return padded * (triton_tiles.padded_dim(features.shape[-1]) + 4 // features.itemsize)
@@ -96,11 +102,16 @@ class Side:
         return max(self.features.shape[0], 1)
 
     def arguments(self) -> dict[str, Any]:
-        """Where the kernels find the features."""
+        """What the kernels take of it."""
         x = self.features
         return {
             "features_ptr": x,
+            "labels_ptr": self.labels,
+            "rows_ptr": self.rows,
+            "valid_ptr": self.valid,
+            "num_positives_ptr": self.num_positives,
             "num_rows": self.num_rows,
+            "padded_rows": self.padded,
             "num_samples": self.num_samples,
             "dim": x.shape[-1],
             "sample_stride": x.stride(0),
@@ -114,13 +125,7 @@ class Call:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.device = problem.rows.device
-        tau = _temperature(problem)
-        # What is not given is not read.
-        self.temperature: dict[str, Any] = {
-            "temperature_ptr": tau if isinstance(tau, Tensor) else problem.rows,
-            "host_temperature": 1.0 if isinstance(tau, Tensor) else tau,
-            "on_device": int(isinstance(tau, Tensor)),
-        }
+        self.temperature = tau = _temperature(problem)
         self.rows = self.cols = Side.of(problem.rows, problem.row_labels)
         if problem.cols is not None:
             self.cols = Side.of(problem.cols, problem.col_labels)
@@ -138,6 +143,14 @@ class Call:
             problem.symmetric,
         )
         self.padded_dim = triton_tiles.padded_dim(self.plan.dim)
+        # Of every launch. What is not given is not read.
+        self.arguments: dict[str, Any] = {
+            "temperature_ptr": tau if isinstance(tau, Tensor) else problem.rows,
+            "host_temperature": 1.0 if isinstance(tau, Tensor) else tau,
+            "on_device": int(isinstance(tau, Tensor)),
+            "either": len(self.plan.running) - 1,
+            "padded_dim": self.padded_dim,
+        }
         offset = problem.self_offset
         self.own_col = triton_launch.NOT_AMONG if offset is None else offset  # of row 0
         self.own_row = triton_launch.NOT_AMONG if offset is None else -offset  # of column 0
@@ -155,14 +168,14 @@ class Call:
         return contextlib.nullcontext()
 
     def run(self, launch: Launch, **arguments: Any) -> None:
-        """Launch a kernel."""
-        triton_run.run(launch, self.device, arguments)
+        """Launch a kernel, which takes what it wants of ``arguments`` and those of every launch."""
+        triton_run.run(launch, self.device, self.arguments | arguments)
 
     def place(self, prepared: Tensor) -> None:
         """Let the sides' prepared rows and classes be parts of ``prepared``."""
-        self.rows.rows = prepared
+        self.prepared = self.rows.rows = prepared
         if not self.plan.square:
-            self.cols.rows = prepared[size_of(self.rows.features) :]
+            self.cols.rows = prepared[_size_of(self.rows.features) :]
 
     def prepare(self, *, anchors: tuple[Side, ...] = ()) -> None:
         """Fill the sides' rows and classes, and count the positives of anchors: of the rows, or of both."""
@@ -189,16 +202,10 @@ class Call:
             self.run(
                 plan.prepare(side.num_rows),
                 **side.arguments(),
-                **self.temperature,
-                labels_ptr=side.labels,
                 anchor_labels_ptr=rows.labels,
                 contrast_labels_ptr=cols.labels,
                 sorted_begin_ptr=begin,
                 sorted_end_ptr=end,
-                rows_ptr=side.rows,
-                valid_ptr=side.valid,
-                num_positives_ptr=side.num_positives,
-                padded_rows=side.padded,
                 num_anchors=num_anchors,
                 num_contrasts=num_contrasts,
                 num_contrast_views=counted.num_rows // counted.num_samples,
@@ -207,7 +214,6 @@ class Call:
                 has_anchors=int(side in anchors),
                 is_square=int(counts_rows),
                 is_sorted=int(by_order),
-                padded_dim=self.padded_dim,
             )
 
     def sums(self, num_pieces: int, side: Side, *, of_nothing: bool) -> Tensor:
@@ -218,21 +224,16 @@ class Call:
             sums[:, 1::2] = triton_launch.LOWEST
         return sums
 
-    def pairs(self, owner: Side, streamed: Side, shares: Shares, own_offset: int) -> dict[str, Any]:
-        """What the pair kernels take of rows ``owner`` and columns ``streamed``."""
+    def pairs(self, owner: Side) -> dict[str, Any]:
+        """What the pair kernels take of a side as their rows, and of the other as their columns."""
+        is_rows = owner is self.rows
+        streamed = self.cols if is_rows else self.rows
         return {
-            **self.temperature,
-            "either": len(self.plan.running) - 1,
             "rows_ptr": owner.rows,
             "cols_ptr": streamed.rows,
             "padded_rows": owner.padded,
             "padded_cols": streamed.padded,
-            "num_blocks": shares.num_blocks,
-            "num_tiles": shares.num_tiles,
-            "group": shares.group,
-            "share": shares.share,
-            "own_offset": own_offset,
-            "padded_dim": self.padded_dim,
+            "own_offset": self.own_col if is_rows else self.own_row,
         }
 
     def weights(self, anchors: Anchors, peak: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,7 +248,6 @@ class Call:
             peak_ptr=peak,
             count_ptr=divisor,
             stats_ptr=stats,
-            **self.temperature,
             weights_ptr=weights,
             factor_ptr=factor,
             num_rows=num_rows,
@@ -288,20 +288,13 @@ class Call:
                 for running in plan.running:
                     self.run(
                         plan.derivatives(running, h, w, both_anchor=of_cols is not None),
-                        rows_ptr=rows.rows,
-                        cols_ptr=cols.rows,
+                        **self.pairs(rows),
                         row_weights_ptr=of_rows,
                         col_weights_ptr=of_rows if of_cols is None else of_cols,
-                        **self.temperature,
-                        either=len(plan.running) - 1,
                         derivatives_ptr=block,
-                        padded_rows=rows.padded,
-                        padded_cols=cols.padded,
                         first_row=i,
                         first_col=j,
                         padded_width=w,
-                        own_offset=self.own_col,
-                        padded_dim=self.padded_dim,
                     )
                 derivatives = block[: h * w].view(h, w)
                 if uses_rows:
@@ -318,18 +311,15 @@ class Call:
         self, of_rows: Tensor, of_cols: Tensor | None, *, of_columns: bool
     ) -> tuple[Tensor, Shares]:
         """H times the columns, or Hᵀ times the rows: H stays in registers."""
-        plan, weights = self.plan, [of_rows, of_rows if of_cols is None else of_cols]
-        owner, streamed, own_offset = self.rows, self.cols, self.own_col
-        if of_columns:
-            owner, streamed, own_offset = self.cols, self.rows, self.own_row
-            weights.reverse()
+        plan, owner = self.plan, self.cols if of_columns else self.rows
+        weights = [of_rows, of_rows if of_cols is None else of_cols][:: -1 if of_columns else 1]
         shares = plan.backward_shares(plan.running[0], of_columns=of_columns)
         slices = self.new((shares.max_pieces, owner.padded, self.padded_dim))
         for running in plan.running:
-            here = plan.backward_shares(running, of_columns=of_columns)
             self.run(
                 plan.backward(running, of_columns=of_columns, both_anchor=of_cols is not None),
-                **self.pairs(owner, streamed, here, own_offset),
+                **self.pairs(owner),
+                **plan.backward_shares(running, of_columns=of_columns).arguments(),
                 row_weights_ptr=weights[0],
                 col_weights_ptr=weights[1],
                 slices_ptr=slices,
@@ -349,67 +339,31 @@ class Call:
         """
         plan = self.plan
         if self.soft is not None:
-            self.add_soft_attraction(self.soft, owner, pieces)
+            triton_soft.add_attraction(self, owner, pieces)
         dtype = torch.float32 if wanted.unrounded else owner.features.dtype
         gradient = self.new(owner.features.shape, dtype)
         dots = self.new(owner.padded if wanted.temperature else 0, torch.float64)
         self.run(
             plan.gradient(owner.num_rows, dots=wanted.temperature, unrounded=wanted.unrounded),
             **owner.arguments(),
+            **shares.arguments(),
             slices_ptr=pieces,
-            rows_ptr=owner.rows,
             factor_ptr=factor,
             gradient_ptr=gradient,
             dots_ptr=dots,
             gradient_sample_stride=gradient.stride(0),
             gradient_view_stride=gradient.stride(1) if gradient.ndim == 3 else 0,
-            padded_rows=owner.padded,
-            num_tiles=shares.num_tiles,
-            group=shares.group,
-            share=shares.share,
-            padded_dim=self.padded_dim,
         )
         return gradient, dots
 
     # --- soft labels, which the kernels do not see
 
-    def put_soft_means(self, soft: SoftPositives, owner: Side, sums: Tensor) -> Tensor:
-        """Put the positives' mean exponents among the sums of a side's anchors; their weights (N,)."""
-        tau = self.temperature[
-            "temperature_ptr" if self.temperature["on_device"] else "host_temperature"
-        ]
-        rows, cols = (side.used(self.padded_dim) for side in (self.rows, self.cols))
-        if owner is not self.rows:
-            soft, rows, cols = soft.mirrored(), cols, rows
-        products, total = soft.means(rows, cols)
-        poison = self.problem.target_poison()
-        mean = products * triton_soft.exponent_scale(self.plan, tau) + poison
-        total = total + poison
-        triton_soft.put_means(sums, owner.num_positives, mean, total)
-        return total
-
-    def take_soft_pull(
-        self,
-        anchors: Anchors,
-        weights: Tensor,
-        col_anchors: Anchors | None,
-        of_cols: Tensor | None,
-    ) -> None:
-        """Take the positives' pull out of the weights of the anchors among the rows and the columns."""
-        pull = triton_soft.taken_pull(weights, anchors.stats)
-        if col_anchors is not None and of_cols is not None:
-            self.soft_pulls = pull, triton_soft.taken_pull(of_cols, col_anchors.stats)
-        else:
-            self.soft_pulls = pull, pull if self.plan.square else None
-
-    def add_soft_attraction(self, soft: SoftPositives, owner: Side, pieces: Tensor) -> None:
-        """Add what positives do to the gradient of a side, the first of whose pieces this changes."""
-        pulls, streamed = self.soft_pulls, self.cols
-        if owner is not self.rows:
-            soft, pulls, streamed = soft.mirrored(), pulls[::-1], self.rows
-        attraction = soft.attraction(*pulls, streamed.used(self.padded_dim))
-        first = pieces.view(-1, owner.padded, self.padded_dim)[0]
-        first[: owner.num_rows] -= attraction
+    def soft_of(self, owner: Side) -> tuple[SoftPositives, Side]:
+        """The labels as a side's anchors see them, and the side of their contrasts."""
+        assert self.soft is not None
+        if owner is self.rows:
+            return self.soft, self.cols
+        return self.soft.mirrored(), self.rows
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def run(launch: Launch, device: torch.device, arguments: dict[str, Any]) -> None
     Args:
         launch: what is launched.
         device: of every tensor.
-        arguments: the runtime arguments by name.
+        arguments: the runtime arguments by name, and maybe others.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and the kernel is not compiled yet.
@@ -35,7 +35,8 @@ def run(launch: Launch, device: torch.device, arguments: dict[str, Any]) -> None
         from supcon_kernels import kernels  # only here: importing it needs triton
 
         kernel = getattr(kernels, launch.kernel)
-        kernel[launch.grid](**arguments, **launch.constexprs, **launch.options)
+        given = {name: arguments[name] for name in launch.signature}
+        kernel[launch.grid](**given, **launch.constexprs, **launch.options)
         return
     loaded = launch.loaded.get(device.index)
     if loaded is None:

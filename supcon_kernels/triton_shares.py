@@ -71,6 +71,16 @@ class Shares:
         tiles, share = self.num_tiles * times, self.share * times
         return dataclasses.replace(self, num_tiles=tiles, share=share)
 
+    def arguments(self) -> dict[str, int]:
+        """What the kernels take of them."""
+        return {
+            "num_blocks": self.num_blocks,
+            "num_tiles": self.num_tiles,
+            "group": self.group,
+            "share": self.share,
+            "max_pieces": self.max_pieces,
+        }
+
     @property
     def num_programs(self) -> int:
         """One for each share."""

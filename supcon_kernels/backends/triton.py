@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from supcon_kernels import partial_sums, triton_launch, triton_run, triton_soft, triton_tiles
 from supcon_kernels.backends.protocol import Anchors, Made, Results, Wanted
 from supcon_kernels.problem import Problem
-from supcon_kernels.triton_call import DTYPES, Call, Side, size_of
+from supcon_kernels.triton_call import DTYPES, Call, Side, room
 from supcon_kernels.triton_shares import Shares
 
 LN2 = math.log(2.0)
@@ -95,13 +94,7 @@ def saved(problem: Problem) -> tuple[Tensor, Tensor]:
     sums are shifted by.
     """
     stats = problem.rows.new_empty(5, problem.num_rows, dtype=torch.float32)
-    return stats, _room(problem)
-
-
-def _room(problem: Problem) -> Tensor:
-    """Where the prepared rows and columns are put."""
-    sides = [problem.rows] if problem.cols is None else [problem.rows, problem.cols]
-    return problem.rows.new_empty(sum(size_of(side) for side in sides))
+    return stats, room(problem)
 
 
 def forward(problem: Problem, reduction: str) -> Results:
@@ -117,44 +110,25 @@ def forward_of_some(problem: Problem, negatives: Tensor | None = None) -> tuple[
     call = Call(problem)
     if call.plan.both:
         with call.on_device():
-            sums = _forward_sums(call, col_negatives=negatives)
-            assert sums.of_cols is not None
-            of_cols = _partial_sums(call, call.cols, sums.of_cols[1], negatives)
-            return _loss_of_rows(call, "none", sums), of_cols
+            sums, of_cols = _forward_sums(call, col_negatives=negatives)
+            assert of_cols is not None
+            columns = _partial_sums(call, call.cols, of_cols[-1], negatives)
+            return _loss(call, "none", call.rows, sums), columns
     one_way, other_way = map(Call, problem.ways())
     (of_rows,) = _losses(one_way, "none")
     with other_way.on_device():
-        sums = _forward_sums(other_way, of_nothing=True, negatives=negatives)
-        return of_rows, _partial_sums(other_way, other_way.rows, sums.of_rows[1], negatives)
+        sums, _ = _forward_sums(other_way, of_nothing=True, negatives=negatives)
+        return of_rows, _partial_sums(other_way, other_way.rows, sums[-1], negatives)
 
 
 def _losses(call: Call, reduction: str) -> list[Results]:
     """The rows' loss and, of a symmetric problem, that of the columns, of one set of scores."""
-    rows, cols = call.rows, call.cols
     with call.on_device():
-        sums = _forward_sums(call)
-        results = [_loss_of_rows(call, reduction, sums)]
-        if sums.of_cols is not None:
-            pieces = Shares.of_pieces(len(sums.of_cols[1]))
-            found = _loss(call, reduction, cols, rows, sums.of_cols, pieces)
-            results.append(found._replace(prepared=sums.prepared))
+        of_rows, of_cols = _forward_sums(call)
+        results = [_loss(call, reduction, call.rows, of_rows)]
+        if of_cols is not None:
+            results.append(_loss(call, reduction, call.cols, of_cols))
     return results
-
-
-class _Sums(NamedTuple):
-    """What the pair kernels leave of a forward.
-
-    Attributes:
-        prepared: the rows and columns.
-        shares: who did which pairs.
-        of_rows: (pieces, 4, padded rows) of the first look and of the last.
-        of_cols: (slots, 4, padded columns) the same, where both are made at once.
-    """
-
-    prepared: Tensor
-    shares: Shares
-    of_rows: tuple[Tensor, Tensor]
-    of_cols: tuple[Tensor, Tensor] | None
 
 
 def _forward_sums(
@@ -163,8 +137,8 @@ def _forward_sums(
     of_nothing: bool = False,
     negatives: Tensor | None = None,
     col_negatives: Tensor | None = None,
-) -> _Sums:
-    """Of all pairs.
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Sums of all pairs by each look: (pieces, 4, padded rows), and (slots, 4, padded columns) if made at once.
 
     Args:
         call: whose pairs.
@@ -174,38 +148,35 @@ def _forward_sums(
         col_negatives: (M,) the same of columns.
     """
     plan, rows, cols = call.plan, call.rows, call.cols
-    prepared = _room(call.problem)
-    call.place(prepared)
+    call.place(room(call.problem))
     call.prepare(anchors=(rows, cols) if plan.both else (rows,))
     shares = plan.forward_shares(plan.running[0])
-    first = call.sums(shares.max_pieces, rows, of_nothing=of_nothing)
-    last = call.sums(shares.max_pieces, rows, of_nothing=of_nothing) if plan.looks_twice else first
+    looks = range(2 if plan.looks_twice else 1)
+    of_rows = [call.sums(shares.max_pieces, rows, of_nothing=of_nothing) for _ in looks]
     of_cols, both = None, {}
     if plan.both:
-        looks = range(2 if plan.looks_twice else 1)
-        of_looks = [call.sums(shares.num_col_slots, cols, of_nothing=True) for _ in looks]
-        of_cols = of_looks[0], of_looks[-1]
+        of_cols = [call.sums(shares.num_col_slots, cols, of_nothing=True) for _ in looks]
     if negatives is not None:
-        first[0, :2, : rows.num_rows] = _power(negatives)
-    for first_look in (True, False) if plan.looks_twice and negatives is None else (False,):
+        of_rows[0][0, :2, : rows.num_rows] = _power(negatives)
+    for look in looks if negatives is None else looks[-1:]:
         if of_cols is not None:
-            both = {"row_valid_ptr": rows.valid, "col_sums_ptr": of_cols[0 if first_look else 1]}
-            if plan.looks_twice and not first_look:
+            both = {"row_valid_ptr": rows.valid, "col_sums_ptr": of_cols[look]}
+            if look > 0:
                 known = torch.stack(_added_up(of_cols[0][:, 0], of_cols[0][:, 1]))
                 if col_negatives is not None:
                     known[:, : cols.num_rows] = _power(col_negatives)
                 both["first_col_sums_ptr"] = known
         for running in plan.running:
             call.run(
-                plan.forward(running, first_look=first_look),
-                **call.pairs(rows, cols, plan.forward_shares(running), call.own_col),
+                plan.forward(running, first_look=look < looks[-1]),
+                **call.pairs(rows),
+                **plan.forward_shares(running).arguments(),
                 **both,
                 col_valid_ptr=cols.valid,
-                first_sums_ptr=first,
-                sums_ptr=first if first_look else last,
-                max_pieces=shares.max_pieces,
+                first_sums_ptr=of_rows[0],
+                sums_ptr=of_rows[look],
             )
-    return _Sums(prepared, shares, (first, last), of_cols)
+    return of_rows, of_cols
 
 
 def _added_up(
@@ -217,14 +188,9 @@ def _added_up(
     return scaled.sum(dim=0, dtype=dtype), largest
 
 
-def _loss_of_rows(call: Call, reduction: str, sums: _Sums) -> Results:
-    found = _loss(call, reduction, call.rows, call.cols, sums.of_rows, sums.shares)
-    return found._replace(prepared=sums.prepared)
-
-
 def _partial_sums(call: Call, owner: Side, sums: Tensor, negatives: Tensor | None) -> Tensor:
     """A side's sums (k, n), see ``partial_sums``, of those of the pair kernels (pieces, 4, padded n)."""
-    total = None if call.soft is None else call.put_soft_means(call.soft, owner, sums)
+    total = None if call.soft is None else triton_soft.put_means(call, owner, sums)
     is_mean = call.problem.summation == "out"
     *rest, of_positives, pos_largest = sums[..., : owner.num_rows].unbind(1)
     lse = _log_sum(*rest) if negatives is None else negatives
@@ -277,42 +243,32 @@ def statistics_of(problem: Problem, sums: Tensor) -> Tensor:
     return found
 
 
-def _loss(
-    call: Call,
-    reduction: str,
-    owner: Side,
-    others: Side,
-    sums: tuple[Tensor, Tensor],
-    shares: Shares,
-) -> Results:
-    """The loss of a side's anchors, of the sums of both looks, whose pieces are those of ``shares``."""
+def _loss(call: Call, reduction: str, owner: Side, sums: list[Tensor]) -> Results:
+    """The loss of a side's anchors, of the sums by each look."""
+    shares, others = call.plan.forward_shares(call.plan.running[0]), call.cols
+    if owner is not call.rows:
+        shares, others = Shares.of_pieces(len(sums[0])), call.rows
     loss = call.new(owner.num_rows if reduction == "none" else ())
     count, stats = call.new(()), call.new((5, owner.num_rows))
     if call.soft is not None:
-        total = call.put_soft_means(call.soft, owner, sums[0])
+        total = triton_soft.put_means(call, owner, sums[0])
     launch = call.plan.loss(reduction, owner.num_rows)
     call.run(
         launch,
+        **owner.arguments(),
+        **shares.arguments(),
         sums_ptr=sums[0],
-        second_sums_ptr=sums[1],
-        valid_ptr=owner.valid,
+        second_sums_ptr=sums[-1],
         col_valid_ptr=others.valid,
-        num_positives_ptr=owner.num_positives,
         partials_ptr=call.new((2, launch.grid[0]), torch.float64),
         loss_ptr=loss,
         count_ptr=count,
         stats_ptr=stats,
-        num_rows=owner.num_rows,
-        padded_rows=owner.padded,
         padded_cols=0 if others is owner else others.padded,
-        num_tiles=shares.num_tiles,
-        group=shares.group,
-        share=shares.share,
-        max_pieces=shares.max_pieces,
     )
     if call.soft is not None:
         triton_soft.keep_totals(stats, total)
-    return Results(loss, count, stats, loss)
+    return Results(loss, count, stats, call.prepared)
 
 
 def backward(
@@ -325,19 +281,20 @@ def backward(
     grad_tau = call.new(()) if wanted.temperature else None
     with call.on_device():
         if anchors.prepared is None:
-            call.place(_room(problem))
+            call.place(room(problem))
             call.prepare()
         else:
             call.place(anchors.prepared)
-        peak = _peak([anchors] if col_anchors is None else [anchors, col_anchors])
-        weights, factor = call.weights(anchors, peak)
-        of_cols = weights if plan.square else None
-        if col_anchors is not None:
-            of_cols, _ = call.weights(col_anchors, peak)
+        sides = [anchors] if col_anchors is None else [anchors, col_anchors]
+        peak = _peak(sides)
+        weights, (factor, *_) = zip(*[call.weights(side, peak) for side in sides])
+        both_anchor = plan.square or col_anchors is not None
         if call.soft is not None:
-            call.take_soft_pull(anchors, weights, col_anchors, of_cols)
+            pulls = [triton_soft.taken_pull(*pair) for pair in zip(weights, sides)]
+            call.soft_pulls = pulls[0], pulls[-1] if both_anchor else None
         uses_rows = wanted.rows or wanted.temperature
-        products = call.products(weights, of_cols, uses_rows, wanted.cols)
+        of_cols = weights[-1] if both_anchor else None
+        products = call.products(weights[0], of_cols, uses_rows, wanted.cols)
         if uses_rows:
             gradient, dots = call.gradient(rows, *next(products), factor, wanted)
             grad_rows = gradient if wanted.rows else None
@@ -349,7 +306,6 @@ def backward(
             call.run(
                 plan.temperature_gradient(),
                 dots_ptr=dots,
-                **call.temperature,
                 temperature_gradient_ptr=grad_tau,
                 padded_rows=rows.padded,
                 part=1.0 if of_cols is None or problem.symmetric else 0.5,

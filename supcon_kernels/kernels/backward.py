@@ -150,6 +150,7 @@ def _backward_kernel(
     padded_cols = padded_cols.to(tl.int64)
     k = tl.arange(0, COLS)
     d = tl.arange(0, CHUNK)
+    num_chunks: tl.constexpr = PADDED_DIM // CHUNK
     kept = tl.arange(0, PADDED_DIM)
     b_offsets = k[:, None] * PADDED_DIM + d[None, :]
     kept_offsets = k[:, None] * PADDED_DIM + kept[None, :]
@@ -175,17 +176,7 @@ def _backward_kernel(
                 col_id = tl.load(col_ids_ptr + j)
                 b_ptrs = tile_ptr + b_offsets
                 x = exponents(
-                    a,
-                    a_ptrs,
-                    b_ptrs,
-                    PADDED_DIM // CHUNK,
-                    scale,
-                    ROWS,
-                    COLS,
-                    CHUNK,
-                    PADDED_DIM == CHUNK,
-                    PRECISION,
-                    RUNNING,
+                    a, a_ptrs, b_ptrs, num_chunks, scale, PADDED_DIM == CHUNK, PRECISION, RUNNING
                 )
                 positive = row_id[:, None] == col_id[None, :]
                 h = derivatives(
@@ -262,19 +253,8 @@ def _derivatives_kernel(
     col_id = tl.load(classes_of(cols_ptr, padded_cols, padded_dim) + j)
     a_ptrs = rows_ptr + i.to(tl.int64)[:, None] * padded_dim + d[None, :]
     b_ptrs = cols_ptr + j.to(tl.int64)[:, None] * padded_dim + d[None, :]
-    x = exponents(
-        tl.load(a_ptrs),
-        a_ptrs,
-        b_ptrs,
-        padded_dim // CHUNK,
-        1.0 / (tau * LN2),
-        ROWS,
-        COLS,
-        CHUNK,
-        False,
-        PRECISION,
-        RUNNING,
-    )
+    num_chunks, scale = padded_dim // CHUNK, 1.0 / (tau * LN2)
+    x = exponents(None, a_ptrs, b_ptrs, num_chunks, scale, False, PRECISION, RUNNING)
     USES_LSE: tl.constexpr = RUNNING or DENOMINATOR == "one_positive"
     row_weights = weights_of(row_weights_ptr, i, padded_rows.to(tl.int64), 1, USES_LSE)
     positive = row_id[:, None] == col_id[None, :]

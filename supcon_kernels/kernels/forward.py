@@ -32,9 +32,11 @@ def add_powers(x, total, largest, AXIS: tl.constexpr):
 
 
 @triton.jit
-def add_places(x):
-    """Sums (ROWS, 8) over every eighth column: of what one thread holds of a row, no other's."""
-    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), axis=1)
+def added_along(x, AXIS: tl.constexpr):
+    """Sums along AXIS; along rows (ROWS, 8), of every eighth column: of what one thread holds of a row."""
+    if AXIS == 1:
+        x = tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8))
+    return tl.sum(x, axis=AXIS)
 
 
 @triton.jit
@@ -68,68 +70,80 @@ def against_log_sum(x, lse):
 
 
 @triton.jit
-def add_to_columns(
-    sums_ptr,  # (4, padded cols) of this slot, at the tile's columns
-    padded_cols,
-    x,  # exponents (ROWS, COLS), or their powers unless RUNNING, of the pairs in the denominator
-    of_positives,  # what a pair adds to the positives, if it is one
-    positive,
+def add_pairs(
+    sums,  # of the anchors: total and largest of the denominator, then of the positives
+    negatives,  # of the anchors: the sum of their negatives, or its log₂ if RUNNING, for "one_positive"
+    x,  # exponents (ROWS, COLS)
+    valid,  # 1, or 0 where a contrast takes no part
+    positive,  # (ROWS, COLS) where a pair is of one class
+    other,  # (ROWS, COLS) where a contrast is not the anchor itself
+    AXIS: tl.constexpr,  # along which contrasts lie: 1 where the rows are the anchors
+    HAS_OWN: tl.constexpr,  # whether there is a pair that is no ``other``
     RUNNING: tl.constexpr,
     OUT: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
 ):
-    """Add a tile to the sums of its columns, as the kernel does to those of its rows."""
-    pos_ptr = sums_ptr + 2 * padded_cols
-    total = tl.load(sums_ptr)
-    pos_total = tl.load(pos_ptr)
-    largest = tl.zeros_like(total)
-    pos_largest = largest
-    if RUNNING:
-        total, largest = add_powers(x, total, tl.load(sums_ptr + padded_cols), 0)
+    """Add a tile's pairs to what its anchors have."""
+    total, largest, pos_total, pos_largest = sums
+    if DENOMINATOR == "one_positive" and RUNNING:
+        log_q, not_q = against_log_sum(x, tl.expand_dims(negatives, AXIS))
+        if OUT:
+            total += tl.sum(tl.where(positive, not_q, 0.0), axis=AXIS)
+            pos_total += tl.sum(tl.where(positive, log_q, 0.0), axis=AXIS)
+        else:
+            log_q = tl.where(positive, log_q, float("-inf"))
+            total, pos_total, largest = add_probabilities(
+                log_q, not_q, total, pos_total, largest, AXIS
+            )
+            pos_largest = largest
+    elif RUNNING:
+        counts = tl.expand_dims(valid != 0.0, 1 - AXIS)
+        if HAS_OWN:
+            counts = counts & other
+        if OUT:
+            pos_total += tl.sum(tl.where(positive, x, 0.0), axis=AXIS)
+        else:
+            of_positives = tl.where(positive, x, float("-inf"))
+            pos_total, pos_largest = add_powers(of_positives, pos_total, pos_largest, AXIS)
+        if DENOMINATOR != "all":
+            counts = counts & (positive == 0)
+        total, largest = add_powers(tl.where(counts, x, float("-inf")), total, largest, AXIS)
     else:
-        total += tl.sum(x, axis=0)
-    if RUNNING and not OUT:
-        of_positives = tl.where(positive, of_positives, float("-inf"))
-        before = tl.load(pos_ptr + padded_cols)
-        pos_total, pos_largest = add_powers(of_positives, pos_total, before, 0)
-    else:
-        pos_total += tl.sum(tl.where(positive, of_positives, 0.0), axis=0)
-    tl.store(sums_ptr, total)
-    tl.store(sums_ptr + padded_cols, largest)
-    tl.store(pos_ptr, pos_total)
-    tl.store(pos_ptr + padded_cols, pos_largest)
+        power = tl.exp2(x)
+        if HAS_OWN:
+            power = tl.where(other, power, 0.0)
+        of_positives = x if OUT else power
+        if DENOMINATOR == "one_positive":
+            of_positives, power = against_sum(power, tl.expand_dims(negatives, AXIS), OUT)
+            power = tl.where(positive, power, 0.0)
+        elif DENOMINATOR == "only_negatives":
+            power = tl.where(positive, 0.0, power)
+        pos_total += added_along(tl.where(positive, of_positives, 0.0), AXIS)
+        if DENOMINATOR != "one_positive":
+            power = power * tl.expand_dims(valid, 1 - AXIS)
+        total += added_along(power, AXIS)
+    return total, largest, pos_total, pos_largest
 
 
 @triton.jit
-def add_positives_to_columns(
-    sums_ptr,  # (4, padded cols) of this slot, at the tile's columns
-    first_sums_ptr,  # (2, padded cols) the negatives' total and largest, at the tile's columns
-    padded_cols,
-    x,  # exponents (ROWS, COLS)
-    positive,
-    RUNNING: tl.constexpr,
-    OUT: tl.constexpr,
-):
-    """Add a tile to the sums of its columns in the second look."""
-    negatives = tl.load(first_sums_ptr)
+def load_sums(sums_ptrs, step, RUNNING: tl.constexpr, OUT: tl.constexpr):
+    """What columns have: total and largest of the denominator, then of the positives."""
+    total = tl.load(sums_ptrs)
+    pos_total = tl.load(sums_ptrs + 2 * step)
+    largest = tl.zeros_like(total)
+    pos_largest = largest
     if RUNNING:
-        lse = log_sum(negatives, tl.load(first_sums_ptr + padded_cols))
-        of_positives, rest = against_log_sum(x, lse[None, :])
-    else:
-        of_positives, rest = against_sum(tl.exp2(x), negatives[None, :], OUT)
-    if RUNNING and not OUT:
-        log_q = tl.where(positive, of_positives, float("-inf"))
-        largest_ptr = sums_ptr + padded_cols
-        pos_ptr = largest_ptr + padded_cols
-        total, pos_total, largest = add_probabilities(
-            log_q, rest, tl.load(sums_ptr), tl.load(pos_ptr), tl.load(largest_ptr), 0
-        )
-        tl.store(sums_ptr, total)
-        tl.store(largest_ptr, largest)
-        tl.store(pos_ptr, pos_total)
-        tl.store(pos_ptr + padded_cols, largest)
-    else:
-        rest = tl.where(positive, rest, 0.0)
-        add_to_columns(sums_ptr, padded_cols, rest, of_positives, positive, False, OUT)
+        largest = tl.load(sums_ptrs + step)
+        if not OUT:
+            pos_largest = tl.load(sums_ptrs + 3 * step)
+    return total, largest, pos_total, pos_largest
+
+
+@triton.jit
+def store_sums(sums_ptrs, step, sums):
+    """As they are loaded."""
+    for k in tl.static_range(4):
+        tl.store(sums_ptrs + k * step, sums[k])
 
 
 @triton.jit
@@ -203,19 +217,18 @@ def _forward_kernel(
             if num_blocks < tl.num_programs(0):
                 slot = start + block
             slot_ptr = col_sums_ptr + slot * 4 * padded_cols
+        negatives = row_id
         if SECOND:
             num_pieces = pieces_of(block, num_tiles, group, share)
             negatives, largest = merged(
                 first_sums_ptr, i, i >= 0, padded_rows, num_pieces, max_pieces
             )
-            lse = log_sum(negatives, largest)
+            if RUNNING:
+                negatives = log_sum(negatives, largest)
         # Without a maximum each thread has sums of its own: adding along rows comes last.
-        total = tl.zeros((ROWS, 8), tl.float32)
-        if RUNNING:
-            total = tl.zeros((ROWS,), tl.float32)
-        pos_total = total
+        total = tl.zeros((ROWS,) if RUNNING else (ROWS, 8), tl.float32)
         largest = tl.full((ROWS,), LOWEST if RUNNING else 0.0, tl.float32)
-        pos_largest = tl.zeros((ROWS,), tl.float32) if OUT else largest
+        sums = total, largest, total, tl.zeros((ROWS,), tl.float32) if OUT else largest
 
         # The tiles before those that hold a row itself, those, and the tiles after them.
         for part in tl.static_range(3):
@@ -224,83 +237,52 @@ def _forward_kernel(
                 col_id = tl.load(col_ids_ptr + j)
                 valid = tl.load(col_valid_ptr + j)
                 b_ptrs = cols_ptr + tl.cast(tile, tl.int64) * (COLS * padded_dim) + b_offsets
-                x = exponents(
-                    a,
-                    a_ptrs,
-                    b_ptrs,
-                    num_chunks,
-                    scale,
-                    ROWS,
-                    COLS,
-                    CHUNK,
-                    ONE_CHUNK,
-                    PRECISION,
-                    RUNNING,
-                )
+                x = exponents(a, a_ptrs, b_ptrs, num_chunks, scale, ONE_CHUNK, PRECISION, RUNNING)
                 positive = row_id[:, None] == col_id[None, :]
+                other = j[None, :] != (own_offset + i)[:, None]
                 if part == 1:
-                    other = j[None, :] != (own_offset + i)[:, None]
                     positive = positive & other
-                if SECOND and BOTH:
-                    add_positives_to_columns(
-                        slot_ptr + j, first_col_sums_ptr + j, padded_cols, x, positive, RUNNING, OUT
-                    )
-                if SECOND and RUNNING:
-                    log_q, not_q = against_log_sum(x, lse[:, None])
-                    if OUT:
-                        total += tl.sum(tl.where(positive, not_q, 0.0), axis=1)
-                        pos_total += tl.sum(tl.where(positive, log_q, 0.0), axis=1)
-                    else:
-                        log_q = tl.where(positive, log_q, float("-inf"))
-                        total, pos_total, largest = add_probabilities(
-                            log_q, not_q, total, pos_total, largest, 1
-                        )
-                        pos_largest = largest
-                elif RUNNING:
-                    counts = (valid != 0.0)[None, :]
-                    if part == 1:
-                        counts = counts & other
-                    if OUT:
-                        pos_total += tl.sum(tl.where(positive, x, 0.0), axis=1)
-                    else:
-                        of_positives = tl.where(positive, x, float("-inf"))
-                        pos_total, pos_largest = add_powers(of_positives, pos_total, pos_largest, 1)
-                    if DENOMINATOR != "all":
-                        counts = counts & (positive == 0)
-                    total, largest = add_powers(
-                        tl.where(counts, x, float("-inf")), total, largest, 1
-                    )
-                    if BOTH:
-                        counts = (row_valid != 0.0)[:, None] & (positive == 0)
-                        if DENOMINATOR == "all":
-                            counts = (row_valid != 0.0)[:, None]
-                        of_col = tl.where(counts, x, float("-inf"))
-                        add_to_columns(slot_ptr + j, padded_cols, of_col, x, positive, RUNNING, OUT)
-                else:
-                    power = tl.exp2(x)
-                    if part == 1:
-                        power = tl.where(other, power, 0.0)
-                    of_positives = x if OUT else power
+                if BOTH:
+                    col_sums = load_sums(slot_ptr + j, padded_cols, RUNNING, OUT)
+                    col_negatives = j
                     if SECOND:
-                        of_positives, rest = against_sum(power, negatives[:, None], OUT)
-                        power = tl.where(positive, rest, 0.0)
-                    elif DENOMINATOR != "all":
-                        power = tl.where(positive, 0.0, power)
-                    pos_total += add_places(tl.where(positive, of_positives, 0.0))
-                    total += add_places(power if SECOND else power * valid[None, :])
-                    if BOTH and not SECOND:
-                        of_col = power * row_valid[:, None]
-                        add_to_columns(
-                            slot_ptr + j, padded_cols, of_col, of_positives, positive, RUNNING, OUT
-                        )
+                        col_negatives = tl.load(first_col_sums_ptr + j)
+                        if RUNNING:
+                            col_largest = tl.load(first_col_sums_ptr + padded_cols + j)
+                            col_negatives = log_sum(col_negatives, col_largest)
+                    col_sums = add_pairs(
+                        col_sums,
+                        col_negatives,
+                        x,
+                        row_valid,
+                        positive,
+                        other,
+                        0,
+                        False,
+                        RUNNING,
+                        OUT,
+                        DENOMINATOR,
+                    )
+                    store_sums(slot_ptr + j, padded_cols, col_sums)
+                sums = add_pairs(
+                    sums,
+                    negatives,
+                    x,
+                    valid,
+                    positive,
+                    other,
+                    1,
+                    part == 1,
+                    RUNNING,
+                    OUT,
+                    DENOMINATOR,
+                )
 
+        total, largest, pos_total, pos_largest = sums
         if not RUNNING:
             total = tl.sum(total, axis=1)
             pos_total = tl.sum(pos_total, axis=1)
         out = sums_ptr + (run - before // share) * 4 * padded_rows + i
-        tl.store(out, total)
-        tl.store(out + padded_rows, largest)
-        tl.store(out + 2 * padded_rows, pos_total)
-        tl.store(out + 3 * padded_rows, pos_largest)
+        store_sums(out, padded_rows, (total, largest, pos_total, pos_largest))
         if BOTH:
             tl.debug_barrier()  # what a thread stored of the columns another may load

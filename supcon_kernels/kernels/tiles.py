@@ -71,26 +71,23 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def exponents(
     a,  # the block's rows, where a row is one chunk
-    a_ptrs,
-    b_ptrs,
+    a_ptrs,  # (ROWS, CHUNK) of the first chunk
+    b_ptrs,  # (COLS, CHUNK)
     num_chunks,  # of a row
     scale,  # log₂e/τ, if RUNNING
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    CHUNK: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     RUNNING: tl.constexpr,
 ):
     """Exponents of the block's rows with one tile of columns (ROWS, COLS)."""
-    x = tl.zeros((ROWS, COLS), tl.float32)
+    x = tl.zeros((a_ptrs.shape[0], b_ptrs.shape[0]), tl.float32)
     if ONE_CHUNK:
         x = dot(a, tl.trans(tl.load(b_ptrs)), x, PRECISION)
     else:
         for _ in range(num_chunks):
             x = dot(tl.load(a_ptrs), tl.trans(tl.load(b_ptrs)), x, PRECISION)
-            a_ptrs += CHUNK
-            b_ptrs += CHUNK
+            a_ptrs += a_ptrs.shape[1]
+            b_ptrs += b_ptrs.shape[1]
     if RUNNING:
         x = x * scale
     return x
