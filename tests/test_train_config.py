@@ -190,6 +190,16 @@ def test_default_warmup_ends_before_the_run(tmp_path, epochs, warmup):
     assert read("--config", path) == config
 
 
+@pytest.mark.parametrize("option", ["epochs", "learning_rate", "output_dir", "dataset", "probe"])
+def test_null_is_refused_where_a_value_is_needed(tmp_path, capsys, option):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"max_steps: null\n{option}: null\n")
+    with pytest.raises(SystemExit) as ended:
+        read("--config", path)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith(f"error: --{option} null: it needs a value")
+
+
 def test_unknown_option_in_yaml_exits_with_code_2(tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text("batch_sise: 64\n")

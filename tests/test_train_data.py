@@ -2,6 +2,7 @@
 
 import gzip
 import pickle
+import shutil
 import struct
 from functools import partial
 from urllib.error import URLError
@@ -13,6 +14,7 @@ from PIL import Image
 
 import train_fixtures  # noqa: F401  puts train/ on the path
 from data.batches import BatchOptions, training_batches
+from data.folders import ClassFolders
 from data.images import ImageFiles
 from data.order import BalancedOrder, TrainingOrder
 from data.sources import stratified_split, subset
@@ -352,6 +354,28 @@ def test_imagefolder_without_images(tmp_path, missing):
     config = options_of(dataset=f"imagefolder:{tmp_path / missing}", val_fraction=0.5)
     with pytest.raises(UserError, match=missing):
         load_data(config)
+
+
+def test_imagefolder_leaves_out_what_is_hidden_and_counts_images_of_other_types(tmp_path, capsys):
+    for name in ("cat", "dog", ".git"):
+        (tmp_path / name / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in (
+        "cat/0.png",
+        "cat/1.png",
+        "dog/0.png",
+        "dog/._0.png",
+        "dog/.ipynb_checkpoints/0.png",
+    ):
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    for name in ("cat/2.gif", "dog/1.avif", "dog/2.AVIF", "dog/notes.txt", "dog/.hidden.gif"):
+        (tmp_path / name).touch()
+    found = ClassFolders(tmp_path)
+    assert found.classes == ["cat", "dog"] and found.targets == [0, 0, 1]
+    assert capsys.readouterr().err.endswith("are left out: 2 .avif, 1 .gif\n")
+    shutil.rmtree(tmp_path / "cat")
+    shutil.rmtree(tmp_path / "dog")
+    with pytest.raises(FileNotFoundError, match="any class folder"):
+        ClassFolders(tmp_path)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

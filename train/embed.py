@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
+from data.folders import ClassFolders
 from data.images import ImageFiles, Split
 from data.views import Views
 from evaluation.embeddings import embed, encode_stored
@@ -120,7 +120,7 @@ def find_images(folder: Path) -> tuple[dict[str, int], list[str]]:
     """
     if not folder.is_dir():
         raise UserError(f"--images: there is no folder {folder}")
-    entries = sorted(folder.iterdir())
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     images = [str(path) for path in entries if path.is_file() and is_image_file(path.name)]
     has_folders = any(path.is_dir() for path in entries)
     if images and has_folders:
@@ -130,7 +130,7 @@ def find_images(folder: Path) -> tuple[dict[str, int], list[str]]:
     if not has_folders:
         raise UserError(f"--images {folder} holds no image")
     try:
-        classed = ImageFolder(folder)
+        classed = ClassFolders(folder)
     except FileNotFoundError as error:
         raise UserError(f"--images {folder}: {error}") from error
     return dict(classed.samples), classed.classes

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, STL10, FashionMNIST, ImageFolder, VisionDataset
+from torchvision.datasets import CIFAR10, CIFAR100, STL10, FashionMNIST, VisionDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
+from data.folders import ClassFolders
 from data.images import ImageData, ImageFiles, Split
 from data.shards import NOT_FETCHED, read_index
 from data.training_part import training_part
@@ -443,8 +445,11 @@ def _hold_out_validation(
 
 def _read_folder(folder: Path, size: int, channels: int) -> tuple[Split, list[str]]:
     try:
-        found = ImageFolder(folder)
+        found = ClassFolders(folder)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"imagefolder {folder}: {error}") from error
+        types = " ".join(IMG_EXTENSIONS)
+        raise UserError(
+            f"imagefolder {folder}: {error} Each class is a folder of images ({types})"
+        ) from error
     images = ImageFiles([path for path, _ in found.samples], size, channels)
     return Split(images, torch.tensor(found.targets)), found.classes

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from types import FrameType
-from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, get_type_hints
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, get_args, get_type_hints
 
 import docstring_parser
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter
@@ -105,6 +105,11 @@ def parse(kind: type[Kind], argv: list[str] | None, *, prog: str, description: s
         _add_room(parser, room)
     arguments = _config_files_first(sys.argv[1:] if argv is None else argv)
     values = vars(parser.parse_args(arguments))
+    for room in rooms.values():
+        types = get_type_hints(room)
+        for option in fields(room):
+            if values[option.name] is None and type(None) not in get_args(types[option.name]):
+                parser.error(f"--{option.name} null: it needs a value")
     made = {
         name: room(**{option.name: values[option.name] for option in fields(room)})
         for name, room in rooms.items()

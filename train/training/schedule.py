@@ -17,8 +17,10 @@ class ScheduleOptions:
     """The length of the run, and its learning rate.
 
     Args:
-        epochs: Passes over the training images.
-        max_steps: Stop after this number of steps. The learning rate reaches its end there.
+        epochs: Passes over the training images. Those that do not fill the last batch of a pass are
+            left out of it.
+        max_steps: Stop after this number of steps. The learning rate reaches its end there, if the
+            warm-up is shorter; otherwise it ends at its peak.
         warmup_epochs: Epochs of linear warm-up. Default: 4, but at most epochs - 1 and the first of
             decay_epochs.
         schedule: cosine: to final_learning_rate. step: times decay_rate after each of decay_epochs.
