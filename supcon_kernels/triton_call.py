@@ -319,7 +319,7 @@ class Call:
             self.run(
                 plan.backward(running, of_columns=of_columns, both_anchor=of_cols is not None),
                 **self.pairs(owner),
-                **plan.backward_shares(running, of_columns=of_columns).arguments(),
+                **plan.backward_shares(running, of_columns=of_columns).arguments,
                 row_weights_ptr=weights[0],
                 col_weights_ptr=weights[1],
                 slices_ptr=slices,
@@ -346,7 +346,7 @@ class Call:
         self.run(
             plan.gradient(owner.num_rows, dots=wanted.temperature, unrounded=wanted.unrounded),
             **owner.arguments(),
-            **shares.arguments(),
+            **shares.arguments,
             slices_ptr=pieces,
             factor_ptr=factor,
             gradient_ptr=gradient,

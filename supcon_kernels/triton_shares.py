@@ -71,6 +71,7 @@ class Shares:
         tiles, share = self.num_tiles * times, self.share * times
         return dataclasses.replace(self, num_tiles=tiles, share=share)
 
+    @functools.cached_property
     def arguments(self) -> dict[str, int]:
         """What the kernels take of them."""
         return {

@@ -170,7 +170,7 @@ def _forward_sums(
             call.run(
                 plan.forward(running, first_look=look < looks[-1]),
                 **call.pairs(rows),
-                **plan.forward_shares(running).arguments(),
+                **plan.forward_shares(running).arguments,
                 **both,
                 col_valid_ptr=cols.valid,
                 first_sums_ptr=of_rows[0],
@@ -256,7 +256,7 @@ def _loss(call: Call, reduction: str, owner: Side, sums: list[Tensor]) -> Result
     call.run(
         launch,
         **owner.arguments(),
-        **shares.arguments(),
+        **shares.arguments,
         sums_ptr=sums[0],
         second_sums_ptr=sums[-1],
         col_valid_ptr=others.valid,
