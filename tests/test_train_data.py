@@ -376,6 +376,9 @@ def test_imagefolder_leaves_out_what_is_hidden_and_counts_images_of_other_types(
     shutil.rmtree(tmp_path / "dog")
     with pytest.raises(FileNotFoundError, match="any class folder"):
         ClassFolders(tmp_path)
+    config = options_of(dataset=f"imagefolder:{tmp_path}", val_fraction=0.5)
+    with pytest.raises(UserError, match=r"a folder of images \(\.jpg .*\.webp\)"):
+        load_data(config)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -72,7 +72,9 @@ def test_flat_folder_has_no_labels_and_images_of_a_run_in_memory_fit(tmp_path):
     (tmp_path / "images").mkdir()
     for number, image in enumerate(data.test.images[:3]):
         Image.fromarray(image[0].numpy()).save(tmp_path / f"images/{number}.png")
-    (tmp_path / "images/notes.txt").touch()
+    for name in ("notes.txt", ".hidden.png"):
+        (tmp_path / "images" / name).touch()
+    (tmp_path / "images/.cache").mkdir()
     written = np.load(embed(run / "last.pt", tmp_path / "images", tmp_path / "e.npz"))
     assert sorted(written.files) == ["embeddings", "paths"]
     assert written["paths"].tolist() == ["0.png", "1.png", "2.png"]
